@@ -1,0 +1,43 @@
+"""adaptive-lora: every layer gets the LoRA rank it earns; what comes out is an ordinary LoRA adapter."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adaptive_lora import methods as methods
+    from adaptive_lora.adapters import attach as attach
+    from adaptive_lora.adapters import load as load
+    from adaptive_lora.adapters import lora_parameters as lora_parameters
+    from adaptive_lora.adapters import ranks as ranks
+    from adaptive_lora.adapters import save as save
+    from adaptive_lora.errors import AdaptiveLoraError as AdaptiveLoraError
+    from adaptive_lora.errors import DivergedError as DivergedError
+    from adaptive_lora.errors import InputError as InputError
+    from adaptive_lora.errors import IntegrityError as IntegrityError
+    from adaptive_lora.methods import METHODS as METHODS
+    from adaptive_lora.methods import Method as Method
+    from adaptive_lora.trainer import AdaptiveTrainer as AdaptiveTrainer
+    from adaptive_lora.trainer import AdaptiveTrainerMixin as AdaptiveTrainerMixin
+
+# transformers' Trainer takes seconds to import; `adaptive-lora --help` should not wait for it.
+_HOME = {
+    "methods": "methods",
+    **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "adapters"),
+    **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
+    **dict.fromkeys(("METHODS", "Method"), "methods"),
+    **dict.fromkeys(("AdaptiveTrainer", "AdaptiveTrainerMixin"), "trainer"),
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'adaptive_lora' has no attribute {name!r}")
+    module = import_module(f"adaptive_lora.{_HOME[name]}")
+    return module if name == _HOME[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

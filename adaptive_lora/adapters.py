@@ -1,0 +1,263 @@
+"""Adapters on a model: attach, look at, save, load. The layers are PEFT's own `LoraLayer`s, unchanged.
+
+The scale of every adapter is the same constant, update = scale · B A, whatever its rank. After `attach` the model's
+`peft_config` always describes the tensors that are really there, so any save (ours, PEFT's, the Trainer's checkpoints)
+writes a checkpoint that stock PEFT reloads exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adaptive_lora.allocate import RankPattern
+from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.methods import Method
+from adaptive_lora.targets import ALL_LINEAR, Target, describe_targets, find_targets, head_modules, linear_features
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    *,
+    scale: float = 2.0,
+    dropout: float = 0.0,
+    task_type: str | None = None,
+) -> PeftModel:
+    """Put LoRA adapters with the initial rank pattern of `method` on `model` and freeze the rest, except the head.
+
+    W x + scale · B A x on every target, A (R, I) Kaiming-uniform, B (O, R) zero: the function is unchanged at first.
+
+    Args:
+        model: a base model; its modules are replaced in place, as PEFT does.
+        method: how ranks are chosen, for example `adaptive_lora.methods.lora(rank=8)`.
+        targets: `"all-linear"`, a regular expression over full names, or a list of names (see `find_targets`).
+        scale: the constant factor of every update; `lora_alpha / r` of a PEFT config.
+        dropout: probability of LoRA dropout, in [0, 1).
+        task_type: PEFT's task type; None derives it from the model's class. The head is trained and saved either way.
+
+    Returns a `PeftModel` with plain LoRA layers. Raises `InputError` on a model that already has adapters, on targets
+    that match nothing, and on ranks the targets cannot have. Source: Hu et al. 2022, arXiv 2106.09685, section 4.1.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from adaptive_lora import methods
+    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    >>> model = attach(tiny, methods.linear_decay(base_rank=4, min_rank=2), targets=["query"])
+    >>> list(ranks(model).values())
+    [4, 2]
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise InputError("the model already has adapters; attach expects a base model: load a fresh one, or merge first")
+    if not (math.isfinite(scale) and scale > 0):
+        raise InputError(f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at rank 8)")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
+    found = find_targets(model, targets)
+    pattern = method.initial_pattern(found)
+    if not any(pattern.values()):
+        raise InputError(f"method {method.name!r} gives every target rank 0; at least one must be above 0")
+    # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
+    created = {name: max(rank, 1) for name, rank in pattern.items()}
+    config = LoraConfig(
+        target_modules=list(created),
+        lora_dropout=dropout,
+        modules_to_save=head_modules(model) or None,
+        task_type=task_type or infer_task_type(model),
+        # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
+        fan_in_fan_out=all(isinstance(model.get_submodule(target.name), Conv1D) for target in found),
+        **_scaled_config(created, scale),
+    )
+    peft_model = get_peft_model(model, config)
+    for name, rank in pattern.items():
+        if rank == 0:
+            park(adapters(peft_model)[name])
+    if ranks(peft_model) != pattern:
+        raise InputError(
+            "the adapters PEFT created are not those asked for: "
+            f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
+            "A target's name ends like another module's; name the targets in full"
+        )
+    sync_config(peft_model)
+    return peft_model
+
+
+def infer_task_type(model: nn.Module) -> TaskType | None:
+    """Return PEFT's task type by transformers' naming of classes (`BertForSequenceClassification`), None if no match."""
+    by_suffix = {
+        "ForSequenceClassification": TaskType.SEQ_CLS,
+        "ForTokenClassification": TaskType.TOKEN_CLS,
+        "ForQuestionAnswering": TaskType.QUESTION_ANS,
+        "ForCausalLM": TaskType.CAUSAL_LM,
+        "LMHeadModel": TaskType.CAUSAL_LM,
+        "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
+    }
+    name = type(model).__name__
+    return next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
+
+
+def adapters(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return {full target name: PEFT layer} in module order. Raises `InputError` when the model has none."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    if not found:
+        raise InputError("the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)")
+    return found
+
+
+def weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """Return (A, B) of the active adapter, of shapes (R, I) and (O, R); None at rank 0."""
+    adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A:
+        return None
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def ranks(model: nn.Module) -> RankPattern:
+    """Return {full target name: rank}, read from the shapes of the tensors, never from a config or a plan."""
+    return {
+        name: 0 if (pair := weights(layer)) is None else pair[0].shape[0] for name, layer in adapters(model).items()
+    }
+
+
+def lora_parameters(model: nn.Module) -> int:
+    """Return the trainable LoRA parameters, Σ R (I + O), counted on the tensors."""
+    return sum(parameter.numel() for pair in map(weights, adapters(model).values()) if pair for parameter in pair)
+
+
+def scale_of(model: nn.Module) -> float:
+    """Return the constant scale of the model's adapters. Raises `InputError` when they do not share one."""
+    scales = {layer.scaling[layer.active_adapters[0]] for layer in adapters(model).values()}
+    if max(scales) - min(scales) > 1e-6 * max(scales):
+        raise InputError(
+            f"the adapters have different scales, {sorted(scales)[:5]}; adaptive-lora keeps one constant scale. "
+            "Attach with adaptive_lora.attach, or set alpha_pattern so that alpha / r is equal everywhere"
+        )
+    return float(max(scales))
+
+
+def targets_of(model: nn.Module) -> list[Target]:
+    """Return the targets of a model that already carries adapters."""
+    layers = adapters(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    by_name = {}
+    for name, layer in layers.items():
+        features = linear_features(layer.get_base_layer())
+        if features is None:
+            raise InputError(f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are supported")
+        by_name[name] = features
+    return describe_targets(base, by_name)
+
+
+def park(layer: LoraLayer) -> None:
+    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without `lora_A`, at no cost."""
+    adapter = layer.active_adapters[0]
+    layer.parked = (layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
+    layer.r[adapter] = 0
+
+
+def sync_config(model: PeftModel) -> None:
+    """Make `peft_config` describe the adapters as they are: called after anything that changes a rank."""
+    config = model.peft_config[model.active_adapter]
+    present = {name: rank for name, rank in ranks(model).items() if rank > 0}
+    config.target_modules = set(present)
+    for field, value in _scaled_config(present, scale_of(model)).items():
+        setattr(config, field, value)
+
+
+def _scaled_config(pattern: RankPattern, scale: float) -> dict[str, object]:
+    """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha / r."""
+
+    def alpha(rank: int) -> float:
+        return int(scale * rank) if float(scale * rank).is_integer() else scale * rank
+
+    largest = max(pattern.values())
+    uniform = set(pattern.values()) == {largest}
+    # Longest first: PEFT takes the first key that matches the END of a name, so a name must come before its suffix.
+    names = [] if uniform else sorted(pattern, key=len, reverse=True)
+    return {
+        "r": largest,
+        "lora_alpha": alpha(largest),
+        "rank_pattern": {re.escape(name): pattern[name] for name in names},
+        "alpha_pattern": {re.escape(name): alpha(pattern[name]) for name in names},
+        "use_rslora": False,
+    }
+
+
+def non_finite(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the trainable parameters that hold a NaN or an infinity."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return tuple(name for name, parameter in trainable if not bool(torch.isfinite(parameter).all()))
+
+
+def save(model: PeftModel, path: str | Path) -> Path:
+    """Write the adapter (and the trained head) as a standard PEFT LoRA checkpoint and return its folder.
+
+    Saved as r = max rank, lora_alpha = scale · r, rank_pattern and alpha_pattern with full names; a target of rank 0 is
+    left out. Files are written beside and moved into place one by one, the config last; other files stay.
+
+    Raises `DivergedError` on a NaN or an infinity, before anything is written.
+    """
+    bad = non_finite(model)
+    if bad:
+        raise DivergedError(f"not saved: {len(bad)} parameters are not finite, first {bad[0]}", where=bad)
+    sync_config(model)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        model.save_pretrained(staging, selected_adapters=[model.active_adapter])
+        for file in sorted(_files(Path(staging)), key=lambda file: file.name == "adapter_config.json"):
+            if file.name != "README.md" or not (folder / file.name).exists():
+                os.replace(file, folder / file.name)
+    return folder
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file())
+
+
+def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put the adapter in the folder `path` on the base `model` and return the `PeftModel`.
+
+    The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected and present, all finite.
+
+    Raises `InputError` when `path` is no adapter folder, `IntegrityError` when its tensors are damaged or do not fit.
+    """
+    folder = Path(path)
+    weights_file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} is no adapter: it has no adapter_config.json. Give the folder that save() wrote")
+    if not weights_file.is_file():
+        raise InputError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: convert them")
+    kind = PeftConfig.from_pretrained(str(folder)).peft_type
+    if kind != "LORA":
+        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
+    try:
+        with safe_open(weights_file, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # safetensors and PEFT raise many kinds; all mean the same to the caller
+        raise IntegrityError(f"the adapter in {folder} does not fit this model or is damaged: {error}") from error
+    expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model).items()}
+    if found != expected:
+        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise IntegrityError(
+            f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first {odd[0]} "
+            f"(in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
+        )
+    bad = tuple(n for n, t in get_peft_model_state_dict(peft_model).items() if not bool(torch.isfinite(t).all()))
+    if bad:
+        raise IntegrityError(f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}")
+    return peft_model

@@ -1,0 +1,169 @@
+"""The command line. Every function here reads arguments, calls one function of the library, and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from adaptive_lora.errors import AdaptiveLoraError, InputError
+
+app = typer.Typer(
+    help="LoRA fine-tuning with a rank of its own for every layer. The result is an ordinary PEFT LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Flag -> where it goes in the recipe.
+_FLAGS = {
+    "model": "model",
+    "task": "task",
+    "train_data": "data.train",
+    "eval_data": "data.eval",
+    "label": "data.label",
+    "max_length": "data.max_length",
+    "method": "method.name",
+    "rank": "method.rank",
+    "budget": "method.budget",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "seed": "seed",
+    "output": "output",
+}
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Option(help="A recipe (YAML). Flags and --set override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="A local model folder, or a name on the hub.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification (default) or causal_lm.")] = None,
+    train_data: Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")] = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `adaptive-lora methods`.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Training epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Per device.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the training.")] = None,
+    output: Annotated[str | None, typer.Option(help="The run directory to make.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Fine-tune a model. Writes adapter, metrics and result to the output folder."""
+    from adaptive_lora.config import parse, read_recipe, set_key
+
+    flags = dict(locals())
+    values: dict[str, Any] = read_recipe(config) if config else {"task": "classification"}
+    for flag, key in _FLAGS.items():
+        if flags[flag] is not None:
+            _assign(values, key, flags[flag])
+    if text:
+        _assign(values, "data.text", text[0] if len(text) == 1 else text)
+    for assignment in set_ or []:
+        set_key(values, assignment)
+    resolved = parse(values, origin=str(config) if config else "command line")
+    if print_config:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
+    from adaptive_lora.report import report
+    from adaptive_lora.run import run
+
+    _quiet()
+    run(resolved, resume=resume)
+    for figure in report(resolved.output):
+        typer.echo(f"figure: {figure}")
+    typer.echo(f"adapter: {Path(resolved.output) / 'adapter'}")
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"recipe key {parent} is {values!r}; expected a mapping")
+    values[last] = value
+
+
+@app.command()
+def methods() -> None:
+    """List the allocation methods, each with one line and its source."""
+    from adaptive_lora.methods import METHODS, describe
+
+    for name in METHODS:
+        summary, source = describe(name)
+        typer.secho(name, bold=True)
+        typer.echo(f"  {summary}\n  {source}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and optional parts; say what is missing and how to get it."""
+    from adaptive_lora.doctor import findings
+
+    broken = False
+    for finding in findings():
+        broken |= finding.state == "wrong"
+        remedy = f"  ->  {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"{finding.state:<8}{finding.what}{remedy}")
+    if broken:
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command(name="report")
+def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Print a run's result and ranks, and draw the rank heatmap and the loss curve."""
+    from adaptive_lora.report import report
+
+    for figure in report(folder):
+        typer.echo(f"figure: {figure}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the runs and figures.")] = Path("demo-output"),
+) -> None:
+    """Fine-tune a real encoder on the shipped data with several methods at one parameter budget, and compare."""
+    from adaptive_lora.demo.run import demo as run_demo
+
+    _quiet()
+    run_demo(output)
+
+
+def _quiet() -> None:
+    """Keep the output to what the run says itself: libraries' progress on loading weights, and their advice, go."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch.utils.data")
+
+
+def main() -> NoReturn:
+    """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no tracebacks for bad input."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except AdaptiveLoraError as error:
+        typer.secho(f"error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with --resume", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The recipe of a run: what a YAML file may say, with every default in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import model_validator
+from transformers import TrainingArguments
+
+from adaptive_lora import methods
+from adaptive_lora.errors import InputError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(_Strict):
+    """Where the records come from and what their columns mean."""
+
+    train: str  # a CSV / TSV / JSON / JSONL / parquet file, or a data set name on the hub
+    eval: str | None = None  # likewise; None cuts `eval_size` off the training records
+    config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
+    train_split: str = "train"  # hub only
+    eval_split: str | None = None  # hub only
+    rows: Positive | None = None  # take this many records (a seeded choice); None: all
+    eval_rows: Positive | None = None
+    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1  # a fraction, or a number of records
+    seed: int = 0  # of the split and of the choice of rows, not of the training
+    max_length: Positive = 128  # tokens; longer inputs are cut and counted
+    text: str | list[str] | None = None  # classification: one column or a pair. causal_lm: a plain-text column
+    label: str | None = None  # classification
+    classes: list[str] | None = None  # classification: names of the classes; None reads them off the training split
+    instruction: str = "instruction"  # causal_lm, Alpaca-style records
+    input: str = "input"
+    output: str = "output"
+
+
+class MethodConfig(BaseModel):
+    """A name in `adaptive_lora.METHODS` and its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "lora"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class AdapterConfig(_Strict):
+    """Where adapters go, and their constant scale."""
+
+    targets: str | list[str] = "all-linear"
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be given.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,  # below 1: a fraction of all steps
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "optim": "adamw_torch",
+    "logging_steps": 20,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+# Fields the run decides itself, with the recipe key that sets them.
+TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkpoint": "--resume"}
+
+
+class RunConfig(_Strict):
+    """Everything that determines a run."""
+
+    model: str  # a local folder, or a model name on the hub
+    task: Literal["classification", "causal_lm"]
+    data: DataConfig
+    output: str
+    method: MethodConfig = MethodConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    training: dict[str, Any] = {}
+    seed: int = 42
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _training_is_known(self) -> Self:
+        self.training = _check_training({**TRAINING_DEFAULTS, **self.training})
+        return self
+
+    def training_arguments(self, **overrides: Any) -> TrainingArguments:
+        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own words."""
+        values = {**self.training, "seed": self.seed, **overrides}
+        try:
+            return TrainingArguments(**values)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"training: {error}") from error
+
+    def to_yaml(self) -> str:
+        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _check_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with each field as its declared type (YAML reads 3e-4 as a string)."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    checked = {}
+    for name, value in values.items():
+        if name in TRAINING_RESERVED:
+            raise InputError(f"training.{name} cannot be set; use {TRAINING_RESERVED[name]}")
+        if name not in known:
+            raise InputError(f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments")
+        try:
+            checked[name] = TypeAdapter(hints[name]).validate_python(value)
+        except PydanticSchemaGenerationError:  # a type pydantic cannot check: TrainingArguments will
+            checked[name] = value
+        except ValidationError as error:
+            raise InputError(f"training.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
+            raise InputError(f"training.{name} is {value!r}; expected a finite number")
+        if hasattr(checked[name], "value"):  # an enum: keep the config plain data
+            checked[name] = checked[name].value
+    for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if name in checked and not checked[name] > 0:
+            raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
+    return checked
+
+
+def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
+    """Return the `RunConfig` of a plain mapping, such as a parsed YAML file.
+
+    Raises `InputError` naming `origin`, the key, and the nearest known spelling. The method is built once, so that a
+    wrong method or argument is found here and not after the model is loaded.
+    """
+    try:
+        config = RunConfig.model_validate(values)
+        methods.build(config.method.name, config.method.arguments)
+    except ValidationError as error:
+        raise InputError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    return config
+
+
+def _explain(problem: Any) -> str:
+    path = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part and part not in ("str", "int")]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        return f"unknown key {key}.{nearest(path[-1], known)} Known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {problem['input']!r}: {problem['msg']}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def read_recipe(file: str | Path) -> dict[str, Any]:
+    """Return the mapping a YAML recipe holds. Raises `InputError` with line and column on broken YAML."""
+    path = Path(file)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}; expected a mapping of recipe keys")
+    return values
+
+
+def set_key(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=value` (value in YAML) to a nested mapping, in place.
+
+    >>> recipe = {"training": {"seed": 1}}
+    >>> set_key(recipe, "training.learning_rate=0.001")
+    >>> recipe
+    {'training': {'seed': 1, 'learning_rate': 0.001}}
+    """
+    path, separator, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise InputError(f"--set {assignment!r}: expected key=value, such as training.learning_rate=0.0003")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+    node = values
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {assignment!r}: {key!r} is not a mapping")
+    node[keys[-1]] = value

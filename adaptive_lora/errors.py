@@ -1,0 +1,45 @@
+"""Errors a user can cause or must act on. Each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaptiveLoraError(Exception):
+    """Base of every error this library raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(AdaptiveLoraError, ValueError):
+    """The request cannot be carried out: what was wrong, what was got, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class DivergedError(AdaptiveLoraError, ArithmeticError):
+    """A loss, gradient or weight stopped being finite. `step` is the optimizer step (from 1), `where` the culprits."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, step: int | None = None, where: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.where = where
+
+
+class IntegrityError(AdaptiveLoraError):
+    """A file on disk is missing, damaged or does not belong to this run or model."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `' Did you mean X?'` for the nearest spelling of `name` among `known`, or `''`.
+
+    >>> nearest("lineer_decay", ["lora", "linear_decay"])
+    " Did you mean 'linear_decay'?"
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

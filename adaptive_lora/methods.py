@@ -1,0 +1,319 @@
+"""Methods: named ways to choose ranks, each a preset of one class. `METHODS` maps names to presets.
+
+A preset called without a budget gives its published numbers. Called with `rank=8` (as many parameters as uniform rank 8
+on the same targets) or `budget=300_000` (parameters) the shape is kept and the total is that budget, met exactly.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adaptive_lora.allocate import RankPattern, parameters, proportional
+from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.targets import Target
+
+Shape = Callable[[Sequence[Target]], dict[str, int]]
+"""Targets -> the raw rank of each: what a method gives when nobody names a budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How ranks are chosen. Build one with a preset below, or with your own shape.
+
+    Args:
+        name: shown in results.
+        shape: the raw rank of every target.
+        rank: budget as the parameters of uniform rank `rank`; or
+        budget: budget in parameters, Σ R (I + O). With neither, the raw ranks are used as they are.
+
+    Raises `InputError` when both are given, or one is not a positive whole number.
+
+    >>> halves = Method(name="halves", shape=lambda targets: {t.name: t.full_rank // 2 for t in targets})
+    """
+
+    name: str
+    shape: Shape
+    rank: int | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.budget is not None:
+            raise InputError(f"method {self.name!r}: give rank ({self.rank}) or budget ({self.budget}), not both")
+        for field in ("rank", "budget"):
+            if getattr(self, field) is not None:
+                _check_whole(f"method {self.name!r}: {field}", getattr(self, field), at_least=1)
+
+    def budget_parameters(self, targets: Sequence[Target]) -> int | None:
+        """Return the budget on these targets in parameters; None when the raw ranks are used."""
+        return self.budget if self.rank is None else sum(self.rank * target.cost for target in targets)
+
+    def initial_pattern(self, targets: Sequence[Target]) -> RankPattern:
+        """Return the rank of every target before training.
+
+        Raises `InputError` when a rank exceeds min(I, O) or the budget cannot be met.
+        """
+        raw = self.shape(targets)
+        budget = self.budget_parameters(targets)
+        if budget is None:
+            for target in targets:
+                if raw[target.name] > target.full_rank:
+                    raise InputError(
+                        f"rank {raw[target.name]} for {target.name!r} exceeds min(in_features, out_features) = "
+                        f"min({target.in_features}, {target.out_features}) = {target.full_rank}; choose a lower rank"
+                    )
+            return raw
+        if self.rank is not None and self.rank > max(target.full_rank for target in targets):
+            raise InputError(
+                f"rank {self.rank} exceeds min(in_features, out_features) of every target, at most "
+                f"{max(target.full_rank for target in targets)}; choose a lower rank"
+            )
+        costs = {target.name: target.cost for target in targets}
+        # A target the shape gives any rank keeps at least one component; one at rank 0 stays without.
+        return proportional(
+            raw,
+            costs,
+            budget,
+            minimum={name: min(rank, 1) for name, rank in raw.items()},
+            maximum={target.name: target.full_rank if raw[target.name] else 0 for target in targets},
+        )
+
+
+def _check_whole(what: str, value: object, *, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{what} is {value!r}; expected a whole number >= {at_least}")
+    if value < at_least:
+        raise InputError(f"{what} is {value}; expected a whole number >= {at_least}")
+    return value
+
+
+def _depth(target: Target) -> float:
+    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single layer."""
+    return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
+
+
+def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
+    """The same rank everywhere (8 unless given).
+
+    Source: Hu et al. 2022, LoRA, arXiv 2106.09685.
+    """
+    if rank is None:
+        return Method(name="lora", shape=lambda targets: {t.name: 8 for t in targets}, budget=budget)
+    uniform = _check_whole("method 'lora': rank", rank, at_least=1)
+    if budget is not None:
+        raise InputError(f"method 'lora': give rank ({rank}) or budget ({budget}), not both")
+    return Method(name="lora", shape=lambda targets: {t.name: uniform for t in targets})
+
+
+def linear_decay(
+    *, base_rank: int = 16, min_rank: int = 4, rank: int | None = None, budget: int | None = None
+) -> Method:
+    """High rank in early layers, falling linearly with depth: max(r_min, int(r - (r - r_min) i / (L - 1))).
+
+    Source: system 1, adaptive-lora-placement (2024), strategy "linear decay".
+    """
+    _check_range("linear_decay", base_rank, min_rank)
+
+    def shape(targets: Sequence[Target]) -> dict[str, int]:
+        return {
+            t.name: max(min_rank, int(base_rank - (base_rank - min_rank) * t.layer / max(t.n_layers - 1, 1)))
+            for t in targets
+        }
+
+    return Method(name="linear_decay", shape=shape, rank=rank, budget=budget)
+
+
+def linear_increase(
+    *, base_rank: int = 16, min_rank: int = 4, rank: int | None = None, budget: int | None = None
+) -> Method:
+    """Low rank in early layers, rising linearly with depth: `linear_decay` turned round.
+
+    Source: Benedek & Wolf 2024, PRILoRA, Findings of EACL.
+    """
+    _check_range("linear_increase", base_rank, min_rank)
+
+    def shape(targets: Sequence[Target]) -> dict[str, int]:
+        return {
+            t.name: max(
+                min_rank,
+                int(base_rank - (base_rank - min_rank) * (t.n_layers - 1 - t.layer) / max(t.n_layers - 1, 1)),
+            )
+            for t in targets
+        }
+
+    return Method(name="linear_increase", shape=shape, rank=rank, budget=budget)
+
+
+def attention_heavy(
+    *, base_rank: int = 16, min_rank: int = 4, rank: int | None = None, budget: int | None = None
+) -> Method:
+    """Attention at rank r, feed-forward at max(r_min, r // 2), told apart by where the module sits.
+
+    Source: system 1, adaptive-lora-placement (2024), strategy "attention heavy".
+    """
+    _check_range("attention_heavy", base_rank, min_rank)
+
+    def shape(targets: Sequence[Target]) -> dict[str, int]:
+        return {t.name: base_rank if t.attention else max(min_rank, base_rank // 2) for t in targets}
+
+    return Method(name="attention_heavy", shape=shape, rank=rank, budget=budget)
+
+
+def empirical(*, base_rank: int = 16, rank: int | None = None, budget: int | None = None) -> Method:
+    """Depth i / (L - 1) below 0.3: 0.6 r; below 0.7: 1.2 r; else r, rounded down.
+
+    Source: system 1, adaptive-lora-placement (2024), strategy "empirical".
+    """
+    _check_whole("method 'empirical': base_rank", base_rank, at_least=1)
+
+    def at(depth: float) -> int:
+        # In tenths: int(0.6 * 5) is 3 but int(1.2 * 5) would hang on the last bit of a float.
+        tenths = 6 if depth < 0.3 else 12 if depth < 0.7 else 10
+        return max(1, base_rank * tenths // 10)
+
+    return Method(
+        name="empirical", shape=lambda targets: {t.name: at(_depth(t)) for t in targets}, rank=rank, budget=budget
+    )
+
+
+def custom(
+    *,
+    file: str | Path | None = None,
+    pattern: Mapping[str, int] | None = None,
+    layer_ranks: Sequence[int] | None = None,
+    rank: int | None = None,
+    budget: int | None = None,
+) -> Method:
+    """Your own ranks: one per layer, or a pattern by target name or regular expression; from a file or directly.
+
+    A file is JSON or YAML: `{"layer_ranks": [16, 12, ...]}` (one per layer, in order) or `{"rank_pattern": {name: rank}}`
+    with full target names or regular expressions (the first that matches a target wins). Rank 0 means no adapter there.
+
+    Source: system 1, adaptive-lora-placement (2024), strategy "custom"; PEFT's `rank_pattern`.
+    """
+    given = [what for what, value in (("file", file), ("pattern", pattern), ("layer_ranks", layer_ranks)) if value is not None]
+    if len(given) != 1:
+        raise InputError(f"method 'custom' takes exactly one of file, pattern, layer_ranks; got {given or 'none'}")
+    origin = "custom"
+    if file is not None:
+        origin = str(file)
+        pattern, layer_ranks = _read_ranks(Path(file))
+    if layer_ranks is not None:
+        ranks_by_layer = [
+            _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0) for i, value in enumerate(layer_ranks)
+        ]
+        shape: Shape = lambda targets: _by_layer(origin, ranks_by_layer, targets)  # noqa: E731
+    else:
+        assert pattern is not None
+        by_pattern = {
+            key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0) for key, value in pattern.items()
+        }
+        shape = lambda targets: _by_pattern(origin, by_pattern, targets)  # noqa: E731
+    return Method(name="custom", shape=shape, rank=rank, budget=budget)
+
+
+def _read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the rank file {file}: {error}") from None
+    try:
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{file} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or rank_pattern")
+    allowed = {"strategy_name", "layer_ranks", "rank_pattern"}
+    for key in content.keys() - allowed:
+        raise InputError(f"{file}: unknown key {key!r}.{nearest(str(key), allowed)} Expected {sorted(allowed)}")
+    if ("layer_ranks" in content) == ("rank_pattern" in content):
+        raise InputError(f"{file}: expected exactly one of layer_ranks and rank_pattern, got {sorted(content)}")
+    if not isinstance(content.get("layer_ranks", []), list):
+        raise InputError(f"{file}: layer_ranks is {content['layer_ranks']!r}; expected a list, one rank per layer")
+    if not isinstance(content.get("rank_pattern", {}), dict):
+        raise InputError(f"{file}: rank_pattern is {content['rank_pattern']!r}; expected an object {{name: rank}}")
+    return content.get("rank_pattern"), content.get("layer_ranks")
+
+
+def _by_layer(origin: str, ranks_by_layer: Sequence[int], targets: Sequence[Target]) -> dict[str, int]:
+    layers = list(dict.fromkeys(sorted(((t.stack, t.layer) for t in targets), key=_stack_order(targets))))
+    if len(layers) != len(ranks_by_layer):
+        raise InputError(
+            f"{origin}: layer_ranks has {len(ranks_by_layer)} ranks, expected {len(layers)}, one for each layer with targets"
+        )
+    by_layer = dict(zip(layers, ranks_by_layer, strict=True))
+    return {t.name: by_layer[t.stack, t.layer] for t in targets}
+
+
+def _stack_order(targets: Sequence[Target]) -> Callable[[tuple[str, int]], tuple[int, int]]:
+    """Return a sort key: stacks as they come in the model (encoder before decoder), layers by depth."""
+    stacks = list(dict.fromkeys(t.stack for t in targets))
+    return lambda place: (stacks.index(place[0]), place[1])
+
+
+def _by_pattern(origin: str, pattern: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
+    try:
+        compiled = {key: re.compile(key) for key in pattern}
+    except re.error as error:
+        raise InputError(f"{origin}: {error.pattern!r} is not a valid regular expression: {error}") from None
+    result: dict[str, int] = {}
+    used: set[str] = set()
+    for target in targets:
+        key = next((k for k, c in compiled.items() if k == target.name or c.fullmatch(target.name)), None)
+        if key is None:
+            raise InputError(
+                f"{origin}: no entry of the rank pattern matches target {target.name!r}; add one, or a last entry '.*'"
+            )
+        used.add(key)
+        result[target.name] = pattern[key]
+    for key in pattern:
+        if key not in used and not any(compiled[key].fullmatch(t.name) for t in targets):
+            raise InputError(f"{origin}: {key!r} matches no target.{nearest(key, [t.name for t in targets])}")
+    return result
+
+
+def _check_range(name: str, base_rank: int, min_rank: int) -> None:
+    _check_whole(f"method {name!r}: min_rank", min_rank, at_least=1)
+    _check_whole(f"method {name!r}: base_rank", base_rank, at_least=1)
+    if min_rank > base_rank:
+        raise InputError(f"method {name!r}: min_rank {min_rank} exceeds base_rank {base_rank}")
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    preset.__name__: preset for preset in (lora, linear_decay, linear_increase, attention_heavy, empirical, custom)
+}
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> Method:
+    """Return the method called `name` with `arguments`: for the command line and recipes; in Python call the preset.
+
+    >>> build("lora", {"rank": 4}).name
+    'lora'
+    """
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}")
+    accepted = inspect.signature(METHODS[name]).parameters
+    for key in arguments:
+        if key not in accepted:
+            raise InputError(
+                f"method {name!r} has no argument {key!r}.{nearest(key, accepted)} It takes: {', '.join(accepted)}"
+            )
+    return METHODS[name](**arguments)
+
+
+def describe(name: str) -> tuple[str, str]:
+    """Return (what the method does in one line, its source), read from the preset's docstring."""
+    text = inspect.getdoc(METHODS[name]) or ""
+    source = re.search(r"^Source: (.+)$", text, re.MULTILINE)
+    return text.splitlines()[0], source.group(1) if source else ""

@@ -1,0 +1,66 @@
+"""A run directory as a record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from adaptive_lora.errors import InputError, IntegrityError
+
+LORA_A = ".lora_A.weight"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a report needs of a run. `ranks` are those of the saved tensors; a target without tensors has rank 0."""
+
+    folder: Path
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    ranks: dict[str, int]
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read the run in `folder`.
+
+    Raises `InputError` when there is no finished run, `IntegrityError` when a file is damaged or the saved tensors do
+    not have the ranks that `result.json` states.
+    """
+    path = Path(folder)
+    result_file = path / "result.json"
+    if not result_file.is_file():
+        raise InputError(f"{path} holds no finished run: it has no result.json")
+    try:
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (path / "metrics.jsonl").is_file() else []
+        metrics = [json.loads(line) for line in lines]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"a file in {path} is damaged: {error}") from error
+    ranks = dict(result["ranks"])
+    if result["status"] == "ok":
+        tensors = tensor_ranks(path / "adapter" / "adapter_model.safetensors")
+        saved = {name: tensors.pop(name, 0) for name in ranks} | tensors
+        if saved != ranks:
+            odd = next(name for name in saved if saved[name] != ranks.get(name))
+            raise IntegrityError(
+                f"{path}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
+            )
+    return RunRecord(path, result, metrics, ranks)
+
+
+def tensor_ranks(file: Path) -> dict[str, int]:
+    """Return {full target name: rank}, from the shapes of the tensors in an adapter file."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {
+                name.removeprefix(PREFIX).removesuffix(LORA_A): tensors.get_slice(name).get_shape()[0]
+                for name in tensors.keys()  # noqa: SIM118
+                if name.endswith(LORA_A)
+            }
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{file} is missing or damaged: {error}") from error

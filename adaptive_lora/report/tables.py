@@ -1,0 +1,45 @@
+"""Tables for the terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from adaptive_lora.naming import by_kind
+from adaptive_lora.report.read import RunRecord
+
+WIDTH = 100
+
+
+def show(table: Table) -> None:
+    """Print `table` at the terminal's width, at most 100 columns."""
+    console = Console()
+    Console(width=min(console.width, WIDTH)).print(table)
+
+
+def rank_table(ranks: dict[str, int]) -> Table:
+    """One row a module kind: its ranks from the first layer to the last."""
+    table = Table(title="LoRA rank of every target, first layer to last")
+    table.add_column("module kind", overflow="fold")
+    table.add_column("ranks", overflow="fold")
+    table.add_column("sum", justify="right")
+    for kind, row in by_kind(ranks).items():
+        table.add_row(kind, " ".join(f"{row[layer]:>2}" for layer in sorted(row)), str(sum(row.values())))
+    return table
+
+
+def summary_table(run: RunRecord) -> Table:
+    """What the run was and what came out."""
+    table = Table(title=str(run.folder), show_header=False)
+    result = run.result
+    table.add_row("status", result["status"] if result["status"] == "ok" else f"failed: {result['reason']}")
+    table.add_row("model, task", f"{result['model']}, {result['task']}")
+    table.add_row("method, seed", f"{result['method']}, {result['seed']}")
+    budget = result["budget_parameters"]
+    table.add_row("LoRA parameters", f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else ""))
+    if "train_seconds" in result:
+        table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
+    for name, value in result["metrics"].items():
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second")):
+            table.add_row(name.removeprefix("eval_"), "not finite" if value is None else f"{value:.4f}")
+    return table

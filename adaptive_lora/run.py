@@ -1,0 +1,230 @@
+"""One run: a recipe in, a run directory out. Readable from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from adaptive_lora import methods
+from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.config import RunConfig, parse, read_recipe
+from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.hub import cached, explain_missing, is_local, reachable
+from adaptive_lora.tasks import TASKS, Prepared
+from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, progress_for
+
+CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
+ADAPTER_FOLDER, CHECKPOINT_FOLDER = "adapter", "checkpoints"
+
+
+def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train as `config` says and return the content of `result.json`.
+
+    Everything that can be wrong with the request is found before the run directory is made. Training that diverges
+    leaves `result.json` with status "failed" and raises `DivergedError`.
+
+    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `IntegrityError` (nothing to resume from).
+    """
+    folder = Path(config.output)
+    checkpoint = _check_folder(folder, config, resume=resume)
+    method = methods.build(config.method.name, config.method.arguments)
+    arguments = config.training_arguments(
+        output_dir=str(folder / CHECKPOINT_FOLDER), disable_tqdm=not sys.stderr.isatty()
+    )
+    tokenizer, longest = _load_tokenizer(config)
+    task = TASKS[config.task]()
+    prepared = task.prepare(config, tokenizer, longest)
+
+    set_seed(config.seed)  # the head and A are drawn here
+    base = _load_model(config, prepared)
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    model = attach(
+        base,
+        method,
+        config.adapters.targets,
+        scale=config.adapters.scale,
+        dropout=config.adapters.dropout,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    for note in [*prepared.notes, _describe(model, method)]:
+        print(note, flush=True)
+    progress, unwanted = progress_for()
+    trainer = AdaptiveTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        processing_class=tokenizer,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        callbacks=[MetricsFile(folder / METRICS_FILE)],
+    )
+    for callback in unwanted:
+        trainer.remove_callback(callback)
+    if progress is not transformers.ProgressCallback:
+        trainer.add_callback(progress)
+
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = _final_metrics(trainer)
+        seconds = time.perf_counter() - started
+        save(model, folder / ADAPTER_FOLDER)
+        tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+    except DivergedError as error:
+        good = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        failure = {"status": "failed", "reason": str(error), "step": error.step, "where": list(error.where)}
+        failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
+        _write_result(folder, {**failure, **_facts(config, model, method), "metrics": {}})
+        raise
+    result = {
+        "status": "ok",
+        "reason": None,
+        **_facts(config, model, method),
+        "metrics": metrics,
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+    }
+    _write_result(folder, result)
+    return result
+
+
+def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
+    """Return the checkpoint to resume from, or None for a fresh run. Raises unless the folder is fit for it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file; expected a folder")
+    holds_run = folder.is_dir() and any(folder.iterdir())
+    if not resume:
+        if holds_run:
+            raise InputError(f"output folder {folder} is not empty; use --resume to go on with the run there, or another folder")
+        return None
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
+    differing = _differences(parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE), config)
+    if differing:
+        raise IntegrityError(f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}")
+    checkpoints = folder / CHECKPOINT_FOLDER
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def _differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Return the dotted keys whose values differ, except where the run is stored."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
+
+
+def _locate(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments for `from_pretrained`, after making sure that the model can be had."""
+    source = config.model
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if is_local(source):
+        if not Path(source).is_dir():
+            raise InputError(f"model folder {source} does not exist; give a folder with config.json, or a hub name")
+        if not (Path(source) / "config.json").is_file():
+            raise InputError(f"model folder {source} has no config.json; expected a Hugging Face model folder")
+        return {**arguments, "local_files_only": True}
+    if reachable():
+        return arguments
+    if cached(source):
+        return {**arguments, "local_files_only": True}
+    raise InputError(explain_missing("model", source, tried=[f"local folder {Path(source).resolve()}"]))
+
+
+def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return the tokenizer, with a padding token, and the longest input in tokens that recipe and model allow."""
+    arguments = _locate(config)
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the configuration or tokenizer of {config.model!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    positions = getattr(model_config, "max_position_embeddings", None) or config.data.max_length
+    return tokenizer, min(config.data.max_length, tokenizer.model_max_length, positions)
+
+
+def _load_model(config: RunConfig, prepared: Prepared) -> Any:
+    try:
+        return TASKS[config.task]().load_model(config.model, **_locate(config), **prepared.model_arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"cannot load the model {config.model!r} for {config.task}: {error}") from error
+
+
+def _describe(model: PeftModel, method: methods.Method) -> str:
+    spread = sorted(ranks(model).values())
+    return (
+        f"method {method.name}: {len(spread)} targets, ranks {spread[0]}..{spread[-1]}, "
+        f"{lora_parameters(model):,} LoRA parameters"
+    )
+
+
+def _final_metrics(trainer: AdaptiveTrainer) -> dict[str, float]:
+    """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    if rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
+    return trainer.evaluate()
+
+
+def _facts(config: RunConfig, model: PeftModel, method: methods.Method) -> dict[str, Any]:
+    """Return what is true of the run whether it succeeded or not, read from the model and not from the plan."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "method": method.name,
+        "task": config.task,
+        "model": config.model,
+        "seed": config.seed,
+        "ranks": ranks(model),
+        "lora_parameters": lora_parameters(model),
+        "budget_parameters": method.budget_parameters(targets_of(model)),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+    }
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes: CUDA's allocator where there is one, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    from importlib.metadata import version
+
+    names = ("adaptive-lora", "torch", "transformers", "peft", "datasets", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(finite(result), indent=2, allow_nan=False)
+    staging = folder / f".{RESULT_FILE}"
+    staging.write_text(text + "\n", encoding="utf-8")
+    os.replace(staging, folder / RESULT_FILE)

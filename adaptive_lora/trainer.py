@@ -1,0 +1,158 @@
+"""`transformers.Trainer` that never trains on, or reports, a number that is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import ProgressCallback, PrinterCallback, Trainer, TrainerCallback
+
+from adaptive_lora.adapters import non_finite
+from adaptive_lora.errors import DivergedError
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class AdaptiveTrainerMixin(_Base):
+    """Mix into any `Trainer` subclass, before it: `class Mine(AdaptiveTrainerMixin, Seq2SeqTrainer)`.
+
+    A loss or gradient that is NaN or infinite raises `DivergedError` with the step and the layers, before the
+    optimizer sees it; nothing is logged as 0.0 and clipping cannot spread it. With finite numbers it is the
+    `Trainer`, bit for bit.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
+        self.args.logging_nan_inf_filter = False
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            where = non_finite(model) or first_non_finite_output(model, self._prepare_inputs(inputs))
+            raise self._diverged(f"the loss is {loss.item()}", where)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
+        return self._finite_grad_norm(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._finite_grad_norm(model, math.inf) if grad_norm is None else grad_norm
+
+    def _finite_grad_norm(self, model: nn.Module, max_norm: float) -> torch.Tensor | float | None:
+        if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # fp16: infinite gradients are the loss scaler's daily business, it skips the step. Sharded: not ours to clip.
+            return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        try:  # the same operations as accelerator.clip_grad_norm_, but nothing is scaled when the norm is not finite
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True)
+        except RuntimeError:
+            bad = tuple(
+                name
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            )
+            if self.state.global_step > 0 and self.args.should_save:
+                self._save_checkpoint(model, trial=None)  # the loss was finite: this state is good
+            raise self._diverged("the gradient is not finite", bad) from None
+
+    def _diverged(self, what: str, where: tuple[str, ...]) -> DivergedError:
+        step = self.state.global_step + 1
+        listed = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        return DivergedError(
+            f"training stopped at step {step}: {what}; first seen in {listed or 'the loss itself'}. "
+            "Lower the learning rate, warm it up for longer, or look at the data of this step",
+            step=step,
+            where=where,
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DivergedError(f"evaluation after step {self.state.global_step}: {name} is {value}", step=self.state.global_step)
+        return metrics
+
+
+class AdaptiveTrainer(AdaptiveTrainerMixin, Trainer):
+    """The `Trainer` of the command line."""
+
+
+def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> tuple[str, ...]:
+    """Run `model` once more without gradients and return the first module whose output is not finite, or ()."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found)
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log row to `metrics.jsonl`; after a resume, first rewrite the rows up to the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.write_text("".join(map(self._line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._line(state.log_history[-1]))
+
+    @staticmethod
+    def _line(row: dict[str, Any]) -> str:
+        return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every float that is not finite replaced by None: strict JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class PlainProgress(TrainerCallback):
+    """One line per log row, for output that is not a terminal."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            shown = {k: v for k, v in logs.items() if k.split("_")[-1] in _SHOWN}
+            if shown:
+                values = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+                print(f"step {state.global_step:>6}/{state.max_steps}  {values}", flush=True)
+
+
+_SHOWN = {"loss", "accuracy", "perplexity", "norm", "rate"}
+
+
+def progress_for(stream: Any = None) -> tuple[type[TrainerCallback], list[type[TrainerCallback]]]:
+    """Return (callback to add, callbacks to remove) so that a terminal gets bars and a file gets plain lines."""
+    if (stream or sys.stderr).isatty():
+        return ProgressCallback, [PrinterCallback]
+    return PlainProgress, [PrinterCallback, ProgressCallback]
