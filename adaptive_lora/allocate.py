@@ -8,7 +8,10 @@ component that could still be added (design: budgets are met exactly).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
+from fractions import Fraction
+from heapq import heapify, heappop, heappush
 
 from adaptive_lora.errors import InputError
 
@@ -24,9 +27,7 @@ def parameters(pattern: Mapping[str, int], costs: Mapping[str, int]) -> int:
     return sum(rank * costs[name] for name, rank in pattern.items())
 
 
-def check_bounds(
-    costs: Mapping[str, int], budget: int, minimum: Mapping[str, int], maximum: Mapping[str, int]
-) -> None:
+def check_bounds(costs: Mapping[str, int], budget: int, minimum: Mapping[str, int], maximum: Mapping[str, int]) -> None:
     """Raise `InputError` with the numbers unless 0 <= lo <= hi for every target and Σ lo_m c_m <= budget."""
     for name in costs:
         if not 0 <= minimum[name] <= maximum[name]:
@@ -57,7 +58,7 @@ def proportional(
 
     Args:
         weights: non-negative finite weight of each target; only ratios matter. All zero means equal weights.
-        costs: parameters per component, I + O, of each target. Its order breaks ties.
+        costs: parameters per component, I + O, of each target. A tie goes to the higher weight, then to the earlier.
         budget: Σ r_m c_m allowed, in parameters.
         minimum, maximum: rank bounds of each target; 0 is allowed.
 
@@ -73,38 +74,32 @@ def proportional(
     if not any(weights[name] > 0 for name in costs):
         weights = dict.fromkeys(costs, 1.0)
 
-    def relaxed(scale: float) -> dict[str, float]:
-        return {m: min(max(scale * weights[m], minimum[m]), maximum[m]) for m in costs}
+    exact = {m: Fraction(float(weights[m])) for m in costs}  # a float is a fraction: nothing is rounded before `floor`
 
-    def spent(scale: float) -> float:
-        return sum(costs[m] * rank for m, rank in relaxed(scale).items())
+    def relaxed(scale: Fraction) -> dict[str, Fraction]:
+        return {m: min(max(scale * exact[m], Fraction(minimum[m])), Fraction(maximum[m])) for m in costs}
 
-    # λ by bisection: `spent` never falls as λ rises. At `high` every weighted target has reached its maximum.
-    low, high = 0.0, max(maximum[m] / weights[m] for m in costs if weights[m] > 0)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) <= budget else (low, middle)
-    ideal = relaxed(low if spent(high) > budget else high)
-    # 1e-9: λ is exact to a few ulp, so a rank meant to be 8 may stand at 8 - 1e-15.
-    pattern = {m: math.floor(ideal[m] + 1e-9) for m in costs}
-    return _spend_rest(pattern, {m: ideal[m] - pattern[m] for m in costs}, costs, budget, maximum)
+    def spent(scale: Fraction) -> Fraction:
+        return sum((costs[m] * rank for m, rank in relaxed(scale).items()), Fraction(0))
 
-
-def _spend_rest(
-    pattern: RankPattern,
-    claim: Mapping[str, float],
-    costs: Mapping[str, int],
-    budget: int,
-    maximum: Mapping[str, int],
-) -> RankPattern:
-    """Add one component at a time to the target with the largest open claim that fits, until nothing fits."""
+    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or meets its maximum.
+    corners = sorted({Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)} | {0})
+    position = bisect_right(corners, budget, key=spent)
+    scale = Fraction(corners[position - 1])
+    if position < len(corners):
+        beyond = corners[position]
+        scale += (beyond - scale) * (budget - spent(scale)) / (spent(beyond) - spent(scale))
+    ideal = relaxed(scale)
+    pattern = {m: math.floor(ideal[m]) for m in costs}
+    # What flooring left over: one component at a time to the largest remainder, ties to the higher weight, then to the
+    # earlier target. A target that does not fit now never will, for the rest only falls.
     rest = budget - parameters(pattern, costs)
-    open_claim = dict(claim)
-    while True:
-        fitting = [m for m in costs if pattern[m] < maximum[m] and costs[m] <= rest]
-        if not fitting:
-            return pattern
-        chosen = max(fitting, key=lambda m: open_claim[m])
-        pattern[chosen] += 1
-        open_claim[chosen] -= 1
-        rest -= costs[chosen]
+    queue = [(pattern[m] - ideal[m], -exact[m], position, m) for position, m in enumerate(costs)]
+    heapify(queue)
+    while queue:
+        over_share, weight, position, m = heappop(queue)
+        if pattern[m] < maximum[m] and costs[m] <= rest:
+            pattern[m] += 1
+            rest -= costs[m]
+            heappush(queue, (over_share + 1, weight, position, m))
+    return pattern

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -99,11 +100,13 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def methods() -> None:
     """List the allocation methods, each with one line and its source."""
     from adaptive_lora.methods import METHODS, describe
+    from adaptive_lora.report.tables import WIDTH
 
     for name in METHODS:
         summary, source = describe(name)
         typer.secho(name, bold=True)
-        typer.echo(f"  {summary}\n  {source}")
+        for line in (summary, source):
+            typer.echo(textwrap.fill(line, width=WIDTH, initial_indent="  ", subsequent_indent="    "))
 
 
 @app.command()
@@ -159,9 +162,10 @@ def main() -> NoReturn:
     except AdaptiveLoraError as error:
         typer.secho(f"error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; go on with --resume", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer makes this of Ctrl-C
+            typer.echo("interrupted; go on with --resume", err=True)
+        raise
     sys.exit(0)
 
 

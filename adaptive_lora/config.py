@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticSchemaGenerationError,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from transformers import TrainingArguments
 
 from adaptive_lora import methods
 from adaptive_lora.errors import InputError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
+Location = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~ is the home folder, or a hub name
 
 
 class _Strict(BaseModel):
@@ -27,15 +38,15 @@ class _Strict(BaseModel):
 class DataConfig(_Strict):
     """Where the records come from and what their columns mean."""
 
-    train: str  # a CSV / TSV / JSON / JSONL / parquet file, or a data set name on the hub
-    eval: str | None = None  # likewise; None cuts `eval_size` off the training records
+    train: Location  # a CSV / TSV / JSON / JSONL / parquet file, or a data set name on the hub
+    eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
     eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1  # a fraction, or a number of records
-    seed: int = 0  # of the split and of the choice of rows, not of the training
+    seed: Seed = 0  # of the split and of the choice of rows, not of the training
     max_length: Positive = 128  # tokens; longer inputs are cut and counted
     text: str | list[str] | None = None  # classification: one column or a pair. causal_lm: a plain-text column
     label: str | None = None  # classification
@@ -87,14 +98,14 @@ TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkp
 class RunConfig(_Strict):
     """Everything that determines a run."""
 
-    model: str  # a local folder, or a model name on the hub
+    model: Location  # a local folder, or a model name on the hub
     task: Literal["classification", "causal_lm"]
     data: DataConfig
-    output: str
+    output: Location
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     training: dict[str, Any] = {}
-    seed: int = 42
+    seed: Seed = 42
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -125,6 +136,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"training.{name} cannot be set; use {TRAINING_RESERVED[name]}")
         if name not in known:
             raise InputError(f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # YAML 1.1 reads a bare `no` as false
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
         except PydanticSchemaGenerationError:  # a type pydantic cannot check: TrainingArguments will
@@ -135,7 +148,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"training.{name} is {value!r}; expected a finite number")
         if hasattr(checked[name], "value"):  # an enum: keep the config plain data
             checked[name] = checked[name].value
-    for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in ("learning_rate", "num_train_epochs", *batches):
         if name in checked and not checked[name] > 0:
             raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
     return checked
@@ -151,35 +165,55 @@ def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
         config = RunConfig.model_validate(values)
         methods.build(config.method.name, config.method.arguments)
     except ValidationError as error:
-        raise InputError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+        problems = dict.fromkeys(_explain(problem) for problem in error.errors())
+        raise InputError(f"{origin}: {'; '.join(problems)}") from None
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
     return config
 
 
 def _explain(problem: Any) -> str:
-    path = [part for part in problem["loc"] if isinstance(part, str) and "[" not in part and part not in ("str", "int")]
-    key = ".".join(path)
+    key, last, known = _key_at(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
-        return f"unknown key {key}.{nearest(path[-1], known)} Known here: {', '.join(known)}"
+        return f"unknown key {key}.{nearest(last, known)} Known here: {', '.join(known)}"
+    if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete
+        return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{key} is missing"
     return f"{key} is {problem['input']!r}: {problem['msg']}"
 
 
-def _fields_at(path: list[str]) -> list[str]:
+def _key_at(location: Iterable[Any]) -> tuple[str, str, list[str]]:
+    """Return (dotted key, its last part, the keys known beside it). What follows the key in a location (positions in a
+    list, arms of a union) is pydantic's."""
+    path: list[str] = []
     model: Any = RunConfig
-    for part in path:
+    known = list(model.model_fields)
+    for part in location:
+        path.append(str(part))
+        known = list(model.model_fields)
+        if part not in known:
+            break
         model = model.model_fields[part].annotation
-    return list(model.model_fields)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+    return ".".join(path), path[-1] if path else "", known
+
+
+def load_yaml(text: str) -> Any:
+    """Return what YAML text holds. Raises `yaml.YAMLError` whatever is wrong with it."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # PyYAML lets these through: a date such as 2001-99-99, `!!int abc`, brackets a thousand deep.
+        raise yaml.YAMLError(str(error)) from None
 
 
 def read_recipe(file: str | Path) -> dict[str, Any]:
     """Return the mapping a YAML recipe holds. Raises `InputError` with line and column on broken YAML."""
     path = Path(file)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -204,7 +238,7 @@ def set_key(values: dict[str, Any], assignment: str) -> None:
     if not separator or not all(keys):
         raise InputError(f"--set {assignment!r}: expected key=value, such as training.learning_rate=0.0003")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
     node = values

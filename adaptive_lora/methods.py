@@ -203,8 +203,14 @@ def custom(
         raise InputError(f"method 'custom' takes exactly one of file, pattern, layer_ranks; got {given or 'none'}")
     origin = "custom"
     if file is not None:
+        if not isinstance(file, str | Path):
+            raise InputError(f"method 'custom': file is {file!r}; expected a path")
         origin = str(file)
         pattern, layer_ranks = _read_ranks(Path(file))
+    if not isinstance(layer_ranks, Sequence | None):
+        raise InputError(f"{origin}: layer_ranks is {layer_ranks!r}; expected a list, one rank per layer")
+    if not isinstance(pattern, Mapping | None) or not all(isinstance(key, str) for key in pattern or ()):
+        raise InputError(f"{origin}: the rank pattern is {pattern!r}; expected {{name: rank}}")
     if layer_ranks is not None:
         ranks_by_layer = [
             _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0) for i, value in enumerate(layer_ranks)

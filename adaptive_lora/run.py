@@ -8,12 +8,14 @@ import platform
 import resource
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,7 +37,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     Everything that can be wrong with the request is found before the run directory is made. Training that diverges
     leaves `result.json` with status "failed" and raises `DivergedError`.
 
-    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `IntegrityError` (nothing to resume from).
+    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `IntegrityError` (a damaged file, or a run that
+    cannot be resumed as asked).
     """
     folder = Path(config.output)
     checkpoint = _check_folder(folder, config, resume=resume)
@@ -59,22 +62,28 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         dropout=config.adapters.dropout,
     )
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        AdaptiveTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # an optimizer that is not installed is found here
+        trainer = AdaptiveTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.eval,
+            processing_class=tokenizer,
+            data_collator=prepared.collator,
+            compute_metrics=prepared.compute_metrics,
+            preprocess_logits_for_metrics=prepared.preprocess_logits,
+            callbacks=[MetricsFile(folder / METRICS_FILE)],
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to the output folder {folder}: {error}") from error
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"training: {error}") from error
     for note in [*prepared.notes, _describe(model, method)]:
         print(note, flush=True)
     progress, unwanted = progress_for()
-    trainer = AdaptiveTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
-        processing_class=tokenizer,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits,
-        callbacks=[MetricsFile(folder / METRICS_FILE)],
-    )
     for callback in unwanted:
         trainer.remove_callback(callback)
     if progress is not transformers.ProgressCallback:
@@ -116,11 +125,37 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | Non
         return None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
-    differing = _differences(parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE), config)
+    try:
+        before = parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE)
+    except InputError as error:
+        raise IntegrityError(f"the run in {folder} cannot be resumed: {error}") from None
+    differing = _differences(before, config)
     if differing:
         raise IntegrityError(f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}")
     checkpoints = folder / CHECKPOINT_FOLDER
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if checkpoint is not None:
+        _check_checkpoint(Path(checkpoint))
+    return checkpoint
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on without a missing
+    optimizer state."""
+    remedy = f"remove {checkpoint} to resume from the checkpoint before it"
+    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            raise IntegrityError(f"the checkpoint {checkpoint} has no {name}; {remedy}")
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+            pass
+        for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:  # zip archives with a checksum for every entry
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("bad checksum")
+    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"the checkpoint {checkpoint} is damaged: {error}; {remedy}") from error
 
 
 def _differences(before: RunConfig, now: RunConfig) -> list[str]:
@@ -160,8 +195,12 @@ def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
         tokenizer = AutoTokenizer.from_pretrained(config.model, **arguments)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load the configuration or tokenizer of {config.model!r}: {error}") from error
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # transformers makes one up if there is none
+        raise InputError(f"{config.model!r} has no tokenizer: no tokenizer.json, vocabulary or the like beside the model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"the tokenizer of {config.model!r} has no padding token and no end token to stand in for it")
     positions = getattr(model_config, "max_position_embeddings", None) or config.data.max_length
     return tokenizer, min(config.data.max_length, tokenizer.model_max_length, positions)
 
@@ -169,6 +208,8 @@ def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
 def _load_model(config: RunConfig, prepared: Prepared) -> Any:
     try:
         return TASKS[config.task]().load_model(config.model, **_locate(config), **prepared.model_arguments)
+    except SafetensorError as error:
+        raise IntegrityError(f"the weights of {config.model!r} are damaged: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"cannot load the model {config.model!r} for {config.task}: {error}") from error
 

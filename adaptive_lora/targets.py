@@ -47,7 +47,7 @@ class Target:
 def head_modules(model: nn.Module) -> list[str]:
     """Return the names of the top-level modules outside the pretrained base (`classifier`, `score`, `qa_outputs` ...).
 
-    They are trained in full beside the adapters. The output embeddings of a language model are not a head.
+    They are trained in full beside the adapters. What holds the output embeddings of a language model is not a head.
     """
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return []
@@ -56,7 +56,7 @@ def head_modules(model: nn.Module) -> list[str]:
         name
         for name, child in model.named_children()
         if child is not model.base_model
-        and child is not output_embeddings
+        and not any(module is output_embeddings for module in child.modules())
         and any(True for _ in child.parameters())
     ]
 
@@ -110,23 +110,29 @@ def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
         except re.error as error:
             raise InputError(f"targets {targets!r} is not a valid regular expression: {error}") from None
         if not chosen:
-            raise InputError(f"targets {targets!r} match no linear module.{_listing(names, targets)}")
+            raise InputError(
+                f"targets {targets!r} match no linear module: a string is a regular expression over full names; "
+                f"give a list for last parts of names.{_listing(names, nearest(targets, [ALL_LINEAR]))}"
+            )
         return chosen
     wanted = list(targets)
     if not wanted:
-        raise InputError(f"targets is an empty list.{_listing(names, '')}")
+        raise InputError(f"targets is an empty list.{_listing(names)}")
     chosen_names: set[str] = set()
     for want in wanted:
         hits = {name for name in names if name == want or name.endswith(f".{want}")}
         if not hits:
-            raise InputError(f"target {want!r} matches no linear module.{_listing(names, want)}")
+            endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+            raise InputError(
+                f"target {want!r} matches no linear module.{_listing(names, nearest(want, sorted(endings)))}"
+            )
         chosen_names |= hits
     return [name for name in names if name in chosen_names]
 
 
-def _listing(names: Sequence[str], wanted: str) -> str:
-    kinds = list(dict.fromkeys(split_name(name)[2] for name in names))
-    return f"{nearest(wanted, kinds)} Linear modules of this model: {', '.join(kinds)}; or {ALL_LINEAR!r}"
+def _listing(names: Sequence[str], hint: str = "") -> str:
+    kinds = dict.fromkeys(split_name(name)[2] for name in names)
+    return f"{hint} Linear modules of this model: {', '.join(kinds)}; or {ALL_LINEAR!r}"
 
 
 def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> list[Target]:

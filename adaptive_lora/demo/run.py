@@ -26,7 +26,6 @@ RANK = 8
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": RANK},
     "linear_decay": {"name": "linear_decay", "rank": RANK},
-    "linear_increase": {"name": "linear_increase", "rank": RANK},
     "attention_heavy": {"name": "attention_heavy", "rank": RANK},
 }
 
@@ -53,8 +52,10 @@ def demo(output: Path) -> None:
                         "method": method,
                         "training": {
                             "learning_rate": 2e-3,
-                            "num_train_epochs": 10,
+                            "num_train_epochs": 7,
                             "per_device_train_batch_size": 16,
+                            "train_sampling_strategy": "group_by_length",
+                            "eval_strategy": "no",
                             "save_strategy": "no",
                         },
                         "output": str(output / name),

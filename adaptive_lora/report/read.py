@@ -13,6 +13,7 @@ from adaptive_lora.errors import InputError, IntegrityError
 
 LORA_A = ".lora_A.weight"
 PREFIX = "base_model.model."
+KEYS = {"status", "reason", "method", "task", "model", "seed", "metrics", "ranks", "lora_parameters", "budget_parameters"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics = [json.loads(line) for line in lines]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise IntegrityError(f"a file in {path} is damaged: {error}") from error
+    missing = KEYS - result.keys() if isinstance(result, dict) else KEYS
+    if missing:
+        raise IntegrityError(f"{result_file} is not the result of a run: it lacks {', '.join(sorted(missing))}")
+    if not all(isinstance(row, dict) for row in metrics):
+        raise IntegrityError(f"{path / 'metrics.jsonl'} is damaged: a line is not an object")
     ranks = dict(result["ranks"])
     if result["status"] == "ok":
         tensors = tensor_ranks(path / "adapter" / "adapter_model.safetensors")

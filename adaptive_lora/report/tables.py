@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adaptive_lora.naming import by_kind
@@ -30,10 +31,10 @@ def rank_table(ranks: dict[str, int]) -> Table:
 
 def summary_table(run: RunRecord) -> Table:
     """What the run was and what came out."""
-    table = Table(title=str(run.folder), show_header=False)
+    table = Table(title=escape(str(run.folder)), show_header=False)
     result = run.result
-    table.add_row("status", result["status"] if result["status"] == "ok" else f"failed: {result['reason']}")
-    table.add_row("model, task", f"{result['model']}, {result['task']}")
+    table.add_row("status", result["status"] if result["status"] == "ok" else escape(f"failed: {result['reason']}"))
+    table.add_row("model, task", escape(f"{result['model']}, {result['task']}"))
     table.add_row("method, seed", f"{result['method']}, {result['seed']}")
     budget = result["budget_parameters"]
     table.add_row("LoRA parameters", f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else ""))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from adaptive_lora.config import DataConfig, RunConfig
-from adaptive_lora.data import load_splits, require_columns
+from adaptive_lora.data import RECORD, load_splits, require_columns
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import Prepared, Task
 
@@ -71,19 +71,21 @@ def _pairs(table: Dataset, data: DataConfig, source: str) -> list[tuple[str, str
     if data.text is not None:
         if not isinstance(data.text, str):
             raise InputError(f"data.text is {data.text}; causal_lm reads one column")
-        require_columns(table, [data.text], source)
-        rows = [("", text) for text in table[data.text]]
+        columns = [data.text]
     else:
-        require_columns(table, [data.instruction, data.output], source)
-        contexts = table[data.input] if data.input in table.column_names else [""] * len(table)
-        rows = [
-            (prompt_of(instruction, context or ""), output)
-            for instruction, context, output in zip(table[data.instruction], contexts, table[data.output], strict=True)
-        ]
-    for row, (_, completion) in enumerate(rows, start=1):
-        if not isinstance(completion, str):
-            raise InputError(f"{source}, record {row}: the text to learn is {completion!r}; expected a string")
-    return rows
+        columns = [data.instruction, data.output]
+    require_columns(table, columns, source)
+    for column in columns:
+        for record, value in zip(table[RECORD], table[column], strict=True):
+            if not isinstance(value, str):
+                raise InputError(f"{source}, record {record}: column {column!r} is {value!r}; expected text")
+    if data.text is not None:
+        return [("", text) for text in table[data.text]]
+    contexts = table[data.input] if data.input in table.column_names else [""] * len(table)
+    return [
+        (prompt_of(instruction, context or ""), output)
+        for instruction, context, output in zip(table[data.instruction], contexts, table[data.output], strict=True)
+    ]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, longest: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from adaptive_lora.config import RunConfig
-from adaptive_lora.data import load_splits, require_columns
+from adaptive_lora.data import RECORD, columns_of, load_splits, require_columns
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import Prepared, Task
 
@@ -29,6 +29,7 @@ class Classification(Task):
         data = config.data
         train, held_out = load_splits(data)
         label = data.label or _guess_label(train, data.train)
+        require_columns(train, [label], data.train)
         texts = [data.text] if isinstance(data.text, str) else data.text or _guess_text(train, label, data.train)
         if not 1 <= len(texts) <= 2:
             raise InputError(f"data.text names {len(texts)} columns; expected one, or a pair")
@@ -42,9 +43,9 @@ class Classification(Task):
         def features(table: Dataset, source: str, part: str) -> Dataset:
             ids = _label_ids(table, label, classes, source)
             for column in texts:
-                for row, value in enumerate(table[column]):
+                for record, value in zip(table[RECORD], table[column], strict=True):
                     if not isinstance(value, str) or not value.strip():
-                        raise InputError(f"{source}, {part} record {row + 1}: column {column!r} is {value!r}; expected text")
+                        raise InputError(f"{source}, record {record}: column {column!r} is {value!r}; expected text")
             encoded = tokenizer(*(list(table[column]) for column in texts), truncation=True, max_length=longest)
             at_limit = table.select([row for row, ids in enumerate(encoded["input_ids"]) if len(ids) == longest])
             if len(at_limit):
@@ -77,11 +78,12 @@ def _guess_label(table: Dataset, source: str) -> str:
     for column in LABEL_COLUMNS:
         if column in table.column_names:
             return column
-    raise InputError(f"{source} has no column {LABEL_COLUMNS[0]!r}; its columns: {', '.join(table.column_names)}. Give data.label")
+    names = ", ".join(columns_of(table))
+    raise InputError(f"{source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label")
 
 
 def _guess_text(table: Dataset, label: str, source: str) -> list[str]:
-    candidates = [c for c in table.column_names if c != label and isinstance(table[0][c], str)]
+    candidates = [c for c in columns_of(table) if c != label and isinstance(table[0][c], str)]
     if len(candidates) != 1:
         raise InputError(
             f"{source} has {len(candidates)} text columns besides {label!r} ({', '.join(candidates)}); "
@@ -93,12 +95,15 @@ def _guess_text(table: Dataset, label: str, source: str) -> list[str]:
 def _class_names(table: Dataset, label: str, given: list[str] | None, source: str) -> list[str]:
     feature = table.features[label]
     if given is not None:
+        if len(set(given)) < len(given):
+            raise InputError(f"data.classes names a class twice: {given}")
         return given
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = list(table[label])
-    if None in values:
-        raise InputError(f"{source}, record {values.index(None) + 1}: column {label!r} is empty")
+    for record, value in zip(table[RECORD], values, strict=True):
+        if value is None or isinstance(value, list | dict):
+            raise InputError(f"{source}, record {record}: column {label!r} is {value!r}; expected a text or a number")
     # Integers sort as numbers, so that class 10 comes after class 9.
     return [str(value) for value in sorted(set(values))]
 
@@ -107,13 +112,13 @@ def _label_ids(table: Dataset, label: str, classes: list[str], source: str) -> l
     by_name = {name: index for index, name in enumerate(classes)}
     is_index = isinstance(table.features[label], ClassLabel) or not any(name.lstrip("-").isdigit() for name in classes)
     ids = []
-    for row, value in enumerate(table[label], start=1):
+    for record, value in zip(table[RECORD], table[label], strict=True):
         index = by_name.get(str(value))
         if index is None and is_index and isinstance(value, int) and 0 <= value < len(classes):
             index = value  # a class number beside class names: GLUE's files with data.classes given
         if index is None:
             raise InputError(
-                f"{source}, record {row}: label {value!r} in column {label!r} is outside the classes {classes}"
+                f"{source}, record {record}: label {value!r} in column {label!r} is outside the classes {classes}"
             )
         ids.append(index)
     return ids

@@ -1,0 +1,127 @@
+"""Tiny random models with real tokenizers, saved to folders, and recipes that use them. (PYTEST_DONT_REWRITE)
+
+A test file gets the fixtures with `pytest_plugins = ("model_folders",)`: each folder is then made once a session.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
+PIECES = "good fine great bad awful poor day night meal film sum of is the a and one two three four ##s ##ly".split()
+PUNCTUATION = list("#:.,+=")
+HEADINGS = ["Instruction", "Input", "Response"]
+VOCABULARY = {piece: number for number, piece in enumerate([*SPECIAL, *PIECES, *PUNCTUATION, *HEADINGS])}
+LAYERS, HIDDEN, FEED_FORWARD = 2, 16, 24
+
+
+def _tokenizer(template: str, **names: str) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pair = f"{template} $B:1 [SEP]:1" if "[SEP]" in template else None
+    inner.post_processor = processors.TemplateProcessing(
+        single=template, pair=pair, special_tokens=[(name, VOCABULARY[name]) for name in SPECIAL]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=48, **names)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with an encoder of 2 layers x 6 linear modules, hidden size 16."""
+    folder = str(tmp_path_factory.mktemp("models") / "bert")
+    _tokenizer("[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with a causal model of 2 layers x 7 linear modules and a tokenizer without a padding token."""
+    folder = str(tmp_path_factory.mktemp("models") / "llama")
+    _tokenizer("<s> $A", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=48,
+        bos_token_id=VOCABULARY["<s>"],
+        eos_token_id=VOCABULARY["</s>"],
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def reviews(count: int) -> list[dict[str, str]]:
+    """Return `count` different records of two classes that a word tells apart."""
+    words = {"positive": ("good", "fine", "great"), "negative": ("bad", "awful", "poor")}
+    things = ("day", "night", "meal", "film")
+    labels = list(words)
+    return [
+        {
+            "text": f"the {things[i % 4]} is {words[labels[i % 2]][i // 2 % 3]}" + " and" * (i // 12),
+            "label": labels[i % 2],
+        }
+        for i in range(count)
+    ]
+
+
+def instructions(count: int) -> list[dict[str, str]]:
+    """Return `count` Alpaca-style records, every second one with an input; outputs differ in length."""
+    numbers = ("one", "two", "three", "four")
+    return [
+        {
+            "instruction": f"the sum of {numbers[i % 4]} and {numbers[i // 4 % 4]}",
+            "input": "a good sum" if i % 2 else "",
+            "output": " ".join(["is", *numbers[: 1 + i % 4]]),
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def recipe(
+    model: str, train: str, output: Path | str, *, task: str = "classification", **sections: Any
+) -> dict[str, Any]:
+    """Return a recipe that trains for two short epochs; `sections` add to its sections, or set other keys."""
+    values: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "output": str(output),
+        "data": {"train": train, "eval_size": 8},
+        "method": {"name": "linear_decay", "base_rank": 4, "min_rank": 2},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "logging_steps": 1,
+            "learning_rate": 0.01,
+        },
+    }
+    for key, value in sections.items():
+        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+    return values
