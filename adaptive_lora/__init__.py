@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from adaptive_lora.adapters import lora_parameters as lora_parameters
     from adaptive_lora.adapters import ranks as ranks
     from adaptive_lora.adapters import save as save
+    from adaptive_lora.allocate import Resize as Resize
+    from adaptive_lora.callback import AdaptiveRankCallback as AdaptiveRankCallback
+    from adaptive_lora.controller import RankController as RankController
     from adaptive_lora.errors import AdaptiveLoraError as AdaptiveLoraError
     from adaptive_lora.errors import DivergedError as DivergedError
     from adaptive_lora.errors import InputError as InputError
     from adaptive_lora.errors import IntegrityError as IntegrityError
     from adaptive_lora.methods import METHODS as METHODS
     from adaptive_lora.methods import Method as Method
+    from adaptive_lora.resize import resize as resize
     from adaptive_lora.trainer import AdaptiveTrainer as AdaptiveTrainer
     from adaptive_lora.trainer import AdaptiveTrainerMixin as AdaptiveTrainerMixin
 
@@ -27,6 +31,10 @@ _HOME = {
     **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "adapters"),
     **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
     **dict.fromkeys(("METHODS", "Method"), "methods"),
+    "AdaptiveRankCallback": "callback",
+    "RankController": "controller",
+    "Resize": "allocate",
+    "resize": "resize",
     **dict.fromkeys(("AdaptiveTrainer", "AdaptiveTrainerMixin"), "trainer"),
 }
 __all__ = sorted(_HOME)

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -24,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptive_lora.allocate import RankPattern
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
-from adaptive_lora.methods import Method
 from adaptive_lora.targets import ALL_LINEAR, Target, describe_targets, find_targets, head_modules, linear_features
+
+if TYPE_CHECKING:
+    from adaptive_lora.methods import Method
 
 
 def attach(
@@ -59,8 +62,7 @@ def attach(
     >>> list(ranks(model).values())
     [4, 2]
     """
-    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise InputError("the model already has adapters; attach expects a base model: load a fresh one, or merge first")
+    _check_base(model)
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at rank 8)")
     if not 0 <= dropout < 1:
@@ -72,7 +74,7 @@ def attach(
     # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
     created = {name: max(rank, 1) for name, rank in pattern.items()}
     config = LoraConfig(
-        target_modules=list(created),
+        target_modules=_target_modules(model, created),  # type: ignore[arg-type]  # a set is what PEFT makes of a list
         lora_dropout=dropout,
         modules_to_save=head_modules(model) or None,
         task_type=task_type or infer_task_type(model),
@@ -88,10 +90,15 @@ def attach(
         raise InputError(
             "the adapters PEFT created are not those asked for: "
             f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
-            "A target's name ends like another module's; name the targets in full"
+            "PEFT adapts no module whose name holds that of a head module: leave it out of the targets"
         )
     sync_config(peft_model)
     return peft_model
+
+
+def _check_base(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise InputError("the model already has adapters; expected a base model: load a fresh one, or merge first")
 
 
 def infer_task_type(model: nn.Module) -> TaskType | None:
@@ -108,8 +115,8 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
     return next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
 
 
-def adapters(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return {full target name: PEFT layer} in module order. Raises `InputError` when the model has none."""
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """Return {full target name: PEFT's `LoraLayer`} in module order. Raises `InputError` when the model has none."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     if not found:
@@ -117,7 +124,7 @@ def adapters(model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
-def weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter] | None:
+def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     """Return (A, B) of the active adapter, of shapes (R, I) and (O, R); None at rank 0."""
     adapter = layer.active_adapters[0]
     if adapter not in layer.lora_A:
@@ -156,28 +163,49 @@ def targets_of(model: nn.Module) -> list[Target]:
     for name, layer in layers.items():
         features = linear_features(layer.get_base_layer())
         if features is None:
-            raise InputError(f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are supported")
+            raise InputError(
+                f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are supported"
+            )
         by_name[name] = features
     return describe_targets(base, by_name)
 
 
-def park(layer: LoraLayer) -> None:
+def park(layer: Any) -> None:
     """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without `lora_A`, at no cost."""
     adapter = layer.active_adapters[0]
     layer.parked = (layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
+def unpark(layer: Any) -> None:
+    """Put a parked adapter back into the forward pass; nothing happens to one that is not parked."""
+    adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A:
+        layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked
+        del layer.parked
+
+
 def sync_config(model: PeftModel) -> None:
     """Make `peft_config` describe the adapters as they are: called after anything that changes a rank."""
-    config = model.peft_config[model.active_adapter]
+    config: Any = model.peft_config[model.active_adapter]
     present = {name: rank for name, rank in ranks(model).items() if rank > 0}
-    config.target_modules = set(present)
+    config.target_modules = _target_modules(model.get_base_model(), present)
     for field, value in _scaled_config(present, scale_of(model)).items():
         setattr(config, field, value)
 
 
-def _scaled_config(pattern: RankPattern, scale: float) -> dict[str, object]:
+def _target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
+    """Return `names` for PEFT, which takes a name for every module whose name ends like it; where that would mean other
+    modules too, a regular expression that matches these names and nothing else.
+    """
+    wanted = set(names)
+    others = [name for name, _ in base.named_modules() if name not in wanted]
+    if any(name.split(".", cut)[-1] in wanted for name in others for cut in range(1, name.count(".") + 1)):
+        return "|".join(re.escape(name) for name in sorted(wanted))
+    return wanted
+
+
+def _scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
     """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha / r."""
 
     def alpha(rank: int) -> float:
@@ -185,13 +213,13 @@ def _scaled_config(pattern: RankPattern, scale: float) -> dict[str, object]:
 
     largest = max(pattern.values())
     uniform = set(pattern.values()) == {largest}
-    # Longest first: PEFT takes the first key that matches the END of a name, so a name must come before its suffix.
-    names = [] if uniform else sorted(pattern, key=len, reverse=True)
+    # ^: PEFT takes a key for every module whose name ends like it, and writes the keys in alphabetical order.
+    exact = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in pattern.items()}
     return {
         "r": largest,
         "lora_alpha": alpha(largest),
-        "rank_pattern": {re.escape(name): pattern[name] for name in names},
-        "alpha_pattern": {re.escape(name): alpha(pattern[name]) for name in names},
+        "rank_pattern": exact,
+        "alpha_pattern": {key: alpha(rank) for key, rank in exact.items()},
         "use_rslora": False,
     }
 
@@ -233,15 +261,22 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
 
     The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected and present, all finite.
 
-    Raises `InputError` when `path` is no adapter folder, `IntegrityError` when its tensors are damaged or do not fit.
+    Raises `InputError` when `path` is no adapter folder or `model` already has adapters, `IntegrityError` when the
+    files are damaged or do not fit.
     """
+    _check_base(model)
     folder = Path(path)
     weights_file = folder / SAFETENSORS_WEIGHTS_NAME
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} is no adapter: it has no adapter_config.json. Give the folder that save() wrote")
     if not weights_file.is_file():
-        raise InputError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: convert them")
-    kind = PeftConfig.from_pretrained(str(folder)).peft_type
+        raise InputError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: convert them"
+        )
+    try:
+        kind = PeftConfig.from_pretrained(str(folder)).peft_type
+    except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
+        raise IntegrityError(f"{folder / 'adapter_config.json'} is damaged: {type(error).__name__}: {error}") from error
     if kind != "LORA":
         raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
     try:

@@ -9,13 +9,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
 
 from adaptive_lora.errors import InputError
 
 RankPattern = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Keep these components of an adapter, in this order, then add `grow` new ones."""
+
+    keep: tuple[int, ...]
+    grow: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank afterwards."""
+        return len(self.keep) + self.grow
 
 
 def parameters(pattern: Mapping[str, int], costs: Mapping[str, int]) -> int:
@@ -83,9 +97,11 @@ def proportional(
         return sum((costs[m] * rank for m, rank in relaxed(scale).items()), Fraction(0))
 
     # `spent` rises with λ in straight lines between the points where a target leaves its minimum or meets its maximum.
-    corners = sorted({Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)} | {0})
-    position = bisect_right(corners, budget, key=spent)
-    scale = Fraction(corners[position - 1])
+    corners = sorted(
+        {Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)} | {Fraction(0)}
+    )
+    position = bisect_right(corners, Fraction(budget), key=spent)
+    scale = corners[position - 1]
     if position < len(corners):
         beyond = corners[position]
         scale += (beyond - scale) * (budget - spent(scale)) / (spent(beyond) - spent(scale))
@@ -103,3 +119,46 @@ def proportional(
             rest -= costs[m]
             heappush(queue, (over_share + 1, weight, position, m))
     return pattern
+
+
+def top_k(
+    scores: Mapping[str, Sequence[float]],
+    costs: Mapping[str, int],
+    budget: int,
+    *,
+    minimum: Mapping[str, int],
+    maximum: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Keep the components of highest score, over all targets together, that the budget pays for.
+
+    First each target's best lo_m; then all others from the highest score down, each taken if it fits and its target is
+    below hi_m. Equal scores: the lower component index first, then the earlier target, so that ties spread evenly.
+
+    Args:
+        scores: the finite score of every component of every target.
+        costs, budget, minimum, maximum: as in `proportional`.
+
+    Returns the kept indices of each target, ascending. Raises `InputError` as `check_bounds`, or on a non-finite score.
+
+    >>> top_k({"a": [3, 1], "b": [2, 5]}, {"a": 10, "b": 10}, 30, minimum={"a": 0, "b": 0}, maximum={"a": 2, "b": 2})
+    {'a': [0], 'b': [0, 1]}
+    """
+    within = {name: min(minimum[name], len(values)) for name, values in scores.items()}
+    check_bounds(costs, budget, within, maximum)
+    if not all(math.isfinite(score) for values in scores.values() for score in values):
+        raise InputError("a component's score is not finite; expected finite numbers")
+    order = {name: position for position, name in enumerate(scores)}
+    ranked = sorted(
+        ((-score, k, order[name], name) for name, values in scores.items() for k, score in enumerate(values))
+    )
+    kept: dict[str, list[int]] = {name: [] for name in scores}
+    rest = budget
+    for _, k, _, name in ranked:  # what every target must keep
+        if len(kept[name]) < within[name]:
+            kept[name].append(k)
+            rest -= costs[name]
+    for _, k, _, name in ranked:  # then whatever still fits
+        if k not in kept[name] and len(kept[name]) < maximum[name] and costs[name] <= rest:
+            kept[name].append(k)
+            rest -= costs[name]
+    return {name: sorted(indices) for name, indices in kept.items()}

@@ -45,7 +45,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="A local model folder, or a name on the hub.")] = None,
     task: Annotated[str | None, typer.Option(help="classification (default) or causal_lm.")] = None,
     train_data: Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")] = None,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")] = None,
     label: Annotated[str | None, typer.Option(help="Label column.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")] = None,

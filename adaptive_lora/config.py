@@ -135,7 +135,9 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
         if name in TRAINING_RESERVED:
             raise InputError(f"training.{name} cannot be set; use {TRAINING_RESERVED[name]}")
         if name not in known:
-            raise InputError(f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments")
+            raise InputError(
+                f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments"
+            )
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML 1.1 reads a bare `no` as false
         try:
@@ -240,7 +242,9 @@ def set_key(values: dict[str, Any], assignment: str) -> None:
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise InputError(
+            f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
     node = values
     for key in keys[:-1]:
         node = node.setdefault(key, {})

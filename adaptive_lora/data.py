@@ -97,7 +97,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+            raise InputError(
+                f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            ) from None
         if not isinstance(records, list):
             raise InputError(f"{path} holds a {type(records).__name__}; expected a list of records")
         lines = list(enumerate(records, start=1))
@@ -108,7 +110,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
                 try:
                     lines.append((number, json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
+                    raise InputError(
+                        f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}"
+                    ) from None
     for number, record in lines:
         if not isinstance(record, dict):
             raise InputError(f"{path}, record {number}: expected an object, got {record!r:.60}")

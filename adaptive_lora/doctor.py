@@ -39,7 +39,11 @@ def findings() -> Iterator[Finding]:
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding("wrong", f"{requirement.name} is not installed", f"pip install '{requirement.name}{requirement.specifier}'")
+            yield Finding(
+                "wrong",
+                f"{requirement.name} is not installed",
+                f"pip install '{requirement.name}{requirement.specifier}'",
+            )
             continue
         if requirement.specifier.contains(found, prereleases=True):
             yield Finding("ok", f"{requirement.name} {found}")
@@ -59,7 +63,9 @@ def findings() -> Iterator[Finding]:
     else:
         yield Finding("missing", f"no CUDA device; training runs on the CPU with {torch.get_num_threads()} threads")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    yield Finding("ok" if free > 1 else "missing", f"{free:.1f} GiB free in this folder", "" if free > 1 else "free some space")
+    yield Finding(
+        "ok" if free > 1 else "missing", f"{free:.1f} GiB free in this folder", "" if free > 1 else "free some space"
+    )
     if reachable():
         yield Finding("ok", "the hub is reachable")
     else:

@@ -16,8 +16,12 @@ from typing import Any
 
 import yaml
 
-from adaptive_lora.allocate import RankPattern, parameters, proportional
+from adaptive_lora.adaptation import Adaptation, At, OnPlateau
+from adaptive_lora.allocate import RankPattern, proportional
+from adaptive_lora.budget import Cubic
 from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.importance import GradientNorm, Sensitivity, WeightDelta, Weighted
+from adaptive_lora.rules import Grow, Proportional, TopK
 from adaptive_lora.targets import Target
 
 Shape = Callable[[Sequence[Target]], dict[str, int]]
@@ -33,6 +37,8 @@ class Method:
         shape: the raw rank of every target.
         rank: budget as the parameters of uniform rank `rank`; or
         budget: budget in parameters, Σ R (I + O). With neither, the raw ranks are used as they are.
+        adaptation: how ranks change while the model trains; None means that they do not.
+        raw_start: start at the raw ranks, whatever the budget; for methods that grow up to it.
 
     Raises `InputError` when both are given, or one is not a positive whole number.
 
@@ -43,6 +49,8 @@ class Method:
     shape: Shape
     rank: int | None = None
     budget: int | None = None
+    adaptation: Adaptation | None = None
+    raw_start: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.budget is not None:
@@ -61,7 +69,9 @@ class Method:
         Raises `InputError` when a rank exceeds min(I, O) or the budget cannot be met.
         """
         raw = self.shape(targets)
-        budget = self.budget_parameters(targets)
+        budget = None if self.raw_start else self.budget_parameters(targets)
+        if budget is not None and self.adaptation is not None:
+            budget = int(budget * self.adaptation.schedule.factor)
         if budget is None:
             for target in targets:
                 if raw[target.name] > target.full_rank:
@@ -97,6 +107,10 @@ def _check_whole(what: str, value: object, *, at_least: int) -> int:
 def _depth(target: Target) -> float:
     """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single layer."""
     return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
+
+
+def _uniform(rank: int) -> Shape:
+    return lambda targets: {target.name: rank for target in targets}
 
 
 def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
@@ -198,7 +212,11 @@ def custom(
 
     Source: system 1, adaptive-lora-placement (2024), strategy "custom"; PEFT's `rank_pattern`.
     """
-    given = [what for what, value in (("file", file), ("pattern", pattern), ("layer_ranks", layer_ranks)) if value is not None]
+    given = [
+        what
+        for what, value in (("file", file), ("pattern", pattern), ("layer_ranks", layer_ranks))
+        if value is not None
+    ]
     if len(given) != 1:
         raise InputError(f"method 'custom' takes exactly one of file, pattern, layer_ranks; got {given or 'none'}")
     origin = "custom"
@@ -215,13 +233,13 @@ def custom(
         ranks_by_layer = [
             _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0) for i, value in enumerate(layer_ranks)
         ]
-        shape: Shape = lambda targets: _by_layer(origin, ranks_by_layer, targets)  # noqa: E731
+        shape: Shape = lambda targets: _by_layer(origin, ranks_by_layer, targets)
     else:
         assert pattern is not None
         by_pattern = {
             key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0) for key, value in pattern.items()
         }
-        shape = lambda targets: _by_pattern(origin, by_pattern, targets)  # noqa: E731
+        shape = lambda targets: _by_pattern(origin, by_pattern, targets)
     return Method(name="custom", shape=shape, rank=rank, budget=budget)
 
 
@@ -239,7 +257,9 @@ def _read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{file} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or rank_pattern")
+        raise InputError(
+            f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or rank_pattern"
+        )
     allowed = {"strategy_name", "layer_ranks", "rank_pattern"}
     for key in content.keys() - allowed:
         raise InputError(f"{file}: unknown key {key!r}.{nearest(str(key), allowed)} Expected {sorted(allowed)}")
@@ -296,8 +316,116 @@ def _check_range(name: str, base_rank: int, min_rank: int) -> None:
         raise InputError(f"method {name!r}: min_rank {min_rank} exceeds base_rank {base_rank}")
 
 
+def adalora(
+    rank: int | None = None,
+    *,
+    budget: int | None = None,
+    factor: float = 1.5,
+    initial: float = 0.1,
+    final: float = 0.3,
+    every: int = 10,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    min_rank: int = 0,
+) -> Method:
+    """Start above the budget, drop the least important components on a cubic schedule; ranks really shrink.
+
+    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; on plain B A, see `importance.Sensitivity`.
+    """
+    schedule = Cubic(factor=factor, initial=initial, final=final)
+    return Method(
+        name="adalora",
+        shape=_uniform(1),
+        rank=8 if rank is None and budget is None else rank,
+        budget=budget,
+        adaptation=Adaptation(
+            importance=Sensitivity(beta1=beta1, beta2=beta2),
+            rule=TopK(),
+            when=At(start=initial, rest=final, every=every),
+            schedule=schedule,
+            min_rank=min_rank,
+        ),
+    )
+
+
+def grad_delta(
+    rank: int | None = None,
+    *,
+    budget: int | None = None,
+    initial_rank: int = 4,
+    monitor_alpha: float = 0.5,
+    monitor_beta: float = 0.5,
+    warmup_steps: float = 0.1,
+    min_rank: int = 2,
+    max_rank: int = 16,
+) -> Method:
+    """After a warm-up, ranks by gradient norm and weight change: s = α G + β W; what was learned is kept.
+
+    Without a budget r = r_min + s (r_max − r_min), as published; with one, in proportion to that, met exactly.
+
+    Source: system 2, Adaptive LoRA by gradient norms and weight deltas (2024).
+    """
+    return Method(
+        name="grad_delta",
+        shape=_uniform(initial_rank),
+        rank=rank,
+        budget=budget,
+        adaptation=Adaptation(
+            importance=Weighted(parts=((monitor_alpha, GradientNorm()), (monitor_beta, WeightDelta()))),
+            rule=Proportional(floor=min_rank / max(max_rank - min_rank, 1)),
+            when=At(start=warmup_steps),
+            min_rank=min_rank,
+            max_rank=max_rank,
+        ),
+    )
+
+
+def plateau(
+    rank: int | None = None,
+    *,
+    budget: int | None = None,
+    initial_rank: int = 2,
+    max_rank: int = 8,
+    rank_step: int = 2,
+    patience: int = 1,
+    threshold: float = 0.0,
+    per_target: bool = False,
+) -> Method:
+    """Start small; when the validation loss stops falling, every target grows (per_target: the most sensitive third).
+
+    Source: system 3, LoRA with growth on plateau (2024).
+    """
+    _check_whole("method 'plateau': rank_step", rank_step, at_least=1)
+    _check_range("plateau", max_rank, initial_rank)
+    return Method(
+        name="plateau",
+        shape=_uniform(initial_rank),
+        rank=rank,
+        budget=budget,
+        raw_start=True,
+        adaptation=Adaptation(
+            importance=Sensitivity(),
+            rule=Grow(step=rank_step, share=1 / 3 if per_target else 1.0),
+            when=OnPlateau(patience=patience, threshold=threshold),
+            min_rank=initial_rank,
+            max_rank=max_rank,
+        ),
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
-    preset.__name__: preset for preset in (lora, linear_decay, linear_increase, attention_heavy, empirical, custom)
+    preset.__name__: preset
+    for preset in (
+        lora,
+        linear_decay,
+        linear_increase,
+        attention_heavy,
+        empirical,
+        custom,
+        grad_delta,
+        adalora,
+        plateau,
+    )
 }
 
 

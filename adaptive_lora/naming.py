@@ -32,4 +32,3 @@ def by_kind(ranks: dict[str, int]) -> dict[str, dict[int, int]]:
         label = f"{stack}.*.{kind}" if index is not None and len(stacks) > 1 else kind
         table.setdefault(label, {})[index or 0] = rank
     return table
-

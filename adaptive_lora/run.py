@@ -16,18 +16,21 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora import methods
 from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse, read_recipe
+from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.hub import cached, explain_missing, is_local, reachable
 from adaptive_lora.tasks import TASKS, Prepared
 from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, progress_for
 
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
+HISTORY_FILE = "allocations.jsonl"
 ADAPTER_FOLDER, CHECKPOINT_FOLDER = "adapter", "checkpoints"
 
 
@@ -63,7 +66,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     )
 
     try:
-        AdaptiveTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # an optimizer that is not installed is found here
+        AdaptiveTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
         trainer = AdaptiveTrainer(
             model=model,
             args=arguments,
@@ -73,7 +76,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
             preprocess_logits_for_metrics=prepared.preprocess_logits,
-            callbacks=[MetricsFile(folder / METRICS_FILE)],
+            callbacks=[MetricsFile(folder / METRICS_FILE), *_rank_callback(method, folder)],
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -90,15 +93,18 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         trainer.add_callback(progress)
 
     started = time.perf_counter()
+    checkpoints = folder / CHECKPOINT_FOLDER
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         metrics = _final_metrics(trainer)
         seconds = time.perf_counter() - started
         save(model, folder / ADAPTER_FOLDER)
         tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
-    except DivergedError as error:
-        good = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-        failure = {"status": "failed", "reason": str(error), "step": error.step, "where": list(error.where)}
+    except (DivergedError, NeverDecidedError) as error:
+        good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
+        if isinstance(error, DivergedError):
+            failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
         _write_result(folder, {**failure, **_facts(config, model, method), "metrics": {}})
         raise
@@ -114,6 +120,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     return result
 
 
+def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:
+    return [AdaptiveRankCallback(method, folder / HISTORY_FILE)] if method.adaptation is not None else []
+
+
 def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
     """Return the checkpoint to resume from, or None for a fresh run. Raises unless the folder is fit for it."""
     if folder.exists() and not folder.is_dir():
@@ -121,7 +131,9 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | Non
     holds_run = folder.is_dir() and any(folder.iterdir())
     if not resume:
         if holds_run:
-            raise InputError(f"output folder {folder} is not empty; use --resume to go on with the run there, or another folder")
+            raise InputError(
+                f"output folder {folder} is not empty; use --resume to go on with the run there, or another folder"
+            )
         return None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
@@ -150,7 +162,10 @@ def _check_checkpoint(checkpoint: Path) -> None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
             pass
-        for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:  # zip archives with a checksum for every entry
+        for file in [
+            *checkpoint.glob("*.pt"),
+            *checkpoint.glob("*.pth"),
+        ]:  # zip archives with a checksum for every entry
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("bad checksum")
@@ -195,8 +210,12 @@ def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
         tokenizer = AutoTokenizer.from_pretrained(config.model, **arguments)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load the configuration or tokenizer of {config.model!r}: {error}") from error
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # transformers makes one up if there is none
-        raise InputError(f"{config.model!r} has no tokenizer: no tokenizer.json, vocabulary or the like beside the model")
+    if (
+        len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2
+    ):  # transformers makes one up if there is none
+        raise InputError(
+            f"{config.model!r} has no tokenizer: no tokenizer.json, vocabulary or the like beside the model"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

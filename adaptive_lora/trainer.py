@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import ProgressCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from adaptive_lora.adapters import non_finite
 from adaptive_lora.errors import DivergedError
@@ -57,7 +57,7 @@ class AdaptiveTrainerMixin(_Base):
             bad = tuple(
                 name
                 for name, parameter in model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad.norm())
             )
             if self.state.global_step > 0 and self.args.should_save:
                 self._save_checkpoint(model, trial=None)  # the loss was finite: this state is good
@@ -77,7 +77,9 @@ class AdaptiveTrainerMixin(_Base):
         metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise DivergedError(f"evaluation after step {self.state.global_step}: {name} is {value}", step=self.state.global_step)
+                raise DivergedError(
+                    f"evaluation after step {self.state.global_step}: {name} is {value}", step=self.state.global_step
+                )
         return metrics
 
 

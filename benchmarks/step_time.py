@@ -83,10 +83,14 @@ def main() -> None:
         for pair in range(options.pairs):
             arms = [("ours", al.AdaptiveTrainer, ours), ("plain", Trainer, plain)]
             seconds = {
-                name: timed(trainer, model, options.steps, folder) for name, trainer, model in arms[:: 1 if pair % 2 else -1]
+                name: timed(trainer, model, options.steps, folder)
+                for name, trainer, model in arms[:: 1 if pair % 2 else -1]
             }
             ratios.append(seconds["ours"] / seconds["plain"])
-            print(f"pair {pair:>2}: ours {seconds['ours'] * 1e3:.1f} ms, plain {seconds['plain'] * 1e3:.1f} ms, ratio {ratios[-1]:.3f}")
+            print(
+                f"pair {pair:>2}: ours {seconds['ours'] * 1e3:.1f} ms, plain {seconds['plain'] * 1e3:.1f} ms, "
+                f"ratio {ratios[-1]:.3f}"
+            )
     quartiles = statistics.quantiles(ratios, n=4)
     print(f"median ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} .. {quartiles[2]:.3f})")
 

@@ -1,19 +1,26 @@
-"""Tiny random models with real tokenizers, saved to folders, and recipes that use them. (PYTEST_DONT_REWRITE)
+"""Tiny random models with real tokenizers in folders, recipes and runs that use them, and the command line in-process.
 
-A test file gets the fixtures with `pytest_plugins = ("model_folders",)`: each folder is then made once a session.
+A test file gets the fixtures with `pytest_plugins = ("model_folders",)`: each folder and run is then made once a
+session; whoever changes one works on a copy. (PYTEST_DONT_REWRITE: test files import helpers before pytest could.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adaptive_lora.cli import main
+from adaptive_lora.config import parse
+from adaptive_lora.run import run
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 PIECES = "good fine great bad awful poor day night meal film sum of is the a and one two three four ##s ##ly".split()
@@ -35,7 +42,7 @@ def _tokenizer(template: str, **names: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with an encoder of 2 layers x 6 linear modules, hidden size 16."""
+    """Return a folder with an encoder of 2 layers x 6 linear modules and a pooler, hidden size 16."""
     folder = str(tmp_path_factory.mktemp("models") / "bert")
     _tokenizer("[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
     torch.manual_seed(0)
@@ -46,8 +53,9 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         max_position_embeddings=48,
+        initializer_range=0.3,  # so that logits differ between tokens from the start
     )
-    BertForMaskedLM(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -65,6 +73,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=48,
+        initializer_range=0.3,  # so that logits differ between tokens from the start
         bos_token_id=VOCABULARY["<s>"],
         eos_token_id=VOCABULARY["</s>"],
         pad_token_id=None,
@@ -118,10 +127,75 @@ def recipe(
         "training": {
             "num_train_epochs": 2,
             "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 3,  # does not divide the 8 evaluation records: a mean over batches would show
             "logging_steps": 1,
             "learning_rate": 0.01,
+            "dataloader_pin_memory": False,  # torch warns where there is no accelerator
         },
     }
     for key, value in sections.items():
         values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
     return values
+
+
+@pytest.fixture(scope="session")
+def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "reviews.jsonl", reviews(40))
+
+
+@pytest.fixture(scope="session")
+def instructions_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "instructions.jsonl", instructions(40))
+
+
+@pytest.fixture(scope="session")
+def classification_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_file: str) -> Path:
+    """Return a finished run, LoRA dropout on, with checkpoints after steps 4 and 8. Read only."""
+    output = tmp_path_factory.mktemp("runs") / "classification"
+    run(parse(recipe(bert_folder, reviews_file, output, adapters={"dropout": 0.1})))
+    return output
+
+
+@pytest.fixture(scope="session")
+def causal_run(tmp_path_factory: pytest.TempPathFactory, llama_folder: str, instructions_file: str) -> Path:
+    """Return a finished run of instruction tuning. Read only."""
+    output = tmp_path_factory.mktemp("runs") / "causal"
+    run(parse(recipe(llama_folder, instructions_file, output, task="causal_lm")))
+    return output
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Return a function that runs the command line in this process. A traceback is the test's failure."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["adaptive-lora", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Outcome(int(stop.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON as the standard has it: NaN and Infinity are errors."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return {relative path: SHA-256} of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -90,7 +90,7 @@ def meets_exactly(pattern: dict[str, int], budget: int, targets: Sequence[Target
     """True when Σ R (I + O) <= budget and no component that may still be added would fit."""
     rest = budget - sum(pattern[t.name] * t.cost for t in targets)
     may_grow = [t for t in targets if raw[t.name] and pattern[t.name] < t.full_rank]
-    return 0 <= rest and all(rest < t.cost for t in may_grow)
+    return rest >= 0 and all(rest < t.cost for t in may_grow)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -123,12 +123,12 @@ def test_a_rank_above_the_smaller_side_of_a_target_is_refused() -> None:
     assert per_layer(methods.lora(16), targets) == [16] * 3
     with pytest.raises(InputError, match=r"rank 17 for '.*intermediate.dense' exceeds .* = min\(16, 32\) = 16"):
         methods.lora(17).initial_pattern(targets)
-    with pytest.raises(InputError, match="rank 17 exceeds .* at most 16"):
+    with pytest.raises(InputError, match=r"rank 17 exceeds .* at most 16"):
         methods.linear_decay(rank=17).initial_pattern(targets)
 
 
 def test_a_budget_below_one_component_per_target_is_refused(medium: list[Target]) -> None:
-    with pytest.raises(InputError, match="budget of 1,000 parameters .* cost 393,216"):
+    with pytest.raises(InputError, match=r"budget of 1,000 parameters .* cost 393,216"):
         methods.linear_decay(budget=1000).initial_pattern(medium)
 
 

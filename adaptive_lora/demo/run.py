@@ -126,10 +126,14 @@ def _half_width(accuracy: float, n: int) -> float:
 
 def _show(rows: list[tuple[str, float, str, float, str]], n: int) -> None:
     table = Table(title=f"{n} test messages, six classes; one seed: differences within the interval are noise")
-    for column, justify in (("method", "left"), ("accuracy", "right"), ("LoRA parameters", "right"), ("seconds", "right"), ("ranks", "right")):
+    for column, justify in (
+        ("method", "left"),
+        ("accuracy", "right"),
+        ("LoRA parameters", "right"),
+        ("seconds", "right"),
+        ("ranks", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, accuracy, parameters, seconds, ranks in rows:
-        table.add_row(
-            name, f"{accuracy:.3f} ± {_half_width(accuracy, n):.3f}", parameters, f"{seconds:.1f}", ranks
-        )
+        table.add_row(name, f"{accuracy:.3f} ± {_half_width(accuracy, n):.3f}", parameters, f"{seconds:.1f}", ranks)
     show(table)

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from adaptive_lora.adapter_file import tensor_ranks
 from adaptive_lora.errors import InputError, IntegrityError
 
 LORA_A = ".lora_A.weight"
 PREFIX = "base_model.model."
-KEYS = {"status", "reason", "method", "task", "model", "seed", "metrics", "ranks", "lora_parameters", "budget_parameters"}
+KEYS = {
+    "status",
+    "reason",
+    "method",
+    "task",
+    "model",
+    "seed",
+    "metrics",
+    "ranks",
+    "lora_parameters",
+    "budget_parameters",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,11 @@ def read_run(folder: str | Path) -> RunRecord:
         raise InputError(f"{path} holds no finished run: it has no result.json")
     try:
         result = json.loads(result_file.read_text(encoding="utf-8"))
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (path / "metrics.jsonl").is_file() else []
+        lines = (
+            (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            if (path / "metrics.jsonl").is_file()
+            else []
+        )
         metrics = [json.loads(line) for line in lines]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise IntegrityError(f"a file in {path} is damaged: {error}") from error
@@ -57,16 +71,3 @@ def read_run(folder: str | Path) -> RunRecord:
                 f"{path}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
             )
     return RunRecord(path, result, metrics, ranks)
-
-
-def tensor_ranks(file: Path) -> dict[str, int]:
-    """Return {full target name: rank}, from the shapes of the tensors in an adapter file."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {
-                name.removeprefix(PREFIX).removesuffix(LORA_A): tensors.get_slice(name).get_shape()[0]
-                for name in tensors.keys()  # noqa: SIM118
-                if name.endswith(LORA_A)
-            }
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{file} is missing or damaged: {error}") from error

@@ -37,7 +37,9 @@ def summary_table(run: RunRecord) -> Table:
     table.add_row("model, task", escape(f"{result['model']}, {result['task']}"))
     table.add_row("method, seed", f"{result['method']}, {result['seed']}")
     budget = result["budget_parameters"]
-    table.add_row("LoRA parameters", f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else ""))
+    table.add_row(
+        "LoRA parameters", f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else "")
+    )
     if "train_seconds" in result:
         table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
     for name, value in result["metrics"].items():

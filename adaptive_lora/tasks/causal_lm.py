@@ -50,9 +50,10 @@ class CausalLanguageModelling(Task):
                     "raise data.max_length, or check the output column"
                 )
             cut = sum(item.pop("cut") for item in encoded)
+            learned = sum(label != IGNORED for item in kept for label in item["labels"])
             notes.append(
-                f"{part}: {len(kept):,} records, {sum(l != IGNORED for i in kept for l in i['labels']):,} tokens bear loss; "
-                f"{cut:,} records cut at {longest} tokens, {len(encoded) - len(kept):,} dropped (nothing to learn from)"
+                f"{part}: {len(kept):,} records, {learned:,} tokens bear loss; {cut:,} records cut at {longest} tokens, "
+                f"{len(encoded) - len(kept):,} dropped (nothing to learn from)"
             )
             return Dataset.from_list(kept)
 
@@ -90,7 +91,11 @@ def _pairs(table: Dataset, data: DataConfig, source: str) -> list[tuple[str, str
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, longest: int) -> dict[str, Any]:
     """Return input ids with labels; the prompt's labels are IGNORED. Cut at the end to `longest` tokens."""
-    start = tokenizer(prompt)["input_ids"] if prompt else ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
+    start = (
+        tokenizer(prompt)["input_ids"]
+        if prompt
+        else ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
+    )
     if prompt and start and start[-1] == tokenizer.eos_token_id:
         start = start[:-1]  # some tokenizers close every text; the prompt goes on
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

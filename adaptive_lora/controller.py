@@ -1,0 +1,275 @@
+"""`RankController`: the one object with state. It watches a training loop, any loop, and changes ranks in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from adaptive_lora import history
+from adaptive_lora.adaptation import At, OnPlateau
+from adaptive_lora.adapters import adapters, lora_parameters, ranks, targets_of, weights
+from adaptive_lora.allocate import check_bounds
+from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.history import Decision
+from adaptive_lora.importance import Pairs, Statistic, Statistics
+from adaptive_lora.methods import Method
+from adaptive_lora.resize import check_optimizer, check_state_shapes, resize, unwrap
+from adaptive_lora.rules import View
+
+STATE_FILE, TENSOR_FILE = "rank_state.json", "rank_state.safetensors"
+
+
+class NeverDecidedError(AdaptiveLoraError):
+    """The method has decision steps, but training ended without a single decision."""
+
+    exit_code = 2
+
+
+class RankController:
+    """Changes ranks while a model trains.
+
+        loss.backward(); controller.observe(); optimizer.step(); optimizer.zero_grad(); controller.step()
+
+    and `controller.finish()` at the end. A method that never changes ranks makes all of these do nothing.
+
+    Args:
+        model: from `attach(base, method)`.
+        optimizer: AdamW, Adam or SGD over the model's trainable parameters, bare or wrapped by accelerate.
+        method: the method the model was attached with.
+        total_steps: optimizer steps of the whole training.
+        on_decision: called with each `Decision`.
+
+    Raises `InputError` at once for an unsupported optimizer, a schedule that does not fit, or a budget below the minimum.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        optimizer: Any,
+        method: Method,
+        total_steps: int,
+        on_decision: Callable[[Decision], None] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.method, self.total_steps = model, optimizer, method, total_steps
+        self.on_decision = on_decision
+        self.step_count = 0
+        self.history: list[Decision] = []
+        self.initial_pattern = ranks(model)
+        self._statistics: Statistics = {}
+        self._observed = False
+        self._best_loss, self._bad_evaluations = math.inf, 0
+        self._decision_steps: list[int] = []
+        self._adaptation = method.adaptation
+        if self._adaptation is None:
+            return
+        check_optimizer(optimizer)
+        check_state_shapes(model, optimizer)
+        targets = targets_of(model)
+        self._costs = {target.name: target.cost for target in targets}
+        self._budget = method.budget_parameters(targets)
+        self._minimum = {target.name: min(self._adaptation.min_rank, target.full_rank) for target in targets}
+        self._maximum = {
+            target.name: min(self._adaptation.max_rank or target.full_rank, target.full_rank) for target in targets
+        }
+        if self._budget is not None:
+            check_bounds(self._costs, self._budget, self._minimum, self._maximum)
+        self._adaptation.schedule.check(total_steps)
+        if isinstance(self._adaptation.when, At):
+            self._decision_steps = self._adaptation.when.steps(total_steps)
+
+    def observe(self) -> None:
+        """Take in the gradients of this optimizer step: after the last backward, before `optimizer.step()`."""
+        if not self._watching():
+            return
+        assert self._adaptation is not None
+        if self._observed:
+            raise InputError(
+                "observe() was called twice without step(); call controller.step() after each optimizer step"
+            )
+        pairs = self._pairs()
+        if any(p.grad is None for pair in pairs.values() for p in pair):
+            raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
+        if not self._statistics:
+            self._statistics = self._adaptation.importance.start(pairs)
+        self._adaptation.importance.observe(pairs, self._statistics)
+        self._observed = True
+
+    def step(self) -> None:
+        """Count one optimizer step and, at a decision step, change ranks: after `optimizer.step()` and `zero_grad()`."""
+        if self._watching() and not self._observed:
+            raise InputError("step() was called without observe(); call controller.observe() after loss.backward()")
+        self._observed = False
+        self.step_count += 1
+        if self.step_count in self._decision_steps:
+            self._decide()
+
+    def evaluated(self, loss: float) -> None:
+        """Take in a validation loss; a method that waits for a plateau may change ranks now."""
+        if self._adaptation is None or not isinstance(self._adaptation.when, OnPlateau):
+            return
+        when = self._adaptation.when
+        if self._best_loss - loss > when.threshold:
+            self._best_loss, self._bad_evaluations = loss, 0
+        else:
+            self._bad_evaluations += 1
+        if self._bad_evaluations >= when.patience:
+            self._bad_evaluations = 0
+            self._decide()
+        else:
+            self._record("kept", f"loss {loss:.6g}, best {self._best_loss:.6g}: no plateau", 0.0, {}, {})
+
+    def finish(self) -> None:
+        """Raise `NeverDecidedError` when the method has decision steps and none was ever reached."""
+        if self._adaptation is not None and not self.history:
+            raise NeverDecidedError(
+                f"method {self.method.name!r} never decided anything in {self.step_count} of {self.total_steps} steps: the "
+                "adapter still has its initial ranks. Is total_steps right, is step() called after every optimizer step, "
+                "and evaluated() after every evaluation?"
+            )
+
+    def _watching(self) -> bool:
+        """True while a decision is still to come that needs gradients."""
+        if self._adaptation is None:
+            return False
+        if isinstance(self._adaptation.when, OnPlateau):
+            return True
+        return self.step_count < self._decision_steps[-1]
+
+    def _pairs(self) -> Pairs:
+        return {name: pair for name, layer in adapters(self.model).items() if (pair := weights(layer)) is not None}
+
+    def _decide(self) -> None:
+        assert self._adaptation is not None
+        started = time.perf_counter()
+        importance, pairs, now = self._adaptation.importance, self._pairs(), ranks(self.model)
+        components = {name: [] for name in now} | {
+            name: row.tolist() for name, row in importance.scores(pairs, self._statistics).items()
+        }
+        scores = dict.fromkeys(now, 0.0) | importance.target_scores(pairs, self._statistics)
+        view = View(
+            ranks=now,
+            costs=self._costs,
+            budget=None
+            if self._budget is None
+            else self._adaptation.schedule.at(self.step_count, self.total_steps, self._budget),
+            minimum=self._minimum,
+            maximum=self._maximum,
+            components=components,
+            scores=scores,
+            last=not self._decision_steps or self.step_count >= self._decision_steps[-1],
+        )
+        if not view.finite():
+            self._record("refused", "a score is not finite", time.perf_counter() - started, {}, scores, view.budget)
+            return
+        changes = self._adaptation.rule.decide(view)
+        before = lora_parameters(self.model)
+        resize(self.model, changes, self.optimizer, self._statistics, seed=self.step_count)
+        if changes and ranks(self.model) != now | {name: change.rank for name, change in changes.items()}:
+            raise IntegrityError("the ranks after a resize are not those decided")
+        status = "changed" if changes else "kept"
+        self._record(status, None, time.perf_counter() - started, changes, scores, view.budget, before)
+
+    def _record(
+        self,
+        status: str,
+        reason: str | None,
+        seconds: float,
+        changes: dict[str, Any],
+        scores: dict[str, float],
+        budget: int | None = None,
+        before: int | None = None,
+    ) -> None:
+        after = lora_parameters(self.model)
+        decision = Decision(
+            step=self.step_count,
+            status=status,
+            reason=reason,
+            budget=budget,
+            parameters_before=after if before is None else before,
+            parameters_after=after,
+            changes=changes,
+            pattern=ranks(self.model),
+            scores=scores,
+            bytes_after=self._bytes(),
+            seconds=seconds,
+        )
+        self.history.append(decision)
+        if self.on_decision is not None:
+            self.on_decision(decision)
+
+    def _bytes(self) -> dict[str, int]:
+        """Return the bytes that follow the ranks: adapter weights, their gradients to come, optimizer state, statistics."""
+        parameters = [p for pair in self._pairs().values() for p in pair]
+        adapter = sum(p.numel() * p.element_size() for p in parameters)
+        state = unwrap(self.optimizer).state
+        return {
+            "adapters": adapter,
+            "gradients": adapter,
+            "optimizer": sum(
+                value.numel() * value.element_size()
+                for p in parameters
+                for value in state.get(p, {}).values()
+                if isinstance(value, torch.Tensor)
+            ),
+            "statistics": sum(
+                s.tensor.numel() * s.tensor.element_size() for kind in self._statistics.values() for s in kind.values()
+            ),
+        }
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything needed to go on exactly: statistics as safetensors, the rest as JSON, the JSON last."""
+        tensors = {
+            f"{kind}|{name}": s.tensor.contiguous() for kind, row in self._statistics.items() for name, s in row.items()
+        }
+        save_file(tensors, folder / TENSOR_FILE)
+        shapes = {
+            f"{kind}|{name}": [s.dim, s.copies] for kind, row in self._statistics.items() for name, s in row.items()
+        }
+        state = {
+            "method": self.method.name,
+            "total_steps": self.total_steps,
+            "step": self.step_count,
+            "best_loss": None if math.isinf(self._best_loss) else self._best_loss,
+            "bad_evaluations": self._bad_evaluations,
+            "initial_pattern": self.initial_pattern,
+            "statistics": shapes,
+            "history": [json.loads(row.to_json()) for row in self.history],
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+    def load_state(self, folder: Path) -> None:
+        """Take up the state that `save_state` wrote. The model must already have the ranks of that moment.
+
+        Raises `IntegrityError` when a file is missing, belongs to another method or training length, or does not fit.
+        """
+        try:
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSOR_FILE)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"cannot resume from {folder}: the rank state is missing or damaged: {error}"
+            ) from error
+        for key, mine in (("method", self.method.name), ("total_steps", self.total_steps)):
+            if state[key] != mine:
+                raise IntegrityError(f"cannot resume from {folder}: {key} was {state[key]!r}, now {mine!r}")
+        device = next(iter(self._pairs().values()))[0].device
+        self._statistics = {}
+        for key, (dim, copies) in state["statistics"].items():
+            kind, _, name = key.partition("|")
+            self._statistics.setdefault(kind, {})[name] = Statistic(tensors[key].to(device), dim, copies)
+        self.step_count = state["step"]
+        self._best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self._bad_evaluations = state["bad_evaluations"]
+        self.initial_pattern = state["initial_pattern"]
+        self.history = [history.from_json(row) for row in state["history"]]
+        if history.replay(self.initial_pattern, self.history) != ranks(self.model):
+            raise IntegrityError(f"cannot resume from {folder}: the saved ranks are not those the history leads to")
+        check_state_shapes(self.model, self.optimizer)
