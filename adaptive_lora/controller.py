@@ -63,6 +63,7 @@ class RankController:
         self.step_count = 0
         self.history: list[Decision] = []
         self.initial_pattern = ranks(model)
+        self._layers = adapters(model)
         self._statistics: Statistics = {}
         self._observed = False
         self._best_loss, self._bad_evaluations = math.inf, 0
@@ -71,7 +72,7 @@ class RankController:
         if self._adaptation is None:
             return
         check_optimizer(optimizer)
-        check_state_shapes(model, optimizer)
+        check_state_shapes(self._layers, optimizer)
         targets = targets_of(model)
         self._costs = {target.name: target.cost for target in targets}
         self._budget = method.budget_parameters(targets)
@@ -94,6 +95,7 @@ class RankController:
             raise InputError(
                 "observe() was called twice without step(); call controller.step() after each optimizer step"
             )
+        check_state_shapes(self._layers, self.optimizer)
         pairs = self._pairs()
         if any(p.grad is None for pair in pairs.values() for p in pair):
             raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
@@ -144,7 +146,7 @@ class RankController:
         return self.step_count < self._decision_steps[-1]
 
     def _pairs(self) -> Pairs:
-        return {name: pair for name, layer in adapters(self.model).items() if (pair := weights(layer)) is not None}
+        return {name: pair for name, layer in self._layers.items() if (pair := weights(layer)) is not None}
 
     def _decide(self) -> None:
         assert self._adaptation is not None
@@ -272,4 +274,4 @@ class RankController:
         self.history = [history.from_json(row) for row in state["history"]]
         if history.replay(self.initial_pattern, self.history) != ranks(self.model):
             raise IntegrityError(f"cannot resume from {folder}: the saved ranks are not those the history leads to")
-        check_state_shapes(self.model, self.optimizer)
+        check_state_shapes(self._layers, self.optimizer)

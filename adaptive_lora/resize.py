@@ -102,11 +102,13 @@ def resize(
         if not torch.isfinite(new).all():
             raise DivergedError("a resize was refused: weights, moments or statistics would not be finite")
 
+    _swap(staged)
+    for item in staged:
+        if inner is not None and item.state:
+            inner.state[item.parameter].update(item.state)
     for name, plan in plans.items():
         unpark(layers[name])
         layers[name].r[layers[name].active_adapters[0]] = plan.rank
-    for item in staged:
-        item.commit(inner)
     for statistic, tensor in staged_statistics:
         statistic.tensor = tensor
     for name, plan in plans.items():
@@ -114,14 +116,14 @@ def resize(
     if plans:
         sync_config(model)
     if inner is not None:
-        check_state_shapes(model, inner)
+        check_state_shapes(layers, inner)
 
 
-def check_state_shapes(model: nn.Module, optimizer: Any) -> None:
+def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
     """Raise `IntegrityError` unless every adapter parameter is in the optimizer, with state of its own shape."""
     inner = unwrap(optimizer)
     known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    for name, layer in adapters(model).items():
+    for name, layer in layers.items():
         for parameter in weights(layer) or ():
             if id(parameter) not in known:
                 raise IntegrityError(
@@ -147,13 +149,27 @@ class _Staged:
         yield self.value
         yield from self.state.values()
 
-    def commit(self, optimizer: Optimizer | None) -> None:
-        # swap_tensors, not `.data =`: the latter fails in the next backward while an old graph (a live loss) exists.
-        self.parameter.grad = None
-        replacement = nn.Parameter(self.value, requires_grad=self.parameter.requires_grad)
-        torch.utils.swap_tensors(self.parameter, replacement)
-        if optimizer is not None and self.state:
-            optimizer.state[self.parameter].update(self.state)
+
+def _swap(staged: list[_Staged]) -> None:
+    """Put every new value into its parameter, or none.
+
+    swap_tensors, not `.data =`: the latter breaks the next backward while an old graph (a live `loss`) exists. It
+    refuses a parameter that a graph still needs, one that was never run backward; then the others are swapped back.
+    """
+    done: list[tuple[nn.Parameter, nn.Parameter]] = []
+    try:
+        for item in staged:
+            item.parameter.grad = None
+            other = nn.Parameter(item.value, requires_grad=item.parameter.requires_grad)
+            torch.utils.swap_tensors(item.parameter, other)
+            done.append((item.parameter, other))
+    except RuntimeError as error:
+        for parameter, other in done:
+            torch.utils.swap_tensors(parameter, other)
+        raise InputError(
+            "ranks cannot change while a graph over the adapters waits for backward(): run evaluations under "
+            f"torch.no_grad(), and delete losses that are not used. Nothing was changed ({error})"
+        ) from error
 
 
 def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
@@ -162,17 +178,18 @@ def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
     layer = layers[name]
     pair = weights(layer)
     now = 0 if pair is None else pair[0].shape[0]
+    full_rank = min(layer.in_features, layer.out_features)
+    impossible = f"rank {{rank}} for {name!r} is impossible; expected 0..{full_rank} = min(in, out features)"
     if isinstance(change, int):
+        if not 0 <= change <= full_rank:
+            raise InputError(impossible.format(rank=change))
         if pair is None or change >= now:
             change = Resize(tuple(range(now)), change - now)
         else:
             size = pair[0].detach().norm(dim=1) * pair[1].detach().norm(dim=0)
-            change = Resize(tuple(sorted(size.topk(max(change, 0)).indices.tolist())), 0)
-    full_rank = min(layer.in_features, layer.out_features)
+            change = Resize(tuple(sorted(size.topk(change).indices.tolist())))
     if change.grow < 0 or change.rank > full_rank:
-        raise InputError(
-            f"rank {change.rank} for {name!r} is impossible; expected 0..{full_rank} = min(in, out features)"
-        )
+        raise InputError(impossible.format(rank=change.rank))
     if len(set(change.keep)) != len(change.keep) or not all(0 <= k < now for k in change.keep):
         raise InputError(f"{name!r} has components 0..{now - 1}; asked to keep {change.keep}")
     return change

@@ -23,7 +23,9 @@ from adaptive_lora.config import parse
 from adaptive_lora.run import run
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
-PIECES = "good fine great bad awful poor day night meal film sum of is the a and one two three four ##s ##ly".split()
+OPINIONS = ["good", "fine", "great", "bad", "awful", "poor"]
+NUMBERS = ["one", "two", "three", "four"]
+PIECES = [*OPINIONS, *NUMBERS, "day", "night", "meal", "film", "sum", "of", "is", "the", "a", "and", "##s"]
 PUNCTUATION = list("#:.,+=")
 HEADINGS = ["Instruction", "Input", "Response"]
 VOCABULARY = {piece: number for number, piece in enumerate([*SPECIAL, *PIECES, *PUNCTUATION, *HEADINGS])}
@@ -172,8 +174,11 @@ class Outcome(NamedTuple):
     err: str
 
 
+Command = Callable[..., Outcome]
+
+
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Return a function that runs the command line in this process. A traceback is the test's failure."""
 
     def call(*arguments: object) -> Outcome:
@@ -199,3 +204,39 @@ def digests(folder: Path) -> dict[str, str]:
     """Return {relative path: SHA-256} of every file below `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+TIMES = ("runtime", "per_second")
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return strict_json((folder / "result.json").read_text())
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without the wall-clock times, and without transformers' closing mean of the
+    training loss: after a resume it is taken over the resumed steps only."""
+    rows = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(TIMES) and k != "train_loss"} for row in rows]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(params=["classification_run", "causal_run"])
+def finished(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def files(tmp_path: Path, bert_folder: str, reviews_file: str) -> dict[str, str]:
+    """Return what the commands below name: {model}, {data}, {tmp}, and {out}, which must not come into being."""
+    return {"model": bert_folder, "data": reviews_file, "tmp": str(tmp_path), "out": str(tmp_path / "out")}
+
+
+def arguments(command_line: str, files: dict[str, str]) -> list[str]:
+    return [word.format_map(files) for word in command_line.split()]
+
+
+TRAIN = "train --model {model} --data {data} --output {out}"

@@ -51,3 +51,41 @@ def proportional(
         if not fitting:
             return ranks
         ranks[max(fitting, key=lambda m: (shares[m] - ranks[m], weights[m]))] += 1
+
+
+class AdaLoraTwin:
+    """AdaLoRA's smoothing and score, element by element in Python floats (arXiv 2303.10512, equations 8 to 11)."""
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.average: dict[tuple, float] = {}
+        self.uncertainty: dict[tuple, float] = {}
+        self.rank: dict[str, int] = {}
+        self.width: dict[tuple[str, str], int] = {}
+
+    def observe(self, adapters: Mapping[str, tuple[list, list, list, list]]) -> None:
+        for name, (a, b, grad_a, grad_b) in adapters.items():
+            self.rank[name], self.width[name, "a"], self.width[name, "b"] = len(a), len(a[0]), len(b)
+            for k in range(len(a)):
+                for j in range(len(a[0])):
+                    self._smooth((name, "a", k, j), abs(a[k][j] * grad_a[k][j]))
+                for o in range(len(b)):
+                    self._smooth((name, "b", k, o), abs(b[o][k] * grad_b[o][k]))
+                gate_gradient = sum(a[k][j] * grad_a[k][j] for j in range(len(a[0])))
+                self._smooth((name, "gate", k, 0), abs(1.0 * gate_gradient))
+
+    def _smooth(self, key: tuple, importance: float) -> None:
+        average = self.beta1 * self.average.get(key, 0.0) + (1 - self.beta1) * importance
+        self.average[key] = average
+        deviation = abs(importance - average)
+        self.uncertainty[key] = self.beta2 * self.uncertainty.get(key, 0.0) + (1 - self.beta2) * deviation
+
+    def scores(self, name: str) -> list[float]:
+        def s(*key: object) -> float:
+            return self.average[key] * self.uncertainty[key]
+
+        def mean(part: str, k: int) -> float:
+            width = self.width[name, part]
+            return sum(s(name, part, k, i) for i in range(width)) / width
+
+        return [s(name, "gate", k, 0) + mean("a", k) + mean("b", k) for k in range(self.rank[name])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import typing
@@ -239,7 +240,5 @@ def test_a_malformed_set_is_refused_with_its_text(assignment: str) -> None:
     st.text(max_size=12),
 )
 def test_no_text_after_set_gives_anything_but_a_config_or_an_input_error(key: str, middle: str, value: str) -> None:
-    try:
+    with contextlib.suppress(InputError):
         assert isinstance(parse(with_keys(f"{key}{middle}{value}")), RunConfig)
-    except InputError as error:
-        assert str(error)

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-from model_folders import Outcome, recipe
+from model_folders import Command, recipe
 from safetensors.numpy import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -67,7 +67,7 @@ def add_target(tensors: dict[str, Any]) -> None:
     ],
 )
 def test_an_adapter_of_other_ranks_than_the_result_states_is_refused(
-    change: Callable[[dict[str, Any]], object], message: str, folder: Path, command: Callable[..., Outcome]
+    change: Callable[[dict[str, Any]], object], message: str, folder: Path, command: Command
 ) -> None:
     change_tensors(folder, change)
     ended = command("report", folder)
@@ -93,7 +93,7 @@ def test_a_target_without_tensors_has_rank_0(bert_folder: str, reviews_file: str
 
 
 def test_a_failed_run_is_reported_as_failed(
-    bert_folder: str, reviews_file: str, tmp_path: Path, command: Callable[..., Outcome]
+    bert_folder: str, reviews_file: str, tmp_path: Path, command: Command
 ) -> None:
     with pytest.raises(DivergedError):
         run(parse(recipe(bert_folder, reviews_file, tmp_path / "run", training={"learning_rate": 1e30})))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from model_folders import Outcome, digests, instructions, recipe, reviews, strict_json, write_jsonl
+from model_folders import (
+    TIMES,
+    Command,
+    digests,
+    instructions,
+    recipe,
+    result_of,
+    reviews,
+    rows_of,
+    weights_of,
+    write_jsonl,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -24,48 +32,16 @@ from transformers import (
 
 from adaptive_lora.config import DataConfig, parse
 from adaptive_lora.data import load_splits
-from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.run import run
 from adaptive_lora.tasks.causal_lm import prompt_of
 
 pytest_plugins = ("model_folders",)
 
-RESULT_KEYS = {
-    *(
-        "status",
-        "reason",
-        "method",
-        "task",
-        "model",
-        "seed",
-        "metrics",
-        "ranks",
-        "lora_parameters",
-        "budget_parameters",
-    ),
-    *("trainable_parameters", "total_parameters", "train_seconds", "peak_memory_bytes", "versions"),
-}
-TIMES = ("runtime", "per_second")
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    return strict_json((folder / "result.json").read_text())
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl without the wall-clock times, and without transformers' closing mean of the
-    training loss: after a resume it is taken over the resumed steps only."""
-    rows = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(TIMES) and k != "train_loss"} for row in rows]
-
-
-def weights_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(params=["classification_run", "causal_run"])
-def finished(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
+RESULT_KEYS = (
+    {"status", "reason", "method", "task", "model", "seed", "metrics", "ranks", "train_seconds"}
+    | {"lora_parameters", "budget_parameters", "trainable_parameters", "total_parameters"}
+    | {"peak_memory_bytes", "versions"}
+)
 
 
 def test_a_run_directory_is_complete(finished: Path) -> None:
@@ -158,90 +134,9 @@ def test_the_same_recipe_gives_the_same_bytes_and_metrics(finished: Path, tmp_pa
     assert weights_of(tmp_path / "other") != weights_of(finished)
 
 
-@pytest.fixture
-def interrupted(finished: Path, tmp_path: Path) -> Path:
-    """Return a copy of a run as if it had been killed in its second epoch, after step 6 was logged."""
-    folder = tmp_path / "interrupted"
-    shutil.copytree(finished, folder)
-    for name in ("adapter", "checkpoints/checkpoint-8"):
-        shutil.rmtree(folder / name)
-    (folder / "result.json").unlink()
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 6))
-    return folder
-
-
-def recipe_of(folder: Path, **changes: Any) -> dict[str, Any]:
-    return yaml.safe_load((folder / "config.yaml").read_text()) | {"output": str(folder)} | changes
-
-
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(interrupted: Path, finished: Path) -> None:
-    run(parse(recipe_of(interrupted)), resume=True)
-    assert weights_of(interrupted) == weights_of(finished)
-    assert rows_of(interrupted) == rows_of(finished)
-    changing = {"metrics", "train_seconds", "peak_memory_bytes"}
-    before, after = result_of(finished), result_of(interrupted)
-    assert {k: v for k, v in after.items() if k not in changing} == {
-        k: v for k, v in before.items() if k not in changing
-    }
-
-
-def test_resuming_with_another_recipe_names_the_keys_that_differ(
-    interrupted: Path, command: Callable[..., Outcome]
-) -> None:
-    values, before = recipe_of(interrupted, seed=7), digests(interrupted)
-    values["training"] = values["training"] | {"weight_decay": 0.5}
-    with pytest.raises(IntegrityError, match=r"differing keys: seed, training\.weight_decay$"):
-        run(parse(values), resume=True)
-    other = command(
-        "train", "--config", interrupted / "config.yaml", "--output", interrupted, "--seed", "7", "--resume"
-    )
-    assert (other.code, other.out) == (4, "")
-    assert other.err.rstrip().endswith("differing keys: seed")
-    assert digests(interrupted) == before
-
-
-def test_there_must_be_a_run_to_resume(tmp_path: Path, bert_folder: str, reviews_file: str) -> None:
-    with pytest.raises(InputError, match="nothing to resume"):
-        run(parse(recipe(bert_folder, reviews_file, tmp_path / "none")), resume=True)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut short"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json"])
-@pytest.mark.parametrize("finished", ["classification_run"], indirect=True)
-def test_a_damaged_checkpoint_is_refused_and_named(name: str, damage: str, interrupted: Path, finished: Path) -> None:
-    """The Trainer would go on without an optimizer state, silently."""
-    file = interrupted / "checkpoints" / "checkpoint-4" / name
-    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-200])
-    before = digests(interrupted)
-    with pytest.raises(IntegrityError, match={"missing": f"4 has no {name}", "cut short": "4 is damaged"}[damage]):
-        run(parse(recipe_of(interrupted)), resume=True)
-    assert digests(interrupted) == before
-
-
-@pytest.mark.parametrize("finished", ["classification_run"], indirect=True)
-def test_one_wrong_bit_in_the_optimizer_state_is_found(interrupted: Path, finished: Path) -> None:
-    file = interrupted / "checkpoints" / "checkpoint-4" / "optimizer.pt"
-    moment = torch.load(file, weights_only=True)["state"][0]["exp_avg"].numpy().tobytes()
-    content = bytearray(file.read_bytes())
-    content[content.index(moment)] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(IntegrityError, match="checkpoint-4 is damaged"):
-        run(parse(recipe_of(interrupted)), resume=True)
-
-
-@pytest.mark.parametrize("finished", ["classification_run"], indirect=True)
-def test_a_damaged_recipe_in_the_run_directory_is_refused(interrupted: Path, finished: Path) -> None:
-    values = recipe_of(interrupted)
-    (interrupted / "config.yaml").write_text("seed: [")
-    with pytest.raises(IntegrityError, match=r"cannot be resumed: .*config\.yaml is not valid YAML"):
-        run(parse(values), resume=True)
-
-
 @pytest.mark.parametrize("finished", ["classification_run", "causal_run"], indirect=True)
 def test_divergence_is_a_failed_run_with_step_and_reason_and_exit_code_3(
-    finished: Path, command: Callable[..., Outcome], tmp_path: Path
+    finished: Path, command: Command, tmp_path: Path
 ) -> None:
     """Step 1 has rate 0 (warm-up) and step 2 moves the weights by 1e30: the loss of step 3 overflows."""
     ended = command("train", "--config", finished / "config.yaml", "--output", tmp_path / "run", "--lr", "1e30")
