@@ -115,10 +115,14 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
     return next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
 
 
+def base_of(model: Any) -> nn.Module:
+    """Return the Hugging Face model inside a `PeftModel`; any other model is its own base."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def adapters(model: nn.Module) -> dict[str, Any]:
     """Return {full target name: PEFT's `LoraLayer`} in module order. Raises `InputError` when the model has none."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    found = {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
     if not found:
         raise InputError("the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)")
     return found
@@ -158,7 +162,6 @@ def scale_of(model: nn.Module) -> float:
 def targets_of(model: nn.Module) -> list[Target]:
     """Return the targets of a model that already carries adapters."""
     layers = adapters(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     by_name = {}
     for name, layer in layers.items():
         features = linear_features(layer.get_base_layer())
@@ -167,22 +170,49 @@ def targets_of(model: nn.Module) -> list[Target]:
                 f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are supported"
             )
         by_name[name] = features
-    return describe_targets(base, by_name)
+    return describe_targets(base_of(model), by_name)
+
+
+class Parked(nn.Module):
+    """The A and B of a rank-0 adapter: empty parameters that keep their place in the optimizer and can grow again.
+
+    They are no part of the state dict, so that nobody saves or expects them.
+    """
+
+    def __init__(self, lora_a: nn.Linear, lora_b: nn.Linear) -> None:
+        super().__init__()
+        self.pair = (lora_a, lora_b)  # a tuple: only the parameters are registered
+        for dim, linear in enumerate(self.pair):
+            if linear.weight.numel():
+                linear.weight = nn.Parameter(linear.weight.detach().narrow(dim, 0, 0).clone())
+        self.a, self.b = lora_a.weight, lora_b.weight
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def park(layer: Any) -> None:
-    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without `lora_A`, at no cost."""
+    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key, at no cost."""
     adapter = layer.active_adapters[0]
-    layer.parked = (layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
+    layer.parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
 def unpark(layer: Any) -> None:
     """Put a parked adapter back into the forward pass; nothing happens to one that is not parked."""
-    adapter = layer.active_adapters[0]
-    if adapter not in layer.lora_A:
-        layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked
+    if hasattr(layer, "parked"):
+        adapter = layer.active_adapters[0]
+        layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked.pair
         del layer.parked
+
+
+def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return (A, B) of the active adapter, parked or not; shapes (0, I) and (O, 0) at rank 0."""
+    pair = weights(layer)
+    return (layer.parked.a, layer.parked.b) if pair is None else pair
 
 
 def sync_config(model: PeftModel) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adaptive_lora import history
@@ -255,7 +256,7 @@ class RankController:
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSOR_FILE)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise IntegrityError(
                 f"cannot resume from {folder}: the rank state is missing or damaged: {error}"
             ) from error

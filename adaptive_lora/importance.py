@@ -7,6 +7,7 @@ rule resizes it and it is saved as safetensors. Nothing here waits for the devic
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -251,10 +252,12 @@ class Weighted(Importance):
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:
-    """Return (v − min) / (max − min) of each value; all equal gives 0 for every one.
+    """Return (v − min) / (max − min) of each value; all equal gives 0, one that is not finite gives NaN, for every one.
 
     >>> min_max({"a": 1.0, "b": 3.0, "c": 2.0})
     {'a': 0.0, 'b': 1.0, 'c': 0.5}
     """
+    if not all(map(math.isfinite, values.values())):
+        return dict.fromkeys(values, math.nan)
     low, high = min(values.values()), max(values.values())
     return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from adaptive_lora.adapters import adapters, park, sync_config, unpark, weights
+from adaptive_lora.adapters import adapters, all_weights, park, sync_config, unpark, weights
 from adaptive_lora.allocate import Resize
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.importance import Statistic, Statistics
@@ -124,7 +124,7 @@ def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
     inner = unwrap(optimizer)
     known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
-        for parameter in weights(layer) or ():
+        for parameter in all_weights(layer):
             if id(parameter) not in known:
                 raise IntegrityError(
                     f"an adapter parameter of {name!r} is not in the optimizer: it would not be trained"
@@ -214,9 +214,8 @@ def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tens
 
 
 def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator) -> list[_Staged]:
-    pair = weights(layer) or tuple(module.weight for module in layer.parked)
     staged = []
-    for parameter, dim in zip(pair, (0, 1), strict=True):
+    for parameter, dim in zip(all_weights(layer), (0, 1), strict=True):
         value = _take(parameter.detach(), dim, plan, _zero)
         if dim == 0 and plan.grow:
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A

@@ -154,7 +154,7 @@ def instructions_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def classification_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_file: str) -> Path:
     """Return a finished run, LoRA dropout on, with checkpoints after steps 4 and 8. Read only."""
     output = tmp_path_factory.mktemp("runs") / "classification"
-    run(parse(recipe(bert_folder, reviews_file, output, adapters={"dropout": 0.1})))
+    run(parse(recipe(bert_folder, reviews_file, output, adapters={"dropout": 0.1, "scale": 1.5})))
     return output
 
 

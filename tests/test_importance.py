@@ -13,7 +13,7 @@ from torch import nn
 
 from adaptive_lora import InputError
 from adaptive_lora.budget import Constant, Cubic
-from adaptive_lora.importance import GradientNorm, Magnitude, Pairs, Sensitivity, Uniform, Weighted, WeightDelta
+from adaptive_lora.importance import GradientNorm, Magnitude, Pairs, Sensitivity, Uniform, WeightDelta, Weighted
 
 SHAPES = {"q": (5, 8, 6), "v": (3, 4, 7)}  # target: (R, I, O)
 
@@ -54,7 +54,9 @@ def test_sensitivity_equals_the_papers_equations() -> None:
         move(pairs)
     for name, scores in importance.scores(pairs, statistics).items():
         # Twenty float32 averages against float64.
-        torch.testing.assert_close(scores.double(), torch.tensor(twin.scores(name), dtype=torch.float64), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            scores.double(), torch.tensor(twin.scores(name), dtype=torch.float64), rtol=1e-4, atol=0
+        )
 
 
 def peft_model(pairs: Pairs) -> nn.Module:
@@ -101,11 +103,10 @@ def test_scores_and_masks_equal_pefts_adalora_for_fifty_steps() -> None:
         allocator.update_ipt(dotted(model))
         ours = importance.scores(pairs, statistics)
         for name in pairs:
-            element = {
-                part: allocator._element_score(f"{name}.lora_{part}.default").detach() for part in "ABE"
-            }
+            element = {part: allocator._element_score(f"{name}.lora_{part}.default").detach() for part in "ABE"}
             theirs_score = allocator._combine_ipt(
-                element["E"], torch.cat([element["A"].mean(1, keepdim=True), element["B"].mean(0, keepdim=True).T], dim=1)
+                element["E"],
+                torch.cat([element["A"].mean(1, keepdim=True), element["B"].mean(0, keepdim=True).T], dim=1),
             )
             torch.testing.assert_close(ours[name], theirs_score.flatten(), rtol=1e-5, atol=1e-8)
             kept = set(ours[name].topk(2).indices.tolist())

@@ -46,7 +46,6 @@ def test_contributing_method_meets_its_budget() -> None:
     names: dict[str, Any] = dict(vars(al.methods))
     exec(block, names)
 
-
     model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=32))
     targets = find_targets(model, ["query"])
     pattern = names["middle_heavy"](rank=4).initial_pattern(targets)

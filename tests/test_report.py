@@ -119,12 +119,16 @@ def test_the_figures_show_something(folder: Path) -> None:
         assert 0.01 < (image.min(axis=2) < 0.9).mean() < 0.9  # neither blank nor covered
 
 
-def test_the_heatmap_depends_on_every_rank(folder: Path) -> None:
+def test_the_heatmap_shows_every_rank_by_colour_and_number(folder: Path) -> None:
+    """Another rank changes its whole cell, not a number's few pixels, and the cell is not of one colour."""
     ranks = read_run(folder).ranks
     before = pixels(rank_heatmap({"a": ranks}, folder / "a.png"))
     for number, name in enumerate(ranks):
         after = pixels(rank_heatmap({"a": ranks | {name: 3}}, folder / f"{number}.png"))
-        assert (after != before).any(), name
+        rows, columns = np.nonzero((after != before).any(axis=2))
+        cell = after[rows.min() + 2 : rows.max() - 1, columns.min() + 2 : columns.max() - 1].reshape(-1, 3)
+        assert len(rows) > 0.5 * len(cell) > 200, name
+        assert len(np.unique(cell, axis=0)) > 2, name
 
 
 def test_the_two_stacks_of_an_encoder_decoder_are_told_apart(

@@ -32,6 +32,7 @@ from transformers import (
 
 from adaptive_lora.config import DataConfig, parse
 from adaptive_lora.data import load_splits
+from adaptive_lora.errors import DivergedError
 from adaptive_lora.run import run
 from adaptive_lora.tasks.causal_lm import prompt_of
 
@@ -86,6 +87,8 @@ def test_stock_peft_loads_the_adapter_and_reproduces_the_reported_accuracy_and_l
     metrics = result_of(classification_run)["metrics"]
     base = AutoModelForSequenceClassification.from_pretrained(result_of(classification_run)["model"], num_labels=2)
     model = PeftModel.from_pretrained(base, str(classification_run / "adapter")).eval()
+    config = model.peft_config["default"]
+    assert (config.lora_alpha / config.r, config.lora_dropout) == (1.5, 0.1)
     tokenizer = AutoTokenizer.from_pretrained(classification_run / "adapter")
     records, labels = held_out(classification_run), ["negative", "positive"]
     losses, hits = [], 0
@@ -149,6 +152,16 @@ def test_divergence_is_a_failed_run_with_step_and_reason_and_exit_code_3(
     assert set(result["ranks"].values()) == {4, 2}
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]  # and strict JSON in every line
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_loss_that_is_not_finite_in_evaluation_is_written_as_null(classification_run: Path, tmp_path: Path) -> None:
+    """Two steps an epoch: the update of step 2 is first seen by the evaluation after it."""
+    values = yaml.safe_load((classification_run / "config.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    values["training"] |= {"learning_rate": 1e30, "per_device_train_batch_size": 16}
+    with pytest.raises(DivergedError, match="evaluation after step 2: eval_loss is nan"):
+        run(parse(values))
+    assert [row["eval_loss"] for row in rows_of(tmp_path / "run") if "eval_loss" in row] == [None]
+    assert (result_of(tmp_path / "run")["status"], result_of(tmp_path / "run")["step"]) == ("failed", 2)
 
 
 @pytest.mark.xfail(

@@ -159,6 +159,15 @@ def test_depth_counts_layers_that_carry_targets(tiny_bert: PreTrainedModel) -> N
     assert [(t.layer, t.n_layers) for t in found] == [(0, 2), (1, 2)]
 
 
+def test_only_what_lies_inside_a_layer_makes_a_target_attention() -> None:
+    """A model may call the stack around its layers attention; its feed-forward stays feed-forward."""
+    layer = nn.ModuleDict(
+        {"self_attn": nn.ModuleDict({"q": nn.Linear(4, 4)}), "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)})}
+    )
+    model = nn.ModuleDict({"attention_stack": nn.ModuleDict({"layers": nn.ModuleList([layer])})})
+    assert {t.kind: t.attention for t in find_targets(model)} == {"self_attn.q": True, "mlp.up": False}
+
+
 def test_heads_and_output_embeddings_carry_no_adapter() -> None:
     llama = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, **LLAMA, num_hidden_layers=1))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": RANK},
     "linear_decay": {"name": "linear_decay", "rank": RANK},
     "attention_heavy": {"name": "attention_heavy", "rank": RANK},
+    "adalora": {"name": "adalora", "rank": RANK},
 }
 
 
@@ -51,8 +52,9 @@ def demo(output: Path) -> None:
                         "data": {"train": str(train), "eval": str(test), "text": "text"},
                         "method": method,
                         "training": {
-                            "learning_rate": 2e-3,
-                            "num_train_epochs": 7,
+                            "learning_rate": 1.5e-3,
+                            "warmup_steps": 0.1,
+                            "num_train_epochs": 6,
                             "per_device_train_batch_size": 16,
                             "train_sampling_strategy": "group_by_length",
                             "eval_strategy": "no",

@@ -1,0 +1,220 @@
+"""`RankController` and `AdaptiveRankCallback`: decisions happen, hold their bounds, and cannot be forgotten silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_bert
+from dynamic import DYNAMIC, STEPS, callback_of, make_model, make_trainer, records, state_of
+from torch.optim import AdamW
+from transformers import Seq2SeqTrainer, Trainer
+
+import adaptive_lora as al
+from adaptive_lora import RankController, history, methods
+from adaptive_lora.adaptation import Adaptation, At
+from adaptive_lora.adapters import targets_of
+from adaptive_lora.controller import NeverDecidedError
+from adaptive_lora.importance import Sensitivity, Uniform
+from adaptive_lora.rules import TopK
+
+BATCH = {key: torch.stack([row[key] for row in records(8)]) for key in ("input_ids", "labels")}
+
+
+def controlled(method: al.Method, total: int = STEPS) -> tuple[RankController, AdamW]:
+    model = make_model(method)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    return RankController(model, optimizer, method, total), optimizer
+
+
+def run(controller: RankController, optimizer: AdamW, steps: int = STEPS) -> None:
+    for _ in range(steps):
+        controller.model(**BATCH).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("kind", [Trainer, Seq2SeqTrainer, al.AdaptiveTrainer])
+def test_ranks_change_in_a_stock_trainer_and_every_decision_holds_its_bounds(
+    name: str, kind: type[Trainer], tmp_path: Path
+) -> None:
+    method = DYNAMIC[name]()
+    trainer = make_trainer(tmp_path, method, kind=kind, save_strategy="no", callbacks=[])
+    start = al.ranks(trainer.model)
+    trainer.train()
+    rows = callback_of(trainer).history
+    assert any(row.status == "changed" for row in rows)
+    costs = {t.name: t.cost for t in targets_of(trainer.model)}
+    full = {t.name: t.full_rank for t in targets_of(trainer.model)}
+    adaptation = method.adaptation
+    for row in rows:
+        spent = sum(rank * costs[n] for n, rank in row.pattern.items())
+        assert spent == row.parameters_after
+        assert all(
+            min(adaptation.min_rank, full[n]) <= rank <= min(adaptation.max_rank or full[n], full[n])
+            for n, rank in row.pattern.items()
+        )
+        if row.budget is not None:
+            assert spent <= row.budget
+    assert rows[-1].pattern == al.ranks(trainer.model) == history.replay(start, rows)
+    assert not [r for r in rows if json.loads(r.to_json())["status"] not in ("changed", "kept", "refused")]
+
+
+def test_shrinking_ends_at_the_budget_to_less_than_one_component() -> None:
+    controller, optimizer = controlled(DYNAMIC["adalora"]())
+    run(controller, optimizer)
+    controller.finish()
+    row = controller.history[-1]
+    open_costs = [t.cost for t in targets_of(controller.model) if 0 < row.pattern[t.name] < t.full_rank]
+    assert 0 <= row.budget - row.parameters_after < min(open_costs)
+    assert row.bytes_after["adapters"] == 4 * row.parameters_after
+    # Two moments of the same shape, and a four-byte step count a tensor.
+    live = sum(rank > 0 for rank in row.pattern.values())
+    assert row.bytes_after["optimizer"] == 8 * row.parameters_after + 4 * 2 * live
+
+
+def test_forgotten_calls_are_errors_and_not_silence() -> None:
+    controller, optimizer = controlled(DYNAMIC["adalora"]())
+    controller.model(**BATCH).loss.backward()
+    optimizer.step()
+    with pytest.raises(al.InputError, match="without observe"):
+        controller.step()
+    controller.observe()
+    with pytest.raises(al.InputError, match="twice without step"):
+        controller.observe()
+    controller.step()
+    optimizer.zero_grad()
+    with pytest.raises(al.InputError, match="no gradients"):
+        controller.observe()
+
+
+def test_training_that_ends_before_any_decision_is_a_failure() -> None:
+    controller, optimizer = controlled(methods.adalora(2, initial=50, final=10), total=100)
+    run(controller, optimizer, steps=5)
+    with pytest.raises(NeverDecidedError, match="never decided anything in 5 of 100 steps"):
+        controller.finish()
+
+
+def test_a_plateau_that_is_never_evaluated_is_a_failure() -> None:
+    controller, optimizer = controlled(DYNAMIC["plateau"]())
+    run(controller, optimizer)
+    with pytest.raises(NeverDecidedError, match="evaluated"):
+        controller.finish()
+
+
+def test_scores_that_are_not_finite_refuse_the_decision_and_say_so() -> None:
+    controller, optimizer = controlled(DYNAMIC["grad_delta"]())
+    before = al.ranks(controller.model)
+    for step in range(STEPS):
+        controller.model(**BATCH).loss.backward()
+        if step == 2:
+            next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad.fill_(float("nan"))
+        controller.observe()
+        optimizer.zero_grad()
+        controller.step()
+    (row,) = controller.history
+    assert (row.status, row.reason) == ("refused", "a score is not finite")
+    assert al.ranks(controller.model) == before
+    assert None in json.loads(row.to_json())["scores"].values()
+
+
+@pytest.mark.parametrize("importance", [Uniform(), Sensitivity(beta1=0.5)])
+def test_all_equal_or_all_zero_scores_have_a_defined_answer(importance: object) -> None:
+    """Uniform: all equal. Sensitivity with zero gradients: all zero. Ties spread evenly over targets of equal cost."""
+    base = DYNAMIC["adalora"]()
+    method = dataclasses.replace(base, adaptation=dataclasses.replace(base.adaptation, importance=importance))
+    controller, _ = controlled(method)
+    for _ in range(STEPS):
+        for parameter in controller.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        controller.observe()
+        controller.step()
+    controller.finish()
+    ranks = [rank for name, rank in al.ranks(controller.model).items() if "attention" in name]
+    assert max(ranks) - min(ranks) <= 1
+
+
+def test_one_single_target_keeps_its_budget() -> None:
+    method = DYNAMIC["adalora"]()
+    name = "bert.encoder.layer.0.attention.self.query"
+    model = al.attach(make_bert(n_layers=2), method, [name])
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    controller = RankController(model, optimizer, method, STEPS)
+    assert al.ranks(model) == {name: 4}
+    run(controller, optimizer)
+    assert al.ranks(model) == {name: 2}
+
+
+def test_a_method_whose_pattern_never_changes_trains_bit_for_bit_like_plain_lora(tmp_path: Path) -> None:
+    never = al.Method(
+        name="never",
+        shape=lambda targets: {t.name: 3 for t in targets},
+        rank=3,
+        adaptation=Adaptation(importance=Sensitivity(), rule=TopK(), when=At(start=2, rest=2, every=2)),
+    )
+    ours = make_trainer(tmp_path / "a", never, save_strategy="no", eval_strategy="no")
+    ours.train()
+    assert {row.status for row in callback_of(ours).history} == {"kept"}
+    plain = make_trainer(tmp_path / "b", methods.lora(3), save_strategy="no", eval_strategy="no")
+    plain.train()
+    mine, theirs = state_of(ours), state_of(plain)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("name", ["adalora", "grad_delta"])
+def test_batch_8_equals_batch_4_by_accumulation_2(name: str, tmp_path: Path) -> None:
+    """Same scores, same decisions: they are taken once an optimizer step, on the whole gradient."""
+    rows = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        method = DYNAMIC[name]()
+        trainer = make_trainer(
+            tmp_path, method, kind=al.AdaptiveTrainer, model=make_model(method, dropout=0.0), per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, save_strategy="no", eval_strategy="no",
+            optim="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.train()
+        rows.append(callback_of(trainer).history)
+    assert [r.pattern for r in rows[0]] == [r.pattern for r in rows[1]]
+    for one, two in zip(*rows, strict=True):
+        largest = max(one.scores.values())
+        for target, score in one.scores.items():
+            # The gradient is the same sum in another order. SGD, because Adam would blow rounding of tiny gradients up.
+            assert score == pytest.approx(two.scores[target], rel=1e-3, abs=1e-3 * largest)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (methods.adalora(2), {"load_best_model_at_end": True, "save_steps": 3}, "load_best_model_at_end"),
+        (DYNAMIC["plateau"](), {"eval_strategy": "no"}, "nothing is evaluated"),
+        (methods.adalora(2), {"optim": "adafactor"}, "Adafactor"),
+        (methods.grad_delta(2, warmup_steps=200), {}, r"200\.\.200 do not fit a training of 12 steps"),
+        (methods.adalora(2, initial=8, final=8), {}, "does not fit"),
+        (methods.adalora(2, min_rank=3), {}, "below the minimum"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_step(
+    method: al.Method, options: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(al.InputError, match=message):
+        make_trainer(tmp_path, method, **options).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_methods_refuse_contradictions_when_built() -> None:
+    with pytest.raises(al.InputError, match=r"0\.5 of the final one"):
+        methods.adalora(8, factor=0.5)
+    with pytest.raises(al.InputError, match="min_rank 5 and max_rank 4"):
+        methods.grad_delta(min_rank=5, max_rank=4)
+    with pytest.raises(al.InputError, match="patience is 0"):
+        methods.plateau(patience=0)
