@@ -11,7 +11,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ def attach(
     scale: float = 2.0,
     dropout: float = 0.0,
     task_type: str | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
     """Put LoRA adapters with the initial rank pattern of `method` on `model` and freeze the rest, except the head.
 
@@ -51,6 +52,7 @@ def attach(
         scale: the constant factor of every update; `lora_alpha / r` of a PEFT config.
         dropout: probability of LoRA dropout, in [0, 1).
         task_type: PEFT's task type; None derives it from the model's class. The head is trained and saved either way.
+        modules_to_save: full names of further modules to train and save whole, and not to adapt.
 
     Returns a `PeftModel` with plain LoRA layers. Raises `InputError` on a model that already has adapters, on targets
     that match nothing, and on ranks the targets cannot have. Source: Hu et al. 2022, arXiv 2106.09685, section 4.1.
@@ -67,7 +69,8 @@ def attach(
         raise InputError(f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at rank 8)")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
-    found = find_targets(model, targets)
+    whole = [*head_modules(model), *modules_to_save]
+    found = [t for t in find_targets(model, targets) if not any(f"{t.name}.".startswith(f"{w}.") for w in whole)]
     pattern = method.initial_pattern(found)
     if not any(pattern.values()):
         raise InputError(f"method {method.name!r} gives every target rank 0; at least one must be above 0")
@@ -76,7 +79,7 @@ def attach(
     config = LoraConfig(
         target_modules=_target_modules(model, created),  # type: ignore[arg-type]  # a set is what PEFT makes of a list
         lora_dropout=dropout,
-        modules_to_save=head_modules(model) or None,
+        modules_to_save=whole or None,
         task_type=task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
         fan_in_fan_out=all(isinstance(model.get_submodule(target.name), Conv1D) for target in found),

@@ -26,6 +26,7 @@ from adaptive_lora.config import RunConfig, parse, read_recipe
 from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.hub import cached, explain_missing, is_local, reachable
+from adaptive_lora.targets import head_modules
 from adaptive_lora.tasks import TASKS, Prepared
 from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, progress_for
 
@@ -54,7 +55,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     prepared = task.prepare(config, tokenizer, longest)
 
     set_seed(config.seed)  # the head and A are drawn here
-    base = _load_model(config, prepared)
+    base, newly_drawn = _load_model(config, prepared)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     model = attach(
@@ -63,6 +64,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         config.adapters.targets,
         scale=config.adapters.scale,
         dropout=config.adapters.dropout,
+        modules_to_save=newly_drawn,
     )
 
     try:
@@ -224,13 +226,24 @@ def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
     return tokenizer, min(config.data.max_length, tokenizer.model_max_length, positions)
 
 
-def _load_model(config: RunConfig, prepared: Prepared) -> Any:
+def _load_model(config: RunConfig, prepared: Prepared) -> tuple[Any, list[str]]:
+    """Return the model, and the modules outside its head whose weights the checkpoint lacks.
+
+    Those were drawn at random just now (a masked-language model has no pooler). Frozen and not saved they would make an
+    adapter that works nowhere else, so they are trained and saved in full.
+    """
     try:
-        return TASKS[config.task]().load_model(config.model, **_locate(config), **prepared.model_arguments)
+        loaded: Any = TASKS[config.task]().load_model(
+            config.model, **_locate(config), **prepared.model_arguments, output_loading_info=True
+        )
     except SafetensorError as error:
         raise IntegrityError(f"the weights of {config.model!r} are damaged: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"cannot load the model {config.model!r} for {config.task}: {error}") from error
+    model, info = loaded
+    heads = tuple(f"{head}." for head in head_modules(model))
+    missing = {name.rpartition(".")[0] for name in info["missing_keys"] if not name.startswith(heads)}
+    return model, sorted(missing)
 
 
 def _describe(model: PeftModel, method: methods.Method) -> str:

@@ -22,7 +22,7 @@ import adaptive_lora as al
 from adaptive_lora import IntegrityError, history, methods
 
 
-class Kill(Exception):
+class Kill(Exception):  # noqa: N818
     """Stands for kill -9."""
 
 

@@ -164,9 +164,6 @@ def test_a_loss_that_is_not_finite_in_evaluation_is_written_as_null(classificati
     assert (result_of(tmp_path / "run")["status"], result_of(tmp_path / "run")["step"]) == ("failed", 2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="modules the checkpoint lacks are drawn at random and not saved with the adapter"
-)
 def test_an_encoder_saved_without_its_pooler_gives_an_adapter_that_works_elsewhere(
     bert_folder: str, reviews_file: str, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from adaptive_lora.config import RunConfig
@@ -36,5 +35,5 @@ class Task(ABC):
         cannot be trained on."""
 
     @abstractmethod
-    def load_model(self, source: str, **arguments: Any) -> nn.Module:
-        """Load the pretrained model with the right head."""
+    def load_model(self, source: str, **arguments: Any) -> Any:
+        """Return what `from_pretrained` returns for the class with the right head."""

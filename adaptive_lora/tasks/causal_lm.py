@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
@@ -32,7 +31,7 @@ def prompt_of(instruction: str, context: str) -> str:
 class CausalLanguageModelling(Task):
     """Loss and perplexity per loss-bearing token, averaged over tokens and not over batches."""
 
-    def load_model(self, source: str, **arguments: Any) -> nn.Module:
+    def load_model(self, source: str, **arguments: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(source, **arguments)
 
     def prepare(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> Prepared:

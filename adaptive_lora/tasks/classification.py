@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.metrics import accuracy_score, f1_score
-from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from adaptive_lora.config import RunConfig
@@ -22,7 +21,7 @@ LABEL_COLUMNS = ("label", "labels")
 class Classification(Task):
     """Accuracy and macro F1 over the classes seen in training, or those the recipe names."""
 
-    def load_model(self, source: str, **arguments: Any) -> nn.Module:
+    def load_model(self, source: str, **arguments: Any) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(source, **arguments)
 
     def prepare(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> Prepared:
