@@ -82,7 +82,7 @@ def train(
     from adaptive_lora.report import report
     from adaptive_lora.run import run
 
-    _quiet()
+    quiet()
     run(resolved, resume=resume)
     for figure in report(resolved.output):
         typer.echo(f"figure: {figure}")
@@ -141,11 +141,11 @@ def demo(
     """Fine-tune a real encoder on the shipped data with several methods at one parameter budget, and compare."""
     from adaptive_lora.demo.run import demo as run_demo
 
-    _quiet()
+    quiet()
     run_demo(output)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the output to what the run says itself: libraries' progress on loading weights, and their advice, go."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
@@ -154,6 +154,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
     disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.utils.data")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 
 
 def main() -> NoReturn:

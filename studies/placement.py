@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from adaptive_lora.cli import _quiet
+from adaptive_lora.cli import quiet
 from adaptive_lora.config import parse, read_recipe
 from adaptive_lora.report import read_run
 from adaptive_lora.report.figures import rank_heatmap
@@ -53,7 +53,7 @@ def main() -> None:
     ):
         if value is not None:
             section[key] = value
-    _quiet()
+    quiet()
     runs = {}
     for title, method in STRATEGIES.items():
         folder = options.output / title.replace(", ", "-").replace(" ", "-")

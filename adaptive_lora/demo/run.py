@@ -68,7 +68,7 @@ def demo(output: Path) -> None:
         }
     rows += [
         (
-            f"{name}, rank-{RANK} budget",
+            name,
             result["metrics"]["eval_accuracy"],
             f"{result['lora_parameters']:,}",
             result["train_seconds"],
@@ -127,7 +127,7 @@ def _half_width(accuracy: float, n: int) -> float:
 
 
 def _show(rows: list[tuple[str, float, str, float, str]], n: int) -> None:
-    table = Table(title=f"{n} test messages, six classes; one seed: differences within the interval are noise")
+    table = Table(title=f"{n} test messages, six classes, the LoRA parameters of rank {RANK}; one seed, 95 % intervals")
     for column, justify in (
         ("method", "left"),
         ("accuracy", "right"),
