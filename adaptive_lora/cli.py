@@ -64,7 +64,7 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Fine-tune a model. Writes adapter, metrics and result to the output folder."""
-    from adaptive_lora.config import parse, read_recipe, set_key
+    from adaptive_lora.recipe import read_recipe, set_key
 
     flags = dict(locals())
     values: dict[str, Any] = read_recipe(config) if config else {"task": "classification"}
@@ -75,6 +75,12 @@ def train(
         _assign(values, "data.text", text[0] if len(text) == 1 else text)
     for assignment in set_ or []:
         set_key(values, assignment)
+    if isinstance(values.get("model"), str) and not print_config:
+        from adaptive_lora.hub import locate_model
+
+        locate_model(str(Path(values["model"]).expanduser()))  # before the seconds that importing transformers takes
+    from adaptive_lora.config import parse
+
     resolved = parse(values, origin=str(config) if config else "command line")
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
@@ -146,13 +152,14 @@ def demo(
 
 
 def quiet() -> None:
-    """Keep the output to what the run says itself: libraries' progress on loading weights, and their advice, go."""
+    """Silence libraries' advice, and their progress bars where there is no terminal."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.utils.data")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 

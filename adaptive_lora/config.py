@@ -7,7 +7,6 @@ import math
 import os
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -200,54 +199,3 @@ def _key_at(location: Iterable[Any]) -> tuple[str, str, list[str]]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
     return ".".join(path), path[-1] if path else "", known
-
-
-def load_yaml(text: str) -> Any:
-    """Return what YAML text holds. Raises `yaml.YAMLError` whatever is wrong with it."""
-    try:
-        return yaml.safe_load(text)
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets these through: a date such as 2001-99-99, `!!int abc`, brackets a thousand deep.
-        raise yaml.YAMLError(str(error)) from None
-
-
-def read_recipe(file: str | Path) -> dict[str, Any]:
-    """Return the mapping a YAML recipe holds. Raises `InputError` with line and column on broken YAML."""
-    path = Path(file)
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; expected a mapping of recipe keys")
-    return values
-
-
-def set_key(values: dict[str, Any], assignment: str) -> None:
-    """Apply one `a.b=value` (value in YAML) to a nested mapping, in place.
-
-    >>> recipe = {"training": {"seed": 1}}
-    >>> set_key(recipe, "training.learning_rate=0.001")
-    >>> recipe
-    {'training': {'seed': 1, 'learning_rate': 0.001}}
-    """
-    path, separator, text = assignment.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise InputError(f"--set {assignment!r}: expected key=value, such as training.learning_rate=0.0003")
-    try:
-        value = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    node = values
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise InputError(f"--set {assignment!r}: {key!r} is not a mapping")
-    node[keys[-1]] = value

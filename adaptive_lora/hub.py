@@ -9,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 
+from adaptive_lora.errors import InputError
+
 SECONDS_TO_WAIT = 3.0
 
 
@@ -28,6 +30,24 @@ def reachable() -> bool:
     except Exception:  # which HTTP library this is, and so its errors, changes with the hub client's version
         return False
     return True
+
+
+def locate_model(source: str) -> bool:
+    """Return True when the model is here (a folder, or in the cache with no hub to ask), False when on the hub.
+
+    Raises `InputError` saying what was tried.
+    """
+    if is_local(source):
+        if not Path(source).is_dir():
+            raise InputError(f"model folder {source} does not exist; give a folder with config.json, or a hub name")
+        if not (Path(source) / "config.json").is_file():
+            raise InputError(f"model folder {source} has no config.json; expected a Hugging Face model folder")
+        return True
+    if reachable():
+        return False
+    if cached(source):
+        return True
+    raise InputError(explain_missing("model", source, tried=[f"local folder {Path(source).resolve()}"]))
 
 
 def cached(repository: str) -> bool:

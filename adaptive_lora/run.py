@@ -22,10 +22,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from adaptive_lora import methods
 from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.callback import AdaptiveRankCallback
-from adaptive_lora.config import RunConfig, parse, read_recipe
+from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
-from adaptive_lora.hub import cached, explain_missing, is_local, reachable
+from adaptive_lora.hub import locate_model
+from adaptive_lora.recipe import read_recipe
 from adaptive_lora.targets import head_modules
 from adaptive_lora.tasks import TASKS, Prepared
 from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, progress_for
@@ -66,6 +67,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         dropout=config.adapters.dropout,
         modules_to_save=newly_drawn,
     )
+    initial_ranks = ranks(model)
 
     try:
         AdaptiveTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
@@ -108,12 +110,12 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         if isinstance(error, DivergedError):
             failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
-        _write_result(folder, {**failure, **_facts(config, model, method), "metrics": {}})
+        _write_result(folder, {**failure, **_facts(config, model, method, initial_ranks), "metrics": {}})
         raise
     result = {
         "status": "ok",
         "reason": None,
-        **_facts(config, model, method),
+        **_facts(config, model, method, initial_ranks),
         "metrics": metrics,
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -189,19 +191,7 @@ def _differences(before: RunConfig, now: RunConfig) -> list[str]:
 
 def _locate(config: RunConfig) -> dict[str, Any]:
     """Return the arguments for `from_pretrained`, after making sure that the model can be had."""
-    source = config.model
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if is_local(source):
-        if not Path(source).is_dir():
-            raise InputError(f"model folder {source} does not exist; give a folder with config.json, or a hub name")
-        if not (Path(source) / "config.json").is_file():
-            raise InputError(f"model folder {source} has no config.json; expected a Hugging Face model folder")
-        return {**arguments, "local_files_only": True}
-    if reachable():
-        return arguments
-    if cached(source):
-        return {**arguments, "local_files_only": True}
-    raise InputError(explain_missing("model", source, tried=[f"local folder {Path(source).resolve()}"]))
+    return {"trust_remote_code": config.trust_remote_code, "local_files_only": locate_model(config.model)}
 
 
 def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
@@ -262,7 +252,9 @@ def _final_metrics(trainer: AdaptiveTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def _facts(config: RunConfig, model: PeftModel, method: methods.Method) -> dict[str, Any]:
+def _facts(
+    config: RunConfig, model: PeftModel, method: methods.Method, initial_ranks: dict[str, int]
+) -> dict[str, Any]:
     """Return what is true of the run whether it succeeded or not, read from the model and not from the plan."""
     trainable, total = model.get_nb_trainable_parameters()
     return {
@@ -270,6 +262,7 @@ def _facts(config: RunConfig, model: PeftModel, method: methods.Method) -> dict[
         "task": config.task,
         "model": config.model,
         "seed": config.seed,
+        "initial_ranks": initial_ranks,
         "ranks": ranks(model),
         "lora_parameters": lora_parameters(model),
         "budget_parameters": method.budget_parameters(targets_of(model)),

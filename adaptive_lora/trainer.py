@@ -26,7 +26,8 @@ class AdaptiveTrainerMixin(_Base):
     """Mix into any `Trainer` subclass, before it: `class Mine(AdaptiveTrainerMixin, Seq2SeqTrainer)`.
 
     A loss or gradient that is NaN or infinite raises `DivergedError` with the step and the layers, before the
-    optimizer sees it; nothing is logged as 0.0 and clipping cannot spread it. With finite numbers it is the
+    optimizer sees it; nothing is logged as 0.0, clipping cannot spread it, and the state after the last whole step is
+    saved as a checkpoint. With finite numbers it is the
     `Trainer`, bit for bit, but for one thing: batch 8 equals batch 4 x accumulation 2 for classification too.
     """
 
@@ -43,7 +44,7 @@ class AdaptiveTrainerMixin(_Base):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             where = non_finite(model) or first_non_finite_output(model, self._prepare_inputs(inputs))
-            raise self._diverged(f"the loss is {loss.item()}", where)
+            raise self._diverged(model, f"the loss is {loss.item()}", where)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
@@ -64,12 +65,14 @@ class AdaptiveTrainerMixin(_Base):
                 for name, parameter in model.named_parameters()
                 if parameter.grad is not None and not torch.isfinite(parameter.grad.norm())
             )
-            if self.state.global_step > 0 and self.args.should_save:
-                self._save_checkpoint(model, trial=None)  # the loss was finite: this state is good
-            raise self._diverged("the gradient is not finite", bad) from None
+            raise self._diverged(model, "the gradient is not finite", bad) from None
 
-    def _diverged(self, what: str, where: tuple[str, ...]) -> DivergedError:
+    def _diverged(self, model: nn.Module, what: str, where: tuple[str, ...]) -> DivergedError:
+        """Keep the state after the last whole step, if its weights are finite, and return the error to raise."""
         step = self.state.global_step + 1
+        if self.state.global_step > 0 and self.args.should_save and not non_finite(model):
+            self._save_checkpoint(model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         listed = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
         return DivergedError(
             f"training stopped at step {step}: {what}; first seen in {listed or 'the loss itself'}. "

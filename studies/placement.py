@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from adaptive_lora.cli import quiet
-from adaptive_lora.config import parse, read_recipe
+from adaptive_lora.config import parse
+from adaptive_lora.recipe import read_recipe
 from adaptive_lora.report import read_run
 from adaptive_lora.report.figures import rank_heatmap
 from adaptive_lora.report.tables import show

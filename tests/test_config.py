@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from adaptive_lora.config import TRAINING_RESERVED, RunConfig, parse, read_recipe, set_key
+from adaptive_lora.config import TRAINING_RESERVED, RunConfig, parse
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe import read_recipe, set_key
 
 LEAST = {"model": "m", "task": "classification", "data": {"train": "x.csv"}, "output": "o"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 import adaptive_lora as al
 from adaptive_lora import methods
+from adaptive_lora.adapter_file import tensor_ranks
 from adaptive_lora.errors import InputError
 from adaptive_lora.methods import METHODS, Method
 from adaptive_lora.targets import Target, find_targets
@@ -256,3 +257,11 @@ def test_an_unreadable_custom_file_is_refused_with_the_place(
         (tmp_path / file).write_bytes(text)
     with pytest.raises(InputError, match=message):
         methods.custom(file=tmp_path / file)
+
+
+def test_the_saved_tensors_of_linear_decay_have_its_ranks(tmp_path: Path) -> None:
+    """24 layers, narrow here: the ranks are those of DialoGPT-medium, read from the file."""
+    model = al.attach(make_gpt2(24, n_embd=32), methods.linear_decay(), ["c_attn", "c_proj", "c_fc"])
+    saved = tensor_ranks(al.save(model, tmp_path) / "adapter_model.safetensors")
+    assert len(saved) == 96
+    assert all(rank == DECAY[int(name.split(".")[2])] for name, rank in saved.items())

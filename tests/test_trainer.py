@@ -110,6 +110,7 @@ def test_a_poisoned_batch_stops_training_at_its_step_and_names_the_layer(
     weights, log = after(step - 1, tmp_path)
     assert same(trainable(trainer.model), weights)
     assert losses(trainer.state.log_history) == log
+    assert (tmp_path / "run" / f"checkpoint-{step - 1}").is_dir() == (step > 1)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
