@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -93,8 +92,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     progress, unwanted = progress_for()
     for callback in unwanted:
         trainer.remove_callback(callback)
-    if progress is not transformers.ProgressCallback:
-        trainer.add_callback(progress)
+    trainer.add_callback(progress)
 
     started = time.perf_counter()
     checkpoints = folder / CHECKPOINT_FOLDER

@@ -147,22 +147,32 @@ def finite(value: Any) -> Any:
     return value
 
 
+_SHOWN = {"loss", "accuracy", "perplexity", "norm", "rate"}
+
+
+def log_line(state: Any, logs: dict[str, Any]) -> str:
+    """Return what a person wants of a log row in one line, "" when there is nothing."""
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k.split("_")[-1] in _SHOWN)
+    return f"step {state.global_step:>6}/{state.max_steps}  {shown}" if shown else ""
+
+
 class PlainProgress(TrainerCallback):
     """One line per log row, for output that is not a terminal."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            shown = {k: v for k, v in logs.items() if k.split("_")[-1] in _SHOWN}
-            if shown:
-                values = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-                print(f"step {state.global_step:>6}/{state.max_steps}  {values}", flush=True)
+        if state.is_world_process_zero and (line := log_line(state, logs or {})):
+            print(line, flush=True)
 
 
-_SHOWN = {"loss", "accuracy", "perplexity", "norm", "rate"}
+class ProgressBars(ProgressCallback):
+    """The Trainer's bars, with the same lines above them, for a terminal."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and (line := log_line(state, logs or {})):
+            self.training_bar.write(line)
 
 
 def progress_for(stream: Any = None) -> tuple[type[TrainerCallback], list[type[TrainerCallback]]]:
     """Return (callback to add, callbacks to remove) so that a terminal gets bars and a file gets plain lines."""
-    if (stream or sys.stderr).isatty():
-        return ProgressCallback, [PrinterCallback]
-    return PlainProgress, [PrinterCallback, ProgressCallback]
+    wanted = ProgressBars if (stream or sys.stderr).isatty() else PlainProgress
+    return wanted, [PrinterCallback, ProgressCallback]
