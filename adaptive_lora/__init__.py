@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adaptive_lora.allocate import Resize as Resize
     from adaptive_lora.callback import AdaptiveRankCallback as AdaptiveRankCallback
     from adaptive_lora.controller import RankController as RankController
+    from adaptive_lora.drop_in import AdaptiveLoRA as AdaptiveLoRA
     from adaptive_lora.errors import AdaptiveLoraError as AdaptiveLoraError
     from adaptive_lora.errors import DivergedError as DivergedError
     from adaptive_lora.errors import InputError as InputError
@@ -31,6 +32,7 @@ _HOME = {
     **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "adapters"),
     **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
     **dict.fromkeys(("METHODS", "Method"), "methods"),
+    "AdaptiveLoRA": "drop_in",
     "AdaptiveRankCallback": "callback",
     "RankController": "controller",
     "Resize": "allocate",

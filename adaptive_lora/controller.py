@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptive_lora import history
 from adaptive_lora.adaptation import At, OnPlateau
-from adaptive_lora.adapters import adapters, lora_parameters, ranks, targets_of, weights
+from adaptive_lora.adapters import adapters, all_weights, lora_parameters, ranks, targets_of, weights
 from adaptive_lora.allocate import check_bounds
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
 from adaptive_lora.history import Decision
@@ -101,7 +101,9 @@ class RankController:
         if any(p.grad is None for pair in pairs.values() for p in pair):
             raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
         if not self._statistics:
-            self._statistics = self._adaptation.importance.start(pairs)
+            # Of every adapter, also of one at rank 0: it may grow later.
+            everything = {name: all_weights(layer) for name, layer in self._layers.items()}
+            self._statistics = self._adaptation.importance.start(everything)
         self._adaptation.importance.observe(pairs, self._statistics)
         self._observed = True
 
@@ -157,6 +159,7 @@ class RankController:
             name: row.tolist() for name, row in importance.scores(pairs, self._statistics).items()
         }
         scores = dict.fromkeys(now, 0.0) | importance.target_scores(pairs, self._statistics)
+        parts = importance.target_parts(pairs, self._statistics)
         view = View(
             ranks=now,
             costs=self._costs,
@@ -170,7 +173,8 @@ class RankController:
             last=not self._decision_steps or self.step_count >= self._decision_steps[-1],
         )
         if not view.finite():
-            self._record("refused", "a score is not finite", time.perf_counter() - started, {}, scores, view.budget)
+            seconds = time.perf_counter() - started
+            self._record("refused", "a score is not finite", seconds, {}, scores, view.budget, parts=parts)
             return
         changes = self._adaptation.rule.decide(view)
         before = lora_parameters(self.model)
@@ -178,7 +182,7 @@ class RankController:
         if changes and ranks(self.model) != now | {name: change.rank for name, change in changes.items()}:
             raise IntegrityError("the ranks after a resize are not those decided")
         status = "changed" if changes else "kept"
-        self._record(status, None, time.perf_counter() - started, changes, scores, view.budget, before)
+        self._record(status, None, time.perf_counter() - started, changes, scores, view.budget, before, parts)
 
     def _record(
         self,
@@ -189,6 +193,7 @@ class RankController:
         scores: dict[str, float],
         budget: int | None = None,
         before: int | None = None,
+        parts: dict[str, dict[str, float]] | None = None,
     ) -> None:
         after = lora_parameters(self.model)
         decision = Decision(
@@ -203,6 +208,7 @@ class RankController:
             scores=scores,
             bytes_after=self._bytes(),
             seconds=seconds,
+            parts=parts or {},
         )
         self.history.append(decision)
         if self.on_decision is not None:

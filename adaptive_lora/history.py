@@ -10,6 +10,8 @@ from typing import Any
 
 from adaptive_lora.allocate import RankPattern, Resize
 
+HISTORY_FILE = "allocations.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -29,12 +31,22 @@ class Decision:
     scores: dict[str, float]  # one for each target
     bytes_after: dict[str, int] = field(default_factory=dict)  # adapters, gradients, optimizer state, statistics
     seconds: float = 0.0
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # {part: {target: score}} that scores are made of
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON; a score that is not finite becomes null."""
         row = asdict(self)
-        row["scores"] = {name: score if abs(score) < float("inf") else None for name, score in self.scores.items()}
+        row["scores"] = _without_nan(self.scores)
+        row["parts"] = {part: _without_nan(scores) for part, scores in self.parts.items()}
         return json.dumps(row, allow_nan=False)
+
+
+def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: score if abs(score) < float("inf") else None for name, score in scores.items()}
+
+
+def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if score is None else score for name, score in scores.items()}
 
 
 def write(path: Path, rows: Iterable[Decision]) -> None:
@@ -44,9 +56,9 @@ def write(path: Path, rows: Iterable[Decision]) -> None:
 
 def from_json(row: Mapping[str, Any]) -> Decision:
     """Return the `Decision` of a parsed row."""
-    scores = {name: float("nan") if score is None else score for name, score in row["scores"].items()}
+    parts = {part: _with_nan(scores) for part, scores in row.get("parts", {}).items()}
     changes = {name: Resize(tuple(change["keep"]), change["grow"]) for name, change in row["changes"].items()}
-    return Decision(**{**row, "scores": scores, "changes": changes})
+    return Decision(**{**row, "scores": _with_nan(row["scores"]), "parts": parts, "changes": changes})
 
 
 def replay(initial: RankPattern, rows: Iterable[Decision]) -> RankPattern:

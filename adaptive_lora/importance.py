@@ -58,6 +58,10 @@ class Importance(ABC):
         """Return one score for each target: the sum over its components, unless a subclass defines it otherwise."""
         return {name: float(score.sum()) for name, score in self.scores(pairs, statistics).items()}
 
+    def target_parts(self, pairs: Pairs, statistics: Statistics) -> dict[str, dict[str, float]]:
+        """Return {part: {target: score}}: what `target_scores` is made of, before any normalisation; {} if of one part."""
+        return {}
+
 
 def _tensors(statistics: Statistics, kind: str, pairs: Pairs) -> list[torch.Tensor]:
     return [statistics[kind][name].tensor for name in pairs]
@@ -245,10 +249,20 @@ class Weighted(Importance):
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
         total = dict.fromkeys(pairs, 0.0)
-        for i, (weight, part) in enumerate(self.parts):
-            for n, score in min_max(part.target_scores(pairs, self._of(i, statistics))).items():
+        for (weight, _), raw in zip(self.parts, self.target_parts(pairs, statistics).values(), strict=True):
+            for n, score in min_max(raw).items():
                 total[n] += weight * score
         return total
+
+    def target_parts(self, pairs: Pairs, statistics: Statistics) -> dict[str, dict[str, float]]:
+        """Return the scores of each part under the name of its class, in order; a second of a class is "Class 2"."""
+        result: dict[str, dict[str, float]] = {}
+        classes = [type(part).__name__ for _, part in self.parts]
+        for i, (_, part) in enumerate(self.parts):
+            before = classes[:i].count(classes[i])
+            name = f"{classes[i]} {before + 1}" if before else classes[i]
+            result[name] = part.target_scores(pairs, self._of(i, statistics))
+        return result
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:

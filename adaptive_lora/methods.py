@@ -69,6 +69,9 @@ class Method:
         Raises `InputError` when a rank exceeds min(I, O) or the budget cannot be met.
         """
         raw = self.shape(targets)
+        for target in targets:
+            if target.name not in raw:
+                raise InputError(f"the shape of method {self.name!r} gives no rank to target {target.name!r}")
         budget = None if self.raw_start else self.budget_parameters(targets)
         if budget is not None and self.adaptation is not None:
             budget = int(budget * self.adaptation.schedule.factor)

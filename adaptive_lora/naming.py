@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
 
 def split_name(name: str) -> tuple[str, int | None, str]:
     """Split a dotted name at its first index into (stack, index, kind); without an index: ("", None, name).
@@ -16,8 +21,8 @@ def split_name(name: str) -> tuple[str, int | None, str]:
     return "", None, name
 
 
-def by_kind(ranks: dict[str, int]) -> dict[str, dict[int, int]]:
-    """Group {target: rank} as {module kind: {layer index: rank}}, in the order they come.
+def by_kind(values: Mapping[str, Value]) -> dict[str, dict[int, Value]]:
+    """Group {target: value} as {module kind: {layer index: value}}, in the order they come.
 
     A kind is named with its stack when the model has several (an encoder and a decoder). A target outside every layer
     has layer index 0.
@@ -25,10 +30,10 @@ def by_kind(ranks: dict[str, int]) -> dict[str, dict[int, int]]:
     >>> by_kind({"layer.0.q": 4, "layer.1.q": 2, "pooler": 3})
     {'q': {0: 4, 1: 2}, 'pooler': {0: 3}}
     """
-    stacks = {stack for stack, index, _ in map(split_name, ranks) if index is not None}
-    table: dict[str, dict[int, int]] = {}
-    for name, rank in ranks.items():
+    stacks = {stack for stack, index, _ in map(split_name, values) if index is not None}
+    table: dict[str, dict[int, Value]] = {}
+    for name, value in values.items():
         stack, index, kind = split_name(name)
         label = f"{stack}.*.{kind}" if index is not None and len(stacks) > 1 else kind
-        table.setdefault(label, {})[index or 0] = rank
+        table.setdefault(label, {})[index or 0] = value
     return table

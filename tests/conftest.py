@@ -9,20 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from adaptive_lora.testing import make_bert as make_bert
 
 torch.set_num_threads(1)
 # The same examples at every run and no time limit per example: a busy machine fails no test.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
-
-
-def make_bert(n_layers: int = 3, **config: object) -> BertForSequenceClassification:
-    """A BERT classifier: I = O = 16 in attention, 16 <-> 32 in the feed-forward; the same weights at every call."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    limits = {"max_position_embeddings": 32, "num_hidden_layers": n_layers}
-    return BertForSequenceClassification(BertConfig(**{**sizes, **limits, **config}))
 
 
 def make_gpt2(n_layers: int = 3, **config: object) -> GPT2LMHeadModel:

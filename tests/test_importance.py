@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 
 from adaptive_lora import InputError
 from adaptive_lora.budget import Constant, Cubic
+from adaptive_lora.history import Decision, from_json
 from adaptive_lora.importance import GradientNorm, Magnitude, Pairs, Sensitivity, Uniform, WeightDelta, Weighted
 
 SHAPES = {"q": (5, 8, 6), "v": (3, 4, 7)}  # target: (R, I, O)
@@ -175,3 +178,16 @@ def test_a_weighted_combination_lies_between_its_parts_and_all_equal_scores_are_
     assert sorted(scores.values())[-1] <= 1
     only_equal = Weighted(parts=((1.0, Uniform()),)).scores(pairs, {})
     assert all(not row.any() for row in only_equal.values())
+
+
+def test_the_parts_of_a_weighted_score_are_its_parts_alone_and_survive_the_history_file() -> None:
+    pairs = make_pairs()
+    importance = Weighted(parts=((0.7, Magnitude()), (0.2, Uniform()), (0.1, Magnitude())))
+    parts = importance.target_parts(pairs, importance.start(pairs))
+    alone = Magnitude().target_scores(pairs, {})
+    assert parts == {"Magnitude": alone, "Uniform": {"q": 5.0, "v": 3.0}, "Magnitude 2": alone}
+    facts = {"status": "refused", "reason": "", "budget": None, "parameters_before": 0, "parameters_after": 0}
+    row = Decision(**facts, step=1, changes={}, pattern={}, scores={}, parts=parts | {"Uniform": {"q": math.inf}})
+    again = from_json(json.loads(row.to_json()))
+    assert math.isnan(again.parts["Uniform"].pop("q"))
+    assert again.parts == parts | {"Uniform": {}}

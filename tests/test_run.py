@@ -39,7 +39,7 @@ from adaptive_lora.tasks.causal_lm import prompt_of
 pytest_plugins = ("model_folders",)
 
 RESULT_KEYS = (
-    {"status", "reason", "method", "task", "model", "seed", "metrics", "ranks", "train_seconds"}
+    {"status", "reason", "method", "task", "model", "seed", "metrics", "initial_ranks", "ranks", "train_seconds"}
     | {"lora_parameters", "budget_parameters", "trainable_parameters", "total_parameters"}
     | {"peak_memory_bytes", "versions"}
 )

@@ -9,9 +9,8 @@ from typing import Any
 
 from adaptive_lora.adapter_file import tensor_ranks
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.history import Decision, from_json, replay
 
-LORA_A = ".lora_A.weight"
-PREFIX = "base_model.model."
 KEYS = {
     "status",
     "reason",
@@ -20,6 +19,7 @@ KEYS = {
     "model",
     "seed",
     "metrics",
+    "initial_ranks",
     "ranks",
     "lora_parameters",
     "budget_parameters",
@@ -28,19 +28,24 @@ KEYS = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a report needs of a run. `ranks` are those of the saved tensors; a target without tensors has rank 0."""
+    """What a report needs of a run. `ranks` are those of the saved tensors; a target without tensors has rank 0.
+
+    `history` has one `Decision` a row of `allocations.jsonl`, and none when the method never changes ranks.
+    """
 
     folder: Path
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     ranks: dict[str, int]
+    initial_ranks: dict[str, int]
+    history: list[Decision]
 
 
 def read_run(folder: str | Path) -> RunRecord:
     """Read the run in `folder`.
 
-    Raises `InputError` when there is no finished run, `IntegrityError` when a file is damaged or the saved tensors do
-    not have the ranks that `result.json` states.
+    Raises `InputError` when there is no finished run, `IntegrityError` when a file is damaged, the saved tensors do not
+    have the ranks that `result.json` states, or the decisions do not lead from the initial ranks to those.
     """
     path = Path(folder)
     result_file = path / "result.json"
@@ -70,4 +75,43 @@ def read_run(folder: str | Path) -> RunRecord:
             raise IntegrityError(
                 f"{path}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
             )
-    return RunRecord(path, result, metrics, ranks)
+    initial = dict(result["initial_ranks"])
+    return RunRecord(path, result, metrics, ranks, initial, _read_history(path / "allocations.jsonl", initial, ranks))
+
+
+def _read_history(file: Path, initial: dict[str, int], final: dict[str, int]) -> list[Decision]:
+    """Return the decisions in `file`, [] without it, after replaying them from `initial` to `final`."""
+    if not file.is_file():
+        return []
+    history: list[Decision] = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = from_json(json.loads(line))
+            _check(row, history[-1] if history else None, initial)
+            history.append(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{file} is damaged: row {len(history) + 1} is not a decision: {error}") from error
+    last = history[-1].pattern if history else initial
+    if last != final:
+        odd = next(name for name in last | final if last.get(name) != final.get(name))
+        raise IntegrityError(
+            f"{file}: the decisions end with rank {last.get(odd)} for {odd!r}, the run with {final.get(odd)}"
+        )
+    return history
+
+
+def _check(row: Decision, before: Decision | None, initial: dict[str, int]) -> None:
+    """Raise `ValueError` unless `row` follows from the row `before` it."""
+    if not {"adapters", "gradients", "optimizer"} <= row.bytes_after.keys():
+        raise ValueError(f"bytes_after has only {sorted(row.bytes_after)}")
+    for numbers in ({"seconds": row.seconds}, row.scores, *row.parts.values()):
+        if not all(isinstance(number, int | float) for number in numbers.values()):
+            raise ValueError("a score, or seconds, is not a number")
+    counts = {"step": row.step, "parameters_before": row.parameters_before, "parameters_after": row.parameters_after}
+    for name, count in (counts | row.bytes_after | row.pattern | {"budget": row.budget or 0}).items():
+        if not isinstance(count, int):
+            raise ValueError(f"{name} is {count!r}, expected an integer")
+    if row.pattern != replay(before.pattern if before else initial, [row]):
+        raise ValueError(f"the pattern after step {row.step} is not what its changes lead to")
+    if before and (row.step < before.step or row.parameters_before != before.parameters_after):
+        raise ValueError(f"step {row.step} does not go on from step {before.step}")

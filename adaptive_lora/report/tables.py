@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adaptive_lora.history import Decision
 from adaptive_lora.naming import by_kind
 from adaptive_lora.report.read import RunRecord
 
-WIDTH = 100
+WIDTH, ROWS = 100, 12
 
 
 def show(table: Table) -> None:
@@ -45,4 +49,28 @@ def summary_table(run: RunRecord) -> Table:
     for name, value in result["metrics"].items():
         if name.startswith("eval_") and not name.endswith(("runtime", "per_second")):
             table.add_row(name.removeprefix("eval_"), "not finite" if value is None else f"{value:.4f}")
+    return table
+
+
+def decision_table(history: Sequence[Decision]) -> Table:
+    """At most 12 decisions, evenly spaced from the first to the last, and how many of which status there were."""
+    shown = sorted({round(i * (len(history) - 1) / (ROWS - 1)) for i in range(ROWS)})
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in history).items())
+    left_out = len(history) - len(shown)
+    rest = f"; {left_out} {'row' if left_out == 1 else 'rows'} left out" if left_out else ""
+    table = Table(title=f"Rank decisions: {counts}{rest}")
+    for name in ("step", "status", "budget", "parameters", "ranks", "MiB", "ms"):
+        table.add_column(name, justify="left" if name == "status" else "right", overflow="fold")
+    for row in (history[i] for i in shown):
+        memory = sum(row.bytes_after[kind] for kind in ("adapters", "gradients", "optimizer"))
+        table.add_row(
+            f"{row.step:,}",
+            escape(f"refused: {row.reason}") if row.status == "refused" else row.status,
+            "none" if row.budget is None else f"{row.budget:,}",
+            f"{row.parameters_after:,}",
+            f"{min(row.pattern.values())}..{max(row.pattern.values())}",
+            f"{memory / 2**20:,.2f}",
+            f"{1000 * row.seconds:,.1f}",
+        )
+    table.caption = "parameters and ranks after the decision; MiB of adapters, their gradients and optimizer state"
     return table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptive_lora.report.figures import rank_heatmap, training_curve
-from adaptive_lora.report.read import read_run
-from adaptive_lora.report.tables import rank_table, show, summary_table
+from adaptive_lora.report.figures import parameter_steps, rank_heatmap, rank_steps, saliency, training_curve
+from adaptive_lora.report.read import RunRecord, read_run
+from adaptive_lora.report.tables import decision_table, rank_table, show, summary_table
 
 
 def report(folder: str | Path) -> list[Path]:
@@ -14,8 +14,20 @@ def report(folder: str | Path) -> list[Path]:
     run = read_run(folder)
     show(summary_table(run))
     show(rank_table(run.ranks))
-    target = run.folder / "report"
+    if run.history:
+        show(decision_table(run.history))
+    target, method = run.folder / "report", run.result["method"]
+    patterns = {f"{method}: rank by layer and module kind": run.ranks}
+    if run.history:
+        patterns = {f"{method}: initial ranks": run.initial_ranks, f"{method}: final ranks": run.ranks}
     return [
-        rank_heatmap({f"{run.result['method']}: rank by layer and module kind": run.ranks}, target / "ranks.png"),
+        rank_heatmap(patterns, target / "ranks.png"),
+        *(_figures_of_changes(run, target) if run.history else []),
         training_curve(run, target / "loss.png"),
     ]
+
+
+def _figures_of_changes(run: RunRecord, target: Path) -> list[Path]:
+    figures = [rank_steps(run, target / "rank_steps.png"), parameter_steps(run, target / "parameters.png")]
+    scored = [row for row in run.history if row.status == "changed" and (row.parts or any(row.scores.values()))]
+    return [*figures, saliency(scored[-1], target / "saliency.png")] if scored else figures

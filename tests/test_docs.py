@@ -1,0 +1,61 @@
+"""The pages in docs/: their code runs and conforms, their defaults are the defaults, their links lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_readme import python_blocks
+
+from adaptive_lora.adapters import attach
+from adaptive_lora.methods import METHODS
+from adaptive_lora.testing import CHECKS, Check
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+METHOD, PROOF = python_blocks("docs/add-a-method.md")
+NAMES: dict[str, Any] = {"__name__": __name__}
+exec(METHOD, NAMES)
+exec(PROOF, NAMES)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_method_of_the_page_conforms(check: Check, tmp_path: Path) -> None:
+    NAMES["test_fisher"](check, tmp_path)
+
+
+def test_the_method_of_the_page_is_at_most_thirty_lines() -> None:
+    assert len([line for line in METHOD.splitlines() if line.strip()]) <= 30
+
+
+def test_every_default_in_the_table_of_knobs_is_the_default() -> None:
+    text = (ROOT / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.split("## The knobs")[1].splitlines() if line.startswith("|")]
+    checked, owner = set(), ""
+    for who, knobs, defaults, _ in rows:
+        owner = who.strip(" `") or owner
+        if owner in METHODS:
+            accepted = inspect.signature(METHODS[owner]).parameters
+            for name, default in zip(re.findall(r"`(\w+)`", knobs), defaults.strip().split(", "), strict=True):
+                # rank None stands for 8 in the methods whose table row says so.
+                assert default == ("8" if name == "rank" else str(accepted[name].default)), (owner, name)
+                checked.add((owner, name))
+    assert {name for owner, name in checked if owner == "adalora"} == set(
+        inspect.signature(METHODS["adalora"]).parameters
+    ) - {"budget"}
+    assert len(checked) >= 19
+    assert inspect.signature(attach).parameters["scale"].default == 2.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_method_has_its_place_in_the_page_on_choosing() -> None:
+    text = (ROOT / "docs" / "how-to-choose.md").read_text(encoding="utf-8").split("## The knobs")[0]
+    assert [name for name in METHODS if f"`{name}" not in text] == []
