@@ -7,18 +7,16 @@ on the same targets) or `budget=300_000` (parameters) the shape is kept and the 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adaptive_lora.adaptation import Adaptation, At, OnPlateau
 from adaptive_lora.allocate import RankPattern, proportional
 from adaptive_lora.budget import Cubic
+from adaptive_lora.custom_ranks import by_layer, by_pattern, read_ranks
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.importance import GradientNorm, Sensitivity, WeightDelta, Weighted
 from adaptive_lora.rules import Grow, Proportional, TopK
@@ -227,7 +225,7 @@ def custom(
         if not isinstance(file, str | Path):
             raise InputError(f"method 'custom': file is {file!r}; expected a path")
         origin = str(file)
-        pattern, layer_ranks = _read_ranks(Path(file))
+        pattern, layer_ranks = read_ranks(Path(file))
     if not isinstance(layer_ranks, Sequence | None):
         raise InputError(f"{origin}: layer_ranks is {layer_ranks!r}; expected a list, one rank per layer")
     if not isinstance(pattern, Mapping | None) or not all(isinstance(key, str) for key in pattern or ()):
@@ -236,80 +234,12 @@ def custom(
         ranks_by_layer = [
             _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0) for i, value in enumerate(layer_ranks)
         ]
-        shape: Shape = lambda targets: _by_layer(origin, ranks_by_layer, targets)
+        shape: Shape = lambda targets: by_layer(origin, ranks_by_layer, targets)
     else:
         assert pattern is not None
-        by_pattern = {
-            key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0) for key, value in pattern.items()
-        }
-        shape = lambda targets: _by_pattern(origin, by_pattern, targets)
+        checked = {key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0) for key, value in pattern.items()}
+        shape = lambda targets: by_pattern(origin, checked, targets)
     return Method(name="custom", shape=shape, rank=rank, budget=budget)
-
-
-def _read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the rank file {file}: {error}") from None
-    try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{file} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or rank_pattern"
-        )
-    allowed = {"strategy_name", "layer_ranks", "rank_pattern"}
-    for key in content.keys() - allowed:
-        raise InputError(f"{file}: unknown key {key!r}.{nearest(str(key), allowed)} Expected {sorted(allowed)}")
-    if ("layer_ranks" in content) == ("rank_pattern" in content):
-        raise InputError(f"{file}: expected exactly one of layer_ranks and rank_pattern, got {sorted(content)}")
-    if not isinstance(content.get("layer_ranks", []), list):
-        raise InputError(f"{file}: layer_ranks is {content['layer_ranks']!r}; expected a list, one rank per layer")
-    if not isinstance(content.get("rank_pattern", {}), dict):
-        raise InputError(f"{file}: rank_pattern is {content['rank_pattern']!r}; expected an object {{name: rank}}")
-    return content.get("rank_pattern"), content.get("layer_ranks")
-
-
-def _by_layer(origin: str, ranks_by_layer: Sequence[int], targets: Sequence[Target]) -> dict[str, int]:
-    layers = list(dict.fromkeys(sorted(((t.stack, t.layer) for t in targets), key=_stack_order(targets))))
-    if len(layers) != len(ranks_by_layer):
-        raise InputError(
-            f"{origin}: layer_ranks has {len(ranks_by_layer)} ranks, expected {len(layers)}, one for each layer with targets"
-        )
-    by_layer = dict(zip(layers, ranks_by_layer, strict=True))
-    return {t.name: by_layer[t.stack, t.layer] for t in targets}
-
-
-def _stack_order(targets: Sequence[Target]) -> Callable[[tuple[str, int]], tuple[int, int]]:
-    """Return a sort key: stacks as they come in the model (encoder before decoder), layers by depth."""
-    stacks = list(dict.fromkeys(t.stack for t in targets))
-    return lambda place: (stacks.index(place[0]), place[1])
-
-
-def _by_pattern(origin: str, pattern: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
-    try:
-        compiled = {key: re.compile(key) for key in pattern}
-    except re.error as error:
-        raise InputError(f"{origin}: {error.pattern!r} is not a valid regular expression: {error}") from None
-    result: dict[str, int] = {}
-    used: set[str] = set()
-    for target in targets:
-        key = next((k for k, c in compiled.items() if k == target.name or c.fullmatch(target.name)), None)
-        if key is None:
-            raise InputError(
-                f"{origin}: no entry of the rank pattern matches target {target.name!r}; add one, or a last entry '.*'"
-            )
-        used.add(key)
-        result[target.name] = pattern[key]
-    for key in pattern:
-        if key not in used and not any(compiled[key].fullmatch(t.name) for t in targets):
-            raise InputError(f"{origin}: {key!r} matches no target.{nearest(key, [t.name for t in targets])}")
-    return result
 
 
 def _check_range(name: str, base_rank: int, min_rank: int) -> None:
