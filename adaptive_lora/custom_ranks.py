@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.recipe import read_file
 from adaptive_lora.targets import Target
 
 
 def read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:
     """Return (rank pattern, layer ranks) of a JSON or YAML file, one of them None. The ranks are not yet checked."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the rank file {file}: {error}") from None
-    try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{file} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+    content = read_file(file, "rank file")
     if not isinstance(content, dict):
         raise InputError(
             f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or rank_pattern"

@@ -13,14 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import PeftModel, TaskType
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
 from adaptive_lora.adapters import attach, infer_task_type, ranks, save
 from adaptive_lora.allocate import RankPattern
@@ -30,7 +23,7 @@ from adaptive_lora.history import HISTORY_FILE, Decision
 from adaptive_lora.importance import GradientNorm, WeightDelta
 from adaptive_lora.methods import grad_delta
 from adaptive_lora.targets import ALL_LINEAR
-from adaptive_lora.trainer import AdaptiveTrainer, progress_for
+from adaptive_lora.trainer import AdaptiveTrainer, use_progress
 
 LABELS = ("labels", "label")
 IGNORED = -100  # the label of what the loss leaves out
@@ -219,12 +212,7 @@ class AdaptiveLoRA:
             callbacks=[callback],
             **self._data,
         )
-        wanted, unwanted = progress_for()
-        quiet = trainer.args.disable_tqdm
-        for progress in [PrinterCallback, ProgressCallback] if quiet else unwanted:
-            trainer.remove_callback(progress)
-        if not quiet and wanted is not ProgressCallback:  # the Trainer has that one already
-            trainer.add_callback(wanted)
+        use_progress(trainer, quiet=bool(trainer.args.disable_tqdm))
         trainer.train()
         accuracy = trainer.evaluate()["eval_accuracy"]
         self._history = callback.history

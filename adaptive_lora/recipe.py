@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,25 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from None
 
 
-def read_recipe(file: str | Path) -> dict[str, Any]:
-    """Return the mapping a YAML recipe holds. Raises `InputError` with line and column on broken YAML."""
-    path = Path(file)
+def read_file(path: Path, what: str) -> Any:
+    """Return what a JSON (by its ending) or YAML file holds. Raises `InputError` with line and column when broken;
+    `what` says in messages what the file is for."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else load_yaml(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from None
+        raise InputError(f"cannot read the {what} {path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+
+
+def read_recipe(file: str | Path) -> dict[str, Any]:
+    """Return the mapping a recipe holds. Raises `InputError` as `read_file`, or when it is no mapping."""
+    values, path = read_file(Path(file), "recipe"), Path(file)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; expected a mapping of recipe keys")
     return values

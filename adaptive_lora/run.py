@@ -24,14 +24,14 @@ from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.hub import locate_model
 from adaptive_lora.recipe import read_recipe
 from adaptive_lora.targets import head_modules
 from adaptive_lora.tasks import TASKS, Prepared
-from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, progress_for
+from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, use_progress
 
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
-HISTORY_FILE = "allocations.jsonl"
 ADAPTER_FOLDER, CHECKPOINT_FOLDER = "adapter", "checkpoints"
 
 
@@ -89,10 +89,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         raise InputError(f"training: {error}") from error
     for note in [*prepared.notes, _describe(model, method)]:
         print(note, flush=True)
-    progress, unwanted = progress_for()
-    for callback in unwanted:
-        trainer.remove_callback(callback)
-    trainer.add_callback(progress)
+    use_progress(trainer)
 
     started = time.perf_counter()
     checkpoints = folder / CHECKPOINT_FOLDER

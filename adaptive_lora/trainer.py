@@ -27,8 +27,8 @@ class AdaptiveTrainerMixin(_Base):
 
     A loss or gradient that is NaN or infinite raises `DivergedError` with the step and the layers, before the
     optimizer sees it; nothing is logged as 0.0, clipping cannot spread it, and the state after the last whole step is
-    saved as a checkpoint. With finite numbers it is the
-    `Trainer`, bit for bit, but for one thing: batch 8 equals batch 4 x accumulation 2 for classification too.
+    saved as a checkpoint. With finite numbers it is the `Trainer`, bit for bit, but for one thing: batch 8 equals
+    batch 4 x accumulation 2 for classification too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -172,7 +172,9 @@ class ProgressBars(ProgressCallback):
             self.training_bar.write(line)
 
 
-def progress_for(stream: Any = None) -> tuple[type[TrainerCallback], list[type[TrainerCallback]]]:
-    """Return (callback to add, callbacks to remove) so that a terminal gets bars and a file gets plain lines."""
-    wanted = ProgressBars if (stream or sys.stderr).isatty() else PlainProgress
-    return wanted, [PrinterCallback, ProgressCallback]
+def use_progress(trainer: Trainer, *, quiet: bool = False, stream: Any = None) -> None:
+    """Replace the Trainer's own output: bars on a terminal, plain lines elsewhere, nothing when `quiet`."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if not quiet:
+        trainer.add_callback(ProgressBars if (stream or sys.stderr).isatty() else PlainProgress)

@@ -19,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.errors import DivergedError
-from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, PlainProgress, finite, progress_for
+from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, use_progress
 
 NAN, INF = float("nan"), float("inf")
 BATCH = 4
@@ -242,11 +242,8 @@ def test_finite_replaces_every_float_that_strict_json_has_no_word_for() -> None:
 def test_output_that_is_no_terminal_gets_one_plain_line_per_log_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callback, replaced = progress_for(io.StringIO())
-    assert callback is PlainProgress
-    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[callback])
-    for unwanted in replaced:
-        trainer.remove_callback(unwanted)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    use_progress(trainer, stream=io.StringIO())
     trainer.train()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3  # two steps and the summary
