@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaptive_lora.errors import IntegrityError as IntegrityError
     from adaptive_lora.methods import METHODS as METHODS
     from adaptive_lora.methods import Method as Method
-    from adaptive_lora.resize import resize as resize
+    from adaptive_lora.resizing import resize as resize
     from adaptive_lora.trainer import AdaptiveTrainer as AdaptiveTrainer
     from adaptive_lora.trainer import AdaptiveTrainerMixin as AdaptiveTrainerMixin
 
@@ -36,7 +36,7 @@ _HOME = {
     "AdaptiveRankCallback": "callback",
     "RankController": "controller",
     "Resize": "allocate",
-    "resize": "resize",
+    "resize": "resizing",
     **dict.fromkeys(("AdaptiveTrainer", "AdaptiveTrainerMixin"), "trainer"),
 }
 __all__ = sorted(_HOME)

@@ -80,3 +80,17 @@ class Adaptation:
             raise InputError(
                 f"min_rank {self.min_rank} and max_rank {self.max_rank}: expected 0 <= min_rank <= max_rank"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedByPeft(Adaptation):
+    """Left to PEFT's `AdaLoraModel`, which multiplies components by a gate and sets gates to zero; ranks change once, at
+    the end, when what is left becomes plain LoRA. PEFT counts components, so there is no budget in parameters.
+
+    Args:
+        target_rank: components at the end, as an average over the targets.
+        orthogonality: weight of PEFT's penalty ‖A Aᵀ − I‖ + ‖Bᵀ B − I‖ in the training loss.
+    """
+
+    target_rank: int
+    orthogonality: float = 0.5

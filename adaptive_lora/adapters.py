@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adaptive_lora.adaptation import At, MaskedByPeft
 from adaptive_lora.allocate import RankPattern
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.importance import Sensitivity
 from adaptive_lora.targets import ALL_LINEAR, Target, describe_targets, find_targets, head_modules, linear_features
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ def attach(
         task_type: PEFT's task type; None derives it from the model's class. The head is trained and saved either way.
         modules_to_save: full names of further modules to train and save whole, and not to adapt.
 
-    Returns a `PeftModel` with plain LoRA layers. Raises `InputError` on a model that already has adapters, on targets
-    that match nothing, and on ranks the targets cannot have. Source: Hu et al. 2022, arXiv 2106.09685, section 4.1.
+    Returns a `PeftModel` with plain LoRA layers (PEFT's AdaLoRA layers for `methods.peft_adalora`). Raises `InputError` on
+    a model that already has adapters, on targets that match nothing, and on ranks the targets cannot have.
+    Source: Hu et al. 2022, LoRA, arXiv 2106.09685, section 4.1.
 
     >>> from transformers import BertConfig, BertModel
     >>> from adaptive_lora import methods
@@ -76,15 +79,18 @@ def attach(
         raise InputError(f"method {method.name!r} gives every target rank 0; at least one must be above 0")
     # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
     created = {name: max(rank, 1) for name, rank in pattern.items()}
-    config = LoraConfig(
-        target_modules=_target_modules(model, created),  # type: ignore[arg-type]  # a set is what PEFT makes of a list
-        lora_dropout=dropout,
-        modules_to_save=whole or None,
-        task_type=task_type or infer_task_type(model),
+    common: dict[str, Any] = {
+        "target_modules": target_modules(model, created),
+        "lora_dropout": dropout,
+        "modules_to_save": whole or None,
+        "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
-        fan_in_fan_out=all(isinstance(model.get_submodule(target.name), Conv1D) for target in found),
-        **_scaled_config(created, scale),
-    )
+        "fan_in_fan_out": all(isinstance(model.get_submodule(target.name), Conv1D) for target in found),
+    }
+    if isinstance(method.adaptation, MaskedByPeft):
+        config: LoraConfig = _adalora_config(method.adaptation, max(created.values()), scale, common)
+    else:
+        config = LoraConfig(**common, **scaled_config(created, scale))
     peft_model = get_peft_model(model, config)
     for name, rank in pattern.items():
         if rank == 0:
@@ -95,8 +101,31 @@ def attach(
             f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
             "PEFT adapts no module whose name holds that of a head module: leave it out of the targets"
         )
-    sync_config(peft_model)
+    if not is_masked(peft_model):
+        sync_config(peft_model)
     return peft_model
+
+
+def _adalora_config(adaptation: MaskedByPeft, rank: int, scale: float, common: dict[str, Any]) -> AdaLoraConfig:
+    """Return PEFT's config; its schedule is filled in by the controller, who knows the number of steps."""
+    assert isinstance(adaptation.importance, Sensitivity)
+    assert isinstance(adaptation.when, At)
+    return AdaLoraConfig(
+        init_r=rank,
+        target_r=adaptation.target_rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by init_r
+        beta1=adaptation.importance.beta1,
+        beta2=adaptation.importance.beta2,
+        deltaT=adaptation.when.every,
+        orth_reg_weight=adaptation.orthogonality,
+        total_step=1,
+        **common,
+    )
+
+
+def is_masked(model: PeftModel) -> bool:
+    """True while the adapters are PEFT's AdaLoRA, whose gates mask components; `RankController.finish` ends that."""
+    return model.peft_config[model.active_adapter].peft_type == PeftType.ADALORA
 
 
 def _check_base(model: nn.Module) -> None:
@@ -136,19 +165,22 @@ def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     adapter = layer.active_adapters[0]
     if adapter not in layer.lora_A:
         return None
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    return (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)  # AdaLoRA's are bare parameters
 
 
 def ranks(model: nn.Module) -> RankPattern:
-    """Return {full target name: rank}, read from the shapes of the tensors, never from a config or a plan."""
+    """Return {full target name: rank}, read from the shapes of the tensors, never from a config, a plan or a mask."""
     return {
         name: 0 if (pair := weights(layer)) is None else pair[0].shape[0] for name, layer in adapters(model).items()
     }
 
 
 def lora_parameters(model: nn.Module) -> int:
-    """Return the trainable LoRA parameters, Σ R (I + O), counted on the tensors."""
-    return sum(parameter.numel() for pair in map(weights, adapters(model).values()) if pair for parameter in pair)
+    """Return the trainable LoRA parameters, Σ R (I + O), counted on the tensors; with AdaLoRA's gates where there are."""
+    layers = adapters(model).values()
+    gates = [gate for layer in layers for gate in getattr(layer, "lora_E", {}).values()]
+    return sum(tensor.numel() for tensor in [*gates, *(p for pair in map(weights, layers) if pair for p in pair)])
 
 
 def scale_of(model: nn.Module) -> float:
@@ -222,12 +254,12 @@ def sync_config(model: PeftModel) -> None:
     """Make `peft_config` describe the adapters as they are: called after anything that changes a rank."""
     config: Any = model.peft_config[model.active_adapter]
     present = {name: rank for name, rank in ranks(model).items() if rank > 0}
-    config.target_modules = _target_modules(model.get_base_model(), present)
-    for field, value in _scaled_config(present, scale_of(model)).items():
+    config.target_modules = target_modules(model.get_base_model(), present)
+    for field, value in scaled_config(present, scale_of(model)).items():
         setattr(config, field, value)
 
 
-def _target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
+def target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
     """Return `names` for PEFT, which takes a name for every module whose name ends like it; where that would mean other
     modules too, a regular expression that matches these names and nothing else.
     """
@@ -238,7 +270,7 @@ def _target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
     return wanted
 
 
-def _scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
+def scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
     """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha / r."""
 
     def alpha(rank: int) -> float:
@@ -271,6 +303,11 @@ def save(model: PeftModel, path: str | Path) -> Path:
 
     Raises `DivergedError` on a NaN or an infinity, before anything is written.
     """
+    if is_masked(model):
+        raise InputError(
+            "the adapters are still PEFT's AdaLoRA, which cannot be saved as LoRA: call RankController.finish() at the end "
+            "of the training (AdaptiveRankCallback does), which turns them into plain LoRA"
+        )
     bad = non_finite(model)
     if bad:
         raise DivergedError(f"not saved: {len(bad)} parameters are not finite, first {bad[0]}", where=bad)

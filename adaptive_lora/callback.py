@@ -7,17 +7,17 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from adaptive_lora import history
 from adaptive_lora.adaptation import OnPlateau
 from adaptive_lora.adapter_file import tensor_ranks
-from adaptive_lora.adapters import ranks
+from adaptive_lora.adapters import is_masked, ranks
 from adaptive_lora.controller import RankController
 from adaptive_lora.errors import InputError
 from adaptive_lora.history import Decision
 from adaptive_lora.methods import Method
-from adaptive_lora.resize import resize
+from adaptive_lora.resizing import resize
 
 
 class AdaptiveRankCallback(TrainerCallback):
@@ -58,8 +58,10 @@ class AdaptiveRankCallback(TrainerCallback):
         def load_adapter(model_id: Any, *load_args: Any, **load_kwargs: Any) -> Any:
             # The Trainer resumes by loading the adapter into the model: it must have that checkpoint's ranks first.
             self._resumed_from = Path(model_id)
-            match_ranks(model, self._resumed_from)
-            return plain_load(model_id, *load_args, **load_kwargs)
+            if not is_masked(model):  # those always keep their first ranks
+                match_ranks(model, self._resumed_from)
+            # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
+            return plain_load(model_id, *load_args, **{"autocast_adapter_dtype": False, **load_kwargs})
 
         model.load_adapter = load_adapter  # type: ignore[method-assign]
 
@@ -76,7 +78,10 @@ class AdaptiveRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
-        self.controller.observe()
+        if all(parameter.grad is None for parameter in kwargs["model"].parameters()):
+            self.controller.skip()  # `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients away
+        else:
+            self.controller.observe()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.controller is not None
@@ -95,8 +100,7 @@ class AdaptiveRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
-        if state.global_step >= state.max_steps:
-            self.controller.finish()
+        self.controller.finish(stopped_early=state.global_step < state.max_steps)
 
     def _write(self, decision: Decision | None) -> None:
         if self.history_file is None or self.controller is None or self.method.adaptation is None:
@@ -114,6 +118,11 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
         raise InputError(
             "load_best_model_at_end does not work with changing ranks: the best checkpoint may have other ranks than the "
             "model at the end. Set it to false; every checkpoint can be loaded with adaptive_lora.load"
+        )
+    if args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
+        raise InputError(
+            "save_total_limit is 1; expected at least 2 with changing ranks: the Trainer deletes the last checkpoint before "
+            "the new one is complete, and a run killed in between could not be resumed"
         )
     if args.deepspeed or args.fsdp:
         raise InputError(

@@ -104,6 +104,8 @@ class RunConfig(_Strict):
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     training: dict[str, Any] = {}
+    on_non_finite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to its step
+    max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
     seed: Seed = 42
     trust_remote_code: bool = False
 

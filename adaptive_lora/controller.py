@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adaptive_lora import history
-from adaptive_lora.adaptation import At, OnPlateau
-from adaptive_lora.adapters import adapters, all_weights, lora_parameters, ranks, targets_of, weights
+from adaptive_lora.adaptation import At, MaskedByPeft, OnPlateau
+from adaptive_lora.adapters import adapters, all_weights, is_masked, lora_parameters, ranks, targets_of, weights
 from adaptive_lora.allocate import check_bounds
-from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.errors import AdaptiveLoraError, DivergedError, InputError, IntegrityError
 from adaptive_lora.history import Decision
 from adaptive_lora.importance import Pairs, Statistic, Statistics
 from adaptive_lora.methods import Method
-from adaptive_lora.resize import check_optimizer, check_state_shapes, resize, unwrap
+from adaptive_lora.peft_adalora import PeftAdaLora
+from adaptive_lora.resizing import check_model, check_optimizer, check_state_shapes, resize, unwrap
 from adaptive_lora.rules import View
 
 STATE_FILE, TENSOR_FILE = "rank_state.json", "rank_state.safetensors"
@@ -59,6 +60,7 @@ class RankController:
         total_steps: int,
         on_decision: Callable[[Decision], None] | None = None,
     ) -> None:
+        check_model(model)
         self.model, self.optimizer, self.method, self.total_steps = model, optimizer, method, total_steps
         self.on_decision = on_decision
         self.step_count = 0
@@ -70,6 +72,15 @@ class RankController:
         self._best_loss, self._bad_evaluations = math.inf, 0
         self._decision_steps: list[int] = []
         self._adaptation = method.adaptation
+        self._peft: PeftAdaLora | None = None
+        if isinstance(self._adaptation, MaskedByPeft):
+            self._adaptation.schedule.check(total_steps)
+            self._peft = PeftAdaLora(model, self._adaptation, total_steps)
+            return
+        if is_masked(model):
+            raise InputError(
+                f"the model was attached with methods.peft_adalora; got the method {method.name!r} to train it"
+            )
         if self._adaptation is None:
             return
         check_optimizer(optimizer)
@@ -96,16 +107,36 @@ class RankController:
             raise InputError(
                 "observe() was called twice without step(); call controller.step() after each optimizer step"
             )
+        if self._peft is not None:
+            self._peft.observe()
+            self._observed = True
+            return
         check_state_shapes(self._layers, self.optimizer)
         pairs = self._pairs()
         if any(p.grad is None for pair in pairs.values() for p in pair):
             raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
+        self._start_statistics()
+        self._adaptation.importance.observe(pairs, self._statistics)
+        self._observed = True
+
+    def skip(self) -> None:
+        """Instead of `observe()`, in a step whose gradients are thrown away: it counts, but leaves no trace in the scores.
+
+        Raises `DivergedError` for PEFT's AdaLoRA, which must see the gradients of every step.
+        """
+        if self._peft is not None:
+            step = self.step_count + 1
+            raise DivergedError(f"step {step} cannot be skipped: PEFT's AdaLoRA needs its gradients", step=step)
+        if self._watching():
+            self._start_statistics()
+            self._observed = True
+
+    def _start_statistics(self) -> None:
         if not self._statistics:
+            assert self._adaptation is not None
             # Of every adapter, also of one at rank 0: it may grow later.
             everything = {name: all_weights(layer) for name, layer in self._layers.items()}
             self._statistics = self._adaptation.importance.start(everything)
-        self._adaptation.importance.observe(pairs, self._statistics)
-        self._observed = True
 
     def step(self) -> None:
         """Count one optimizer step and, at a decision step, change ranks: after `optimizer.step()` and `zero_grad()`."""
@@ -113,12 +144,16 @@ class RankController:
             raise InputError("step() was called without observe(); call controller.observe() after loss.backward()")
         self._observed = False
         self.step_count += 1
-        if self.step_count in self._decision_steps:
+        if self._peft is not None:
+            self._mask(self._peft)
+        elif self.step_count in self._decision_steps:
             self._decide()
 
     def evaluated(self, loss: float) -> None:
-        """Take in a validation loss; a method that waits for a plateau may change ranks now."""
+        """Take in a validation loss; a method that waits for a plateau may change ranks now, but not after the last step."""
         if self._adaptation is None or not isinstance(self._adaptation.when, OnPlateau):
+            return
+        if self.step_count >= self.total_steps:  # what grows now would never be trained
             return
         when = self._adaptation.when
         if self._best_loss - loss > when.threshold:
@@ -131,9 +166,14 @@ class RankController:
         else:
             self._record("kept", f"loss {loss:.6g}, best {self._best_loss:.6g}: no plateau", 0.0, {}, {})
 
-    def finish(self) -> None:
-        """Raise `NeverDecidedError` when the method has decision steps and none was ever reached."""
-        if self._adaptation is not None and not self.history:
+    def finish(self, *, stopped_early: bool = False) -> None:
+        """End the training: adapters that only PEFT can run become plain LoRA. Raises `NeverDecidedError` when the method
+        has decision steps and none was ever reached, unless training stopped early on purpose.
+        """
+        decided = bool(self.history)
+        if self._peft is not None:
+            self._unmask(self._peft)
+        if self._adaptation is not None and not decided and not stopped_early:
             raise NeverDecidedError(
                 f"method {self.method.name!r} never decided anything in {self.step_count} of {self.total_steps} steps: the "
                 "adapter still has its initial ranks. Is total_steps right, is step() called after every optimizer step, "
@@ -144,7 +184,7 @@ class RankController:
         """True while a decision is still to come that needs gradients."""
         if self._adaptation is None:
             return False
-        if isinstance(self._adaptation.when, OnPlateau):
+        if self._peft is not None or isinstance(self._adaptation.when, OnPlateau):
             return True
         return self.step_count < self._decision_steps[-1]
 
@@ -184,6 +224,20 @@ class RankController:
         status = "changed" if changes else "kept"
         self._record(status, None, time.perf_counter() - started, changes, scores, view.budget, before, parts)
 
+    def _mask(self, peft: PeftAdaLora) -> None:
+        started = time.perf_counter()
+        scores = peft.step(self.step_count)
+        if scores is not None:
+            alive = {"components alive": {name: float(len(kept)) for name, kept in peft.alive().items()}}
+            self._statistics = peft.statistics()
+            self._record("masked", None, time.perf_counter() - started, {}, scores, parts=alive)
+
+    def _unmask(self, peft: PeftAdaLora) -> None:
+        started, before = time.perf_counter(), lora_parameters(self.model)
+        changes = peft.to_lora()
+        self._peft, self._layers, self._statistics = None, adapters(self.model), {}
+        self._record("changed", "plain LoRA from PEFT's", time.perf_counter() - started, changes, {}, before=before)
+
     def _record(
         self,
         status: str,
@@ -216,7 +270,7 @@ class RankController:
 
     def _bytes(self) -> dict[str, int]:
         """Return the bytes that follow the ranks: adapter weights, their gradients to come, optimizer state, statistics."""
-        parameters = [p for pair in self._pairs().values() for p in pair]
+        parameters = [p for layer in self._layers.values() for p in layer.parameters() if p.requires_grad]
         adapter = sum(p.numel() * p.element_size() for p in parameters)
         state = unwrap(self.optimizer).state
         return {
@@ -235,6 +289,8 @@ class RankController:
 
     def save_state(self, folder: Path) -> None:
         """Write everything needed to go on exactly: statistics as safetensors, the rest as JSON, the JSON last."""
+        if self._peft is not None:
+            self._statistics = self._peft.statistics()
         tensors = {
             f"{kind}|{name}": s.tensor.contiguous() for kind, row in self._statistics.items() for name, s in row.items()
         }
@@ -281,4 +337,7 @@ class RankController:
         self.history = [history.from_json(row) for row in state["history"]]
         if history.replay(self.initial_pattern, self.history) != ranks(self.model):
             raise IntegrityError(f"cannot resume from {folder}: the saved ranks are not those the history leads to")
-        check_state_shapes(self._layers, self.optimizer)
+        if self._peft is not None:
+            self._peft.restore(self._statistics)
+        else:
+            check_state_shapes(self._layers, self.optimizer)

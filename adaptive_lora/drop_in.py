@@ -103,7 +103,8 @@ class AdaptiveLoRA:
         data_collator: items to a batch; None stacks them.
         training_arguments: any further fields of `TrainingArguments`; with "disable_tqdm": True nothing is printed.
 
-    Raises `InputError` for arguments that cannot work, `DivergedError` when a loss or gradient is not finite.
+    Raises `InputError` for arguments that cannot work, `DivergedError` when a loss or gradient is not finite,
+    `NothingLearnedError` when training changed nothing.
     Source: system 2, Adaptive LoRA by gradient norms and weight deltas (2024).
 
     >>> from transformers import BertConfig, BertForSequenceClassification

@@ -35,6 +35,12 @@ class IntegrityError(AdaptiveLoraError):
     exit_code = 4
 
 
+class NothingLearnedError(AdaptiveLoraError):
+    """Training ended as if it had not been: the adapter changes nothing, or no trainable parameter has changed."""
+
+    exit_code = 2
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `' Did you mean X?'` for the nearest spelling of `name` among `known`, or `''`.
 

@@ -17,7 +17,8 @@ HISTORY_FILE = "allocations.jsonl"
 class Decision:
     """What was decided after optimizer step `step`, and from what.
 
-    `status` is "changed", "kept" (nothing to change) or "refused" (with the `reason`; ranks stay as they are).
+    `status` is "changed", "kept" (nothing to change), "masked" (by PEFT's AdaLoRA: the ranks stay as they are) or "refused"
+    (with the `reason`; the ranks stay as they are).
     """
 
     step: int

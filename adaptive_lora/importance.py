@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -68,8 +67,9 @@ def _tensors(statistics: Statistics, kind: str, pairs: Pairs) -> list[torch.Tens
 
 
 def _times_gradient(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    gradients: Any = [p.grad for p in parameters]
-    return list(torch._foreach_mul(list[torch.Tensor](parameters), gradients))
+    """Return w g of each parameter in float32, the type of the statistics, whatever the parameter's."""
+    gradients = [p.grad.float() for p in parameters if p.grad is not None]
+    return list(torch._foreach_mul([p.float() for p in parameters], gradients))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ class GradientNorm(Importance):
 
     def start(self, pairs: Pairs) -> Statistics:
         return {
-            "gradient_norm": {n: Statistic(torch.zeros_like(a.detach()[:, 0])) for n, (a, _) in pairs.items()},
+            "gradient_norm": {
+                n: Statistic(torch.zeros_like(a.detach()[:, 0], dtype=torch.float32)) for n, (a, _) in pairs.items()
+            },
             "gradient_norm_target": {
                 n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()
             },

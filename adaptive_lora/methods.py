@@ -7,18 +7,19 @@ on the same targets) or `budget=300_000` (parameters) the shape is kept and the 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.adaptation import Adaptation, At, OnPlateau
+from adaptive_lora.adaptation import Adaptation, At, MaskedByPeft, OnPlateau
 from adaptive_lora.allocate import RankPattern, proportional
 from adaptive_lora.budget import Cubic
 from adaptive_lora.custom_ranks import by_layer, by_pattern, read_ranks
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.importance import GradientNorm, Sensitivity, WeightDelta, Weighted
+from adaptive_lora.importance import GradientNorm, Sensitivity, Uniform, WeightDelta, Weighted
 from adaptive_lora.rules import Grow, Proportional, TopK
 from adaptive_lora.targets import Target
 
@@ -114,6 +115,16 @@ def _uniform(rank: int) -> Shape:
     return lambda targets: {target.name: rank for target in targets}
 
 
+def _linear(base_rank: int, min_rank: int, position: Callable[[Target], int]) -> Shape:
+    """Return max(r_min, int(r - (r - r_min) i / (L - 1))) with i = position(target)."""
+
+    def rank(target: Target) -> int:
+        fall = (base_rank - min_rank) * position(target) / max(target.n_layers - 1, 1)
+        return max(min_rank, int(base_rank - fall))
+
+    return lambda targets: {target.name: rank(target) for target in targets}
+
+
 def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
     """The same rank everywhere (8 unless given).
 
@@ -135,13 +146,7 @@ def linear_decay(
     Source: system 1, adaptive-lora-placement (2024), strategy "linear decay".
     """
     _check_range("linear_decay", base_rank, min_rank)
-
-    def shape(targets: Sequence[Target]) -> dict[str, int]:
-        return {
-            t.name: max(min_rank, int(base_rank - (base_rank - min_rank) * t.layer / max(t.n_layers - 1, 1)))
-            for t in targets
-        }
-
+    shape = _linear(base_rank, min_rank, lambda target: target.layer)
     return Method(name="linear_decay", shape=shape, rank=rank, budget=budget)
 
 
@@ -153,16 +158,7 @@ def linear_increase(
     Source: Benedek & Wolf 2024, PRILoRA, Findings of EACL.
     """
     _check_range("linear_increase", base_rank, min_rank)
-
-    def shape(targets: Sequence[Target]) -> dict[str, int]:
-        return {
-            t.name: max(
-                min_rank,
-                int(base_rank - (base_rank - min_rank) * (t.n_layers - 1 - t.layer) / max(t.n_layers - 1, 1)),
-            )
-            for t in targets
-        }
-
+    shape = _linear(base_rank, min_rank, lambda target: target.n_layers - 1 - target.layer)
     return Method(name="linear_increase", shape=shape, rank=rank, budget=budget)
 
 
@@ -281,6 +277,42 @@ def adalora(
     )
 
 
+def peft_adalora(
+    rank: int = 8,
+    *,
+    initial_rank: int | None = None,
+    initial: float = 0.1,
+    final: float = 0.3,
+    every: int = 10,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    orthogonality: float = 0.5,
+) -> Method:
+    """PEFT's own AdaLoRA, to compare with: ranks are masked, not removed, until the end turns them into plain LoRA.
+
+    From `initial_rank` (1.5 times `rank` unless given) to an average of `rank` components a target. Components are
+    counted, not parameters: targets of unequal size can end above or below the parameters of uniform rank `rank`.
+
+    Source: PEFT's AdaLoraModel; Zhang et al. 2023, AdaLoRA, arXiv 2303.10512.
+    """
+    _check_whole("method 'peft_adalora': rank", rank, at_least=1)
+    start = math.ceil(1.5 * rank) if initial_rank is None else initial_rank
+    if _check_whole("method 'peft_adalora': initial_rank", start, at_least=1) <= rank:
+        raise InputError(f"method 'peft_adalora': initial_rank {start} must be above the final rank {rank}")
+    return Method(
+        name="peft_adalora",
+        shape=_uniform(start),
+        adaptation=MaskedByPeft(
+            importance=Sensitivity(beta1=beta1, beta2=beta2),
+            rule=TopK(),
+            when=At(start=initial, rest=final, every=every),
+            schedule=Cubic(factor=start / rank, initial=initial, final=final),
+            target_rank=rank,
+            orthogonality=orthogonality,
+        ),
+    )
+
+
 def grad_delta(
     rank: int | None = None,
     *,
@@ -337,7 +369,7 @@ def plateau(
         budget=budget,
         raw_start=True,
         adaptation=Adaptation(
-            importance=Sensitivity(),
+            importance=Sensitivity() if per_target else Uniform(),
             rule=Grow(step=rank_step, share=1 / 3 if per_target else 1.0),
             when=OnPlateau(patience=patience, threshold=threshold),
             min_rank=initial_rank,
@@ -357,6 +389,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         custom,
         grad_delta,
         adalora,
+        peft_adalora,
         plateau,
     )
 }

@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from adaptive_lora import methods
 from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.controller import NeverDecidedError
-from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.controller import STATE_FILE, TENSOR_FILE, NeverDecidedError
+from adaptive_lora.errors import DivergedError, InputError, IntegrityError, NothingLearnedError
 from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.hub import locate_model
 from adaptive_lora.recipe import read_recipe
@@ -39,10 +39,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the content of `result.json`.
 
     Everything that can be wrong with the request is found before the run directory is made. Training that diverges
-    leaves `result.json` with status "failed" and raises `DivergedError`.
+    or changes nothing leaves `result.json` with status "failed" and raises.
 
-    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `IntegrityError` (a damaged file, or a run that
-    cannot be resumed as asked).
+    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `NothingLearnedError` (no update),
+    `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that cannot be resumed as asked).
     """
     folder = Path(config.output)
     checkpoint = _check_folder(folder, config, resume=resume)
@@ -80,6 +80,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             compute_metrics=prepared.compute_metrics,
             preprocess_logits_for_metrics=prepared.preprocess_logits,
             callbacks=[MetricsFile(folder / METRICS_FILE), *_rank_callback(method, folder)],
+            on_non_finite=config.on_non_finite,
+            max_skipped=config.max_skipped,
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -99,9 +101,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         save(model, folder / ADAPTER_FOLDER)
         tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
-    except (DivergedError, NeverDecidedError) as error:
+    except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
         good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
+        failure["skipped_steps"] = trainer.skipped_steps
         if isinstance(error, DivergedError):
             failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
@@ -113,6 +116,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         **_facts(config, model, method, initial_ranks),
         "metrics": metrics,
         "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "train_seconds": seconds,
     }
     _write_result(folder, result)
@@ -144,23 +148,46 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | Non
     if differing:
         raise IntegrityError(f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}")
     checkpoints = folder / CHECKPOINT_FOLDER
-    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if checkpoint is not None:
-        _check_checkpoint(Path(checkpoint))
-    return checkpoint
+    dynamic = methods.build(config.method.name, config.method.arguments).adaptation is not None
+    return _newest_whole_checkpoint(checkpoints, dynamic=dynamic)
 
 
-def _check_checkpoint(checkpoint: Path) -> None:
+def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:
+    """Return the newest checkpoint that is whole, and say which newer ones are not: a kill in mid-save leaves one."""
+
+    def number(path: Path) -> str:
+        return path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+
+    found = (path for path in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(path).isdecimal())
+    refused = []
+    for checkpoint in sorted(found, key=lambda path: int(number(path)), reverse=True):
+        try:
+            _check_checkpoint(checkpoint, dynamic=dynamic)
+        except IntegrityError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            print(f"{reason}; resuming from {checkpoint.name}", flush=True)
+        return str(checkpoint)
+    if refused:
+        raise IntegrityError(f"{'; '.join(refused)}; remove {checkpoints} to train from the start with --resume")
+    return None
+
+
+def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
     """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on without a missing
-    optimizer state."""
-    remedy = f"remove {checkpoint} to resume from the checkpoint before it"
-    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            raise IntegrityError(f"the checkpoint {checkpoint} has no {name}; {remedy}")
+    optimizer or random-number state."""
+    state_files = ("trainer_state.json", *([STATE_FILE] if dynamic else []))
+    tensor_files = ("adapter_model.safetensors", *([TENSOR_FILE] if dynamic else []))
+    for name in (*state_files, *tensor_files, "optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        if not any(checkpoint.glob(name)):
+            raise IntegrityError(f"the checkpoint {checkpoint} has no {name}")
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
-            pass
+        for name in state_files:
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        for name in tensor_files:
+            with safe_open(checkpoint / name, framework="pt"):
+                pass
         for file in [
             *checkpoint.glob("*.pt"),
             *checkpoint.glob("*.pth"),
@@ -169,7 +196,7 @@ def _check_checkpoint(checkpoint: Path) -> None:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("bad checksum")
     except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"the checkpoint {checkpoint} is damaged: {error}; {remedy}") from error
+        raise IntegrityError(f"the checkpoint {checkpoint} is damaged: {error}") from error
 
 
 def _differences(before: RunConfig, now: RunConfig) -> list[str]:

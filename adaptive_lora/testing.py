@@ -37,7 +37,7 @@ from adaptive_lora.allocate import RankPattern, parameters
 from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.history import Decision
 from adaptive_lora.methods import Method
-from adaptive_lora.resize import unwrap
+from adaptive_lora.resizing import unwrap
 from adaptive_lora.targets import Target, find_targets
 from adaptive_lora.trainer import AdaptiveTrainer
 
@@ -155,6 +155,11 @@ class Witness(AdaptiveRankCallback):
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._watch(super().on_evaluate, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        decided = len(self.history)
+        super().on_train_end(*args, **kwargs)
+        self.seen += [(row, ranks(kwargs["model"])) for row in self.history[decided:]]
 
     def _watch(self, event: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         model, before, decided = kwargs["model"], ranks(kwargs["model"]), len(self.history)

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import TaskType
+from peft import PeftModel, TaskType
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from adaptive_lora.adapters import base_of, infer_task_type, non_finite
-from adaptive_lora.errors import DivergedError
+from adaptive_lora.adapters import base_of, infer_task_type, non_finite, weights
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
 
+OnNonFinite = Literal["stop", "skip"]
+logger = logging.getLogger(__name__)
+
 
 class AdaptiveTrainerMixin(_Base):
     """Mix into any `Trainer` subclass, before it: `class Mine(AdaptiveTrainerMixin, Seq2SeqTrainer)`.
 
-    A loss or gradient that is NaN or infinite raises `DivergedError` with the step and the layers, before the
-    optimizer sees it; nothing is logged as 0.0, clipping cannot spread it, and the state after the last whole step is
-    saved as a checkpoint. With finite numbers it is the `Trainer`, bit for bit, but for one thing: batch 8 equals
-    batch 4 x accumulation 2 for classification too.
+    A loss or gradient that is NaN or infinite never reaches the optimizer; nothing is logged as 0.0 and clipping cannot
+    spread it. An adapter that learned nothing is an error at the end of `train()`. With finite numbers this is the
+    `Trainer`, bit for bit, but for one thing: batch 8 equals batch 4 x accumulation 2 for classification too.
+
+    Args:
+        on_non_finite: "stop" saves the state after the last whole step as a checkpoint and raises `DivergedError` with the
+            step and the layers. "skip" drops the whole optimizer step, all its micro-batches: weights, moments and the
+            scores of changing ranks stay as they are, while the schedules count it. `skipped_steps` counts, in a log row
+            and a warning each. For optimizers that pass over parameters without gradients, as torch's do.
+        max_skipped: steps that "skip" may drop in a run; the next one stops.
+
+    Raises `InputError` for "skip" where it cannot work: fp16, DeepSpeed, FSDP, several processes.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_non_finite: OnNonFinite = "stop", max_skipped: int = 5, **kwargs: Any) -> None:
+        if on_non_finite not in ("stop", "skip"):
+            raise InputError(f"on_non_finite is {on_non_finite!r}; expected 'stop' or 'skip'")
+        if isinstance(max_skipped, bool) or not isinstance(max_skipped, int) or max_skipped < 1:
+            raise InputError(f"max_skipped is {max_skipped!r}; expected a whole number >= 1")
         super().__init__(*args, **kwargs)
+        self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
+        if on_non_finite == "skip" and (self._scaled_or_sharded() or self.args.world_size > 1):
+            raise InputError(
+                "on_non_finite 'skip' does not work with fp16 (its loss scaler skips by itself), DeepSpeed, FSDP or several "
+                "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on one device"
+            )
+        self._skipping = False  # is this step to be dropped?
+        self._loss_before = torch.tensor(0.0)  # the Trainer's running sum of losses at the start of this step
         # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
         self.args.logging_nan_inf_filter = False
         # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of all micro-batches. Only
@@ -40,21 +66,63 @@ class AdaptiveTrainerMixin(_Base):
         if infer_task_type(base_of(self.model)) not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, None):
             self.model_accepts_loss_kwargs = False
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. The count lives in the log, which every checkpoint carries: it survives a resume."""
+        return sum("skipped_steps" in row for row in self.state.log_history)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        if not isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super().train(*args, **kwargs)
+        before = fingerprint(model)
+        output = super().train(*args, **kwargs)
+        model = self.model  # another one, where there is a `model_init`
+        # A finished run that is resumed makes no step, and has nothing to change.
+        unchanged = self.state.global_step > self._initial_global_step and fingerprint(model) == before
+        if unchanged or updates_are_zero(model):
+            what = "no trainable parameter changed" if unchanged else "every update B A is still zero"
+            raise NothingLearnedError(
+                f"the adapter learned nothing in {self.state.global_step} steps: {what}. Is the learning rate 0 or tiny, or "
+                "its warm-up as long as the training; are the adapters frozen; was every step skipped; does no record have "
+                "a label that counts in the loss?"
+            )
+        return output
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by the Trainer once for each optimizer step, before its micro-batches."""
+        self._skipping = False
+        if self.on_non_finite == "skip":
+            self._loss_before = self._tr_loss.clone()
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        if not self._skipping and not torch.isfinite(loss):
             where = non_finite(model) or first_non_finite_output(model, self._prepare_inputs(inputs))
-            raise self._diverged(model, f"the loss is {loss.item()}", where)
+            self._met_non_finite(model, f"the loss is {loss.item()}", where)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
-        return self._finite_grad_norm(model, self.args.max_grad_norm)
+        return None if self._skipping else self._finite_grad_norm(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self._finite_grad_norm(model, math.inf) if grad_norm is None else grad_norm
+        """Called by the Trainer once for each optimizer step, right before it."""
+        if grad_norm is None and not self._skipping:
+            grad_norm = self._finite_grad_norm(model, math.inf)
+        if self._skipping:
+            model.zero_grad()  # an optimizer passes over what has no gradient: no update, no decay, no moment
+            # The logged loss is the mean over the steps made: this one leaves its sum and its count.
+            self._tr_loss = self._loss_before
+            self._globalstep_last_logged += 1
+            self._initial_global_step += 1
+        return grad_norm
+
+    def _scaled_or_sharded(self) -> bool:
+        return self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _finite_grad_norm(self, model: nn.Module, max_norm: float) -> torch.Tensor | float | None:
-        if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._scaled_or_sharded():
             # fp16: infinite gradients are the loss scaler's daily business, it skips the step. Sharded: not ours to clip.
             return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         try:  # the same operations as accelerator.clip_grad_norm_, but nothing is scaled when the norm is not finite
@@ -65,21 +133,43 @@ class AdaptiveTrainerMixin(_Base):
                 for name, parameter in model.named_parameters()
                 if parameter.grad is not None and not torch.isfinite(parameter.grad.norm())
             )
-            raise self._diverged(model, "the gradient is not finite", bad) from None
+        self._met_non_finite(model, "the gradient is not finite", bad)
+        return None
 
-    def _diverged(self, model: nn.Module, what: str, where: tuple[str, ...]) -> DivergedError:
-        """Keep the state after the last whole step, if its weights are finite, and return the error to raise."""
-        step = self.state.global_step + 1
+    def _met_non_finite(self, model: nn.Module, what: str, where: tuple[str, ...]) -> None:
+        """Stop, or have this step skipped if the policy says so and allows one more."""
+        listed = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        what, step, skipped = f"{what}; first seen in {listed or 'the loss itself'}", self.state.global_step + 1, 0
+        if self.on_non_finite == "skip":
+            skipped = self.skipped_steps
+            if skipped < self.max_skipped:
+                self._skipping = True
+                logger.warning("step %d skipped (%d of at most %d): %s", step, skipped + 1, self.max_skipped, what)
+                return
+        # The state after the last whole step, if its weights are finite.
         if self.state.global_step > 0 and self.args.should_save and not non_finite(model):
             self._save_checkpoint(model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        listed = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-        return DivergedError(
-            f"training stopped at step {step}: {what}; first seen in {listed or 'the loss itself'}. "
+        before = f" Skipped before: {skipped}, all that max_skipped allows." if skipped else ""
+        raise DivergedError(
+            f"training stopped at step {step}: {what}.{before} "
             "Lower the learning rate, warm it up for longer, or look at the data of this step",
             step=step,
             where=where,
         )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._skipping:  # now the Trainer has counted the step, and the row comes before any checkpoint
+            self._skipping = False
+            due = self.control.should_log
+            self.log({"skipped_steps": self.skipped_steps + 1})
+            self.control.should_log = due  # a row of ours does not stand for the Trainer's
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]  # the mean over no steps, which the Trainer gives as 0.0
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -114,6 +204,22 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> tuple[s
         for handle in handles:
             handle.remove()
     return tuple(found)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of the trainable parameters: equal only if every bit is."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def updates_are_zero(model: nn.Module) -> bool:
+    """True when there are LoRA adapters and B A is zero in each, because B (or A) is, or its rank."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and not layer.lora_embedding_A]
+    pairs = [pair for pair in map(weights, layers) if pair is not None]
+    return bool(layers) and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
 
 class MetricsFile(TrainerCallback):

@@ -103,6 +103,9 @@ def test_yaml_exponents_are_numbers_in_every_float_field_of_training(tmp_path: P
         ("data.max_length=-1", "data.max_length is -1"),
         ("data.seed=-1", "data.seed is -1"),
         ("seed=-1", "seed is -1"),
+        ("on_non_finite=ignore", "on_non_finite is 'ignore'"),
+        ("max_skipped=0", "max_skipped is 0"),
+        ("max_skipped=1.5", "max_skipped is 1.5"),
         ("seed=4294967296", "seed is 4294967296"),
         ("task=regression", "task is 'regression'"),
         ("output=null", "output is None"),
@@ -168,6 +171,8 @@ def test_a_bare_no_is_the_strategy_no() -> None:
 
 VALUES = {
     "seed": st.integers(0, 2**32 - 1),
+    "on_non_finite": st.sampled_from(["stop", "skip"]),
+    "max_skipped": st.integers(1, 10**9),
     "data.rows": st.none() | st.integers(1, 10**9),
     "data.eval_size": st.integers(1, 10**6) | st.floats(1e-9, 0.999),
     "data.text": st.none() | st.text() | st.lists(st.text(), max_size=2),

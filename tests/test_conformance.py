@@ -17,7 +17,7 @@ from adaptive_lora.allocate import Resize
 from adaptive_lora.history import Decision
 from adaptive_lora.importance import GradientNorm, Importance, Pairs, Scores, Statistics, Uniform
 from adaptive_lora.methods import METHODS
-from adaptive_lora.resize import resize, unwrap
+from adaptive_lora.resizing import resize, unwrap
 from adaptive_lora.rules import Grow, Rule, TopK, View
 from adaptive_lora.testing import (
     CHECKS,

@@ -91,7 +91,7 @@ def test_the_core_knows_nothing_of_trainers_runs_and_recipes() -> None:
         f"adaptive_lora.{name}" for name in ("trainer", "run", "config", "data", "tasks", "report", "demo", "study")
     }
     assert not offenders(
-        modules("targets", "adapters", "methods", "allocate", "resize", "importance", "controller"), above
+        modules("targets", "adapters", "methods", "allocate", "resizing", "importance", "controller"), above
     )
 
 
@@ -107,6 +107,12 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
     for module in GRAPH:
         visit(module, ())
+
+
+@pytest.mark.parametrize("name", adaptive_lora.__all__)
+def test_no_module_takes_the_name_of_what_the_package_offers(name: str) -> None:
+    """Importing `package.thing` sets `package.thing` to the module, and a function of that name is gone."""
+    assert f"adaptive_lora.{name}" not in MODULES or name == "methods"
 
 
 def test_neither_the_package_nor_the_help_imports_torch() -> None:

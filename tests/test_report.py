@@ -86,7 +86,7 @@ def test_ranks_are_those_of_the_tensors_whatever_config_and_result_agree_on(fold
 
 def test_a_target_without_tensors_has_rank_0(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
     method = {"name": "custom", "pattern": {".*query": 2, ".*": 0}}
-    values = recipe(bert_folder, reviews_file, tmp_path / "run", training={"max_steps": 1}) | {"method": method}
+    values = recipe(bert_folder, reviews_file, tmp_path / "run", training={"max_steps": 2}) | {"method": method}
     run(parse(values))
     assert sorted(read_run(tmp_path / "run").ranks.values()) == [0] * 11 + [2] * 2
     assert len(report(tmp_path / "run")) == 2

@@ -17,7 +17,7 @@ import adaptive_lora as al
 from adaptive_lora import Resize, methods
 from adaptive_lora.adapters import adapters, weights
 from adaptive_lora.importance import Statistic
-from adaptive_lora.resize import check_optimizer, check_state_shapes, resize
+from adaptive_lora.resizing import check_optimizer, check_state_shapes, resize
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 OPTIMIZERS: dict[str, Callable[[list], Optimizer]] = {

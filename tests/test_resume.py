@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,17 +67,84 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path, bert_folder: str, reviews
     assert not (tmp_path / "none").exists()
 
 
+TRAINER_FILES = ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth"]
+RANK_FILES = ["rank_state.json", "rank_state.safetensors"]
+
+
+def do_damage(damage: str, file: Path) -> str:
+    """Make `file` of a checkpoint missing or cut it short; return a pattern of the complaint."""
+    if damage == "missing":
+        file.unlink()
+        return rf"{file.parent.name} has no {file.stem}\*?\."
+    file.write_bytes(file.read_bytes()[:-10])
+    return f"{file.parent.name} is damaged"
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("name", TRAINER_FILES)
 @pytest.mark.parametrize("finished", ["classification_run"], indirect=True)
-def test_a_damaged_checkpoint_is_refused_and_named(name: str, damage: str, interrupted: Path, finished: Path) -> None:
+def test_a_damaged_checkpoint_with_none_before_it_is_refused_and_named(
+    name: str, damage: str, interrupted: Path, finished: Path
+) -> None:
     """The Trainer would go on without an optimizer state, silently."""
-    file = interrupted / "checkpoints" / "checkpoint-4" / name
-    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-200])
+    complaint = do_damage(damage, interrupted / "checkpoints" / "checkpoint-4" / name)
     before = digests(interrupted)
-    with pytest.raises(IntegrityError, match={"missing": f"4 has no {name}", "cut short": "4 is damaged"}[damage]):
+    with pytest.raises(
+        IntegrityError, match=rf"{complaint}.*; remove \S+checkpoints to train from the start"
+    ) as refused:
         run(parse(recipe_of(interrupted)), resume=True)
+    assert refused.value.exit_code == 4
     assert digests(interrupted) == before
+
+
+@pytest.fixture(scope="module")
+def dynamic_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_file: str) -> Path:
+    """Return a finished run whose ranks changed after step 2, with checkpoints after steps 4 and 8. Read only."""
+    output = tmp_path_factory.mktemp("dynamic") / "run"
+    method = {"name": "grad_delta", "warmup_steps": 2, "initial_rank": 3, "min_rank": 1, "max_rank": 6}
+    run(parse(recipe(bert_folder, reviews_file, output) | {"method": method}))
+    return output
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [*(("classification_run", name) for name in TRAINER_FILES), *(("dynamic_run", name) for name in RANK_FILES)],
+)
+def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_used(
+    origin: str,
+    name: str,
+    damage: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finished, folder = request.getfixturevalue(origin), tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.copytree(
+        folder / "checkpoints" / "checkpoint-8", folder / "checkpoints" / "checkpoint-10"
+    )  # by number: 10, 8
+    shutil.copytree(folder / "checkpoints" / "checkpoint-8", folder / "checkpoints" / "checkpoint-old")
+    complaints = [do_damage(damage, folder / "checkpoints" / f"checkpoint-{step}" / name) for step in (10, 8)]
+    capsys.readouterr()
+    run(parse(recipe_of(folder)), resume=True)
+    lines = capsys.readouterr().out.splitlines()
+    for line, complaint in zip(lines, complaints, strict=False):
+        assert re.search(rf"{complaint}.*; resuming from checkpoint-4$", line)
+    assert lines[2].startswith("classification of text")
+    assert rows_of(folder) == rows_of(finished)
+    assert weights_of(folder) == weights_of(finished)
+
+
+@pytest.mark.parametrize("name", RANK_FILES)
+def test_a_dynamic_run_whose_only_checkpoint_lacks_its_rank_state_is_refused(
+    name: str, dynamic_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dynamic_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-8" / name).unlink()
+    with pytest.raises(IntegrityError, match=f"checkpoint-8 has no {name}"):
+        run(parse(recipe_of(tmp_path / "run")), resume=True)
 
 
 @pytest.mark.parametrize("finished", ["classification_run"], indirect=True)

@@ -24,6 +24,7 @@ from model_folders import (
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -41,7 +42,7 @@ pytest_plugins = ("model_folders",)
 RESULT_KEYS = (
     {"status", "reason", "method", "task", "model", "seed", "metrics", "initial_ranks", "ranks", "train_seconds"}
     | {"lora_parameters", "budget_parameters", "trainable_parameters", "total_parameters"}
-    | {"peak_memory_bytes", "versions"}
+    | {"peak_memory_bytes", "versions", "skipped_steps"}
 )
 
 
@@ -151,6 +152,56 @@ def test_divergence_is_a_failed_run_with_step_and_reason_and_exit_code_3(
     assert set(result) >= RESULT_KEYS - {"train_seconds"}
     assert set(result["ranks"].values()) == {4, 2}
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]  # and strict JSON in every line
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.fixture
+def poisoned(bert_folder: str, tmp_path: Path) -> dict[str, Any]:
+    """Return a recipe for 12 steps, 2 of which (one each epoch) meet a token whose embedding is NaN."""
+    model, word = str(tmp_path / "poisoned"), AutoTokenizer.from_pretrained(bert_folder).get_vocab()["sum"]
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(model)
+    base = AutoModel.from_pretrained(bert_folder)
+    base.embeddings.word_embeddings.weight.data[word] = math.nan
+    base.save_pretrained(model)
+    train = [*reviews(40), {"text": "the sum is good", "label": "positive"}]
+    data = [write_jsonl(tmp_path / name, rows) for name, rows in (("t.jsonl", train), ("e.jsonl", reviews(8)))]
+    return recipe(model, data[0], tmp_path / "run", data={"eval": data[1]})
+
+
+def test_skip_goes_on_and_counts_and_stop_is_a_failed_run(
+    poisoned: dict[str, Any], command: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(poisoned))
+    skipping = command("train", "--config", file, "--set", "on_non_finite=skip", "--set", "max_skipped=2")
+    assert skipping.code == 0
+    result, rows = result_of(tmp_path / "run"), rows_of(tmp_path / "run")
+    assert (result["status"], result["steps"], result["skipped_steps"]) == ("ok", 12, 2)
+    skipped = [row["step"] for row in rows if "skipped_steps" in row]
+    assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
+    assert [row["step"] for row in rows if "loss" in row] == [step for step in range(1, 13) if step not in skipped]
+    assert all(row["loss"] > 0 for row in rows if "loss" in row)
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()
+    )
+
+    for extra, step, count in ((["max_skipped=1", "on_non_finite=skip"], skipped[1], 1), ([], skipped[0], 0)):
+        output = tmp_path / f"stopped-{count}"
+        ended = command("train", "--config", file, "--output", output, *(word for a in extra for word in ("--set", a)))
+        assert ended.code == 3
+        result = result_of(output)
+        assert (result["status"], result["step"], result["skipped_steps"]) == ("failed", step, count)
+        assert (output / result["last_good_checkpoint"]).name == f"checkpoint-{step - 1}"
+        assert ("word_embeddings" in ended.err, f"step {step}: the loss is nan" in ended.err) == (True, True)
+
+
+def test_an_adapter_that_learned_nothing_is_a_failed_run(finished: Path, command: Command, tmp_path: Path) -> None:
+    ended = command("train", "--config", finished / "config.yaml", "--output", tmp_path / "run", "--lr", "1e-300")
+    assert ended.code == 2
+    result = result_of(tmp_path / "run")
+    assert (result["status"], result["step"], result["metrics"]) == ("failed", 8, {})
+    assert result["reason"].startswith("the adapter learned nothing in 8 steps: no trainable parameter changed.")
+    assert ended.err == f"error: {result['reason']}\n"
     assert not (tmp_path / "run" / "adapter").exists()
 
 

@@ -6,19 +6,21 @@ import io
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dynamic
 import pytest
 import torch
 from conftest import make_bert
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import adaptive_lora as al
 from adaptive_lora import methods
-from adaptive_lora.errors import DivergedError
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
 from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, use_progress
 
 NAN, INF = float("nan"), float("inf")
@@ -50,6 +52,7 @@ def make_trainer(
     train: list | None = None,
     evaluate: list | None = None,
     callbacks: list | None = None,
+    more: dict[str, Any] | None = None,
     **options: Any,
 ) -> AdaptiveTrainer:
     """Return a trainer over sequential batches with a constant learning rate: fewer steps are a prefix of more."""
@@ -65,7 +68,8 @@ def make_trainer(
         **options,
     }
     args = TrainingArguments(folder, report_to=[], use_cpu=True, disable_tqdm=True, **arguments)
-    return kind(make_model(), args, train_dataset=train or records(), eval_dataset=evaluate, callbacks=callbacks)
+    data = {"train_dataset": train or records(), "eval_dataset": evaluate}
+    return kind(make_model(), args, **data, callbacks=callbacks, **(more or {}))
 
 
 def trainable(model: PeftModel) -> Weights:
@@ -189,6 +193,278 @@ def test_no_checkpoint_is_written_before_the_first_step(tmp_path: Path) -> None:
     spoil(trainer.model, backward=1, change=CHANGES["nan"])
     assert diverge(trainer).step == 1
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# --- skip instead of stop ---
+
+
+class Watch(TrainerCallback):
+    """Keep what `look` sees before and after each optimizer step."""
+
+    def __init__(self, look: Callable[[], Weights]) -> None:
+        self.look = look
+        self.before: list[Weights] = []
+        self.after: list[Weights] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.before.append(self.look())
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.after.append(self.look())
+
+    def still(self) -> list[int]:
+        """Return the numbers of the steps, from 1, that changed not a bit."""
+        pairs = zip(self.before, self.after, strict=True)
+        return [step for step, (before, after) in enumerate(pairs, 1) if same(before, after)]
+
+
+def skipper(folder: Path, max_skipped: int = 5, **options: Any) -> AdaptiveTrainer:
+    """Return a trainer that skips; two micro-batches a step."""
+    more = {"on_non_finite": "skip", "max_skipped": max_skipped, **options.pop("more", {})}
+    options = {"gradient_accumulation_steps": 2, "train": records(count=48), **options}
+    return make_trainer(folder, more=more, **options)
+
+
+def skipped_rows(trainer: AdaptiveTrainer) -> list[tuple[int, int]]:
+    return [(row["step"], row["skipped_steps"]) for row in trainer.state.log_history if "skipped_steps" in row]
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "fused AdamW": {"optim": "adamw_torch_fused"},
+    "AdamW": {"optim": "adamw_torch"},
+    "SGD": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "Adam": {"more": {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1})}},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+@pytest.mark.parametrize("micro_batch", [1, 7, 8])  # the first of all; the first and the second half of step 4
+def test_skip_leaves_weights_and_moments_bitwise_unchanged_in_that_step_only(
+    micro_batch: int, cause: str, optimizer: str, tmp_path: Path
+) -> None:
+    train = records(poisoned_batch=micro_batch if cause == "loss" else None, count=48)
+    trainer = skipper(tmp_path, train=train, weight_decay=0.1, **OPTIMIZERS[optimizer])
+    if cause == "loss":
+        trainer.model.get_submodule(EMBEDDING).weight.data[POISON] = NAN
+    else:
+        spoil(trainer.model, backward=micro_batch, change=CHANGES["one inf"])
+    watch = Watch(lambda: dynamic.state_of(trainer))
+    trainer.add_callback(watch)
+    trainer.train()
+    step = (micro_batch + 1) // 2
+    assert watch.still() == [step]
+    assert len(watch.after[-1]) > len(trainable(trainer.model))  # moments were looked at
+    assert (trainer.state.global_step, trainer.skipped_steps, skipped_rows(trainer)) == (6, 1, [(step, 1)])
+
+
+def test_skip_logs_the_mean_loss_of_the_steps_made_and_never_0_or_nan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(every: int) -> list[dict]:
+        trainer = skipper(tmp_path, logging_steps=every, train=records(poisoned_batch=10, count=48))
+        trainer.model.get_submodule(EMBEDDING).weight.data[POISON] = NAN
+        spoil(trainer.model, backward=7, change=CHANGES["nan"])
+        trainer.train()
+        return trainer.state.log_history
+
+    each, wide = train(1), train(3)
+    assert [row["step"] for row in each if "skipped_steps" in row] == [4, 5]
+    single = {row["step"]: row["loss"] for row in each if "loss" in row}
+    assert list(single) == [1, 2, 3, 6]
+    assert all(math.isfinite(value) and value != 0 for row in each for key, value in row.items() if "loss" in key)
+    rows = {row["step"]: row["loss"] for row in wide if "loss" in row}
+    assert rows == pytest.approx({3: (single[1] + single[2] + single[3]) / 3, 6: single[6]})
+    assert each[-1]["train_loss"] == pytest.approx(sum(single.values()) / 4)
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert messages[0] == f"step 4 skipped (1 of at most 5): the gradient is not finite; first seen in {QUERY_B}"
+    assert messages[1] == f"step 5 skipped (2 of at most 5): the loss is nan; first seen in {EMBEDDING}"
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_a_log_row_at_a_skipped_step_has_no_gradient_norm(cause: str, tmp_path: Path) -> None:
+    trainer = skipper(tmp_path, logging_steps=2, train=records(poisoned_batch=8, count=48))
+    if cause == "loss":
+        trainer.model.get_submodule(EMBEDDING).weight.data[POISON] = NAN
+    else:
+        spoil(trainer.model, backward=8, change=CHANGES["nan"])
+    trainer.train()
+    rows = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    assert ["grad_norm" in rows[step] for step in (2, 4, 6)] == [True, False, True]
+    assert rows[4]["loss"] > 0
+
+
+def test_skip_stops_after_max_skipped_steps_with_a_checkpoint(tmp_path: Path) -> None:
+    trainer = skipper(tmp_path, max_skipped=2)
+    for micro_batch in (3, 4, 7, 12):  # two in step 2, which is one step
+        spoil(trainer.model, backward=micro_batch, change=CHANGES["nan"])
+    error = diverge(trainer)
+    assert (error.step, error.where) == (6, (QUERY_B,))
+    assert "Skipped before: 2, all that max_skipped allows. Lower the learning rate" in str(error)
+    assert skipped_rows(trainer) == [(2, 1), (4, 2)]
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
+def test_skipped_steps_are_counted_over_a_resume_which_ends_as_if_never_stopped(tmp_path: Path) -> None:
+    def prepared(max_skipped: int) -> AdaptiveTrainer:
+        data, file = records(poisoned_batch=3, count=48), MetricsFile(tmp_path / "metrics.jsonl")
+        options = {"train": data, "max_skipped": max_skipped, "callbacks": [file]}
+        trainer = skipper(tmp_path, save_strategy="steps", save_steps=2, **options)
+        trainer.model.get_submodule(EMBEDDING).weight.data[POISON] = NAN
+        return trainer
+
+    whole = prepared(2)
+    spoil(whole.model, backward=9, change=CHANGES["nan"])
+    whole.train()
+    assert whole.skipped_steps == 2
+    for max_skipped in (2, 1):
+        resumed = prepared(max_skipped)
+        spoil(resumed.model, backward=5, change=CHANGES["nan"])  # backward pass 9 in all, in step 5
+        if max_skipped == 2:
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            assert skipped_rows(resumed) == skipped_rows(whole) == [(2, 1), (5, 2)]
+            assert same(dynamic.state_of(resumed), dynamic.state_of(whole))
+        else:
+            with pytest.raises(DivergedError, match=r"stopped at step 5: .* Skipped before: 1"):
+                resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        rows = strict((tmp_path / "metrics.jsonl").read_text())
+        assert [row["step"] for row in rows if "skipped_steps" in row] == ([2, 5] if max_skipped == 2 else [2])
+
+
+def test_the_mean_over_no_steps_is_not_logged_as_0(tmp_path: Path) -> None:
+    trainer = skipper(tmp_path, max_steps=1)
+    spoil(trainer.model, backward=1, change=CHANGES["nan"])
+    with pytest.raises(NothingLearnedError):  # and every step having been skipped, nothing is learned
+        trainer.train()
+    assert not [row for row in trainer.state.log_history if "loss" in row or "train_loss" in row]
+
+
+CHANGING = [name for name in dynamic.DYNAMIC if name != "peft_adalora"]
+
+
+def rank_trainer(folder: Path, name: str, *bad_steps: int) -> AdaptiveTrainer:
+    """Return a trainer of twelve steps whose ranks change, with a NaN in the gradients of `bad_steps`."""
+    kind: Any = partial(AdaptiveTrainer, on_non_finite="skip")
+    trainer = dynamic.make_trainer(folder, dynamic.DYNAMIC[name](), kind=kind, save_strategy="no")
+    backward = 0
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal backward
+        backward += 1
+        return gradient * NAN if (backward + 1) // 2 in bad_steps else gradient
+
+    trainer.model.get_parameter("base_model.model.classifier.modules_to_save.default.weight").register_hook(hook)
+    return trainer
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_skipped_step_leaves_the_scores_of_the_ranks_alone_and_counts(name: str, tmp_path: Path) -> None:
+    trainer = rank_trainer(tmp_path, name, 3, 4)  # 4: a decision step of several methods
+
+    def look() -> Weights:
+        statistics = dynamic.callback_of(trainer).controller._statistics
+        return {f"{kind}|{n}": s.tensor.clone() for kind, row in statistics.items() for n, s in row.items()}
+
+    watch = Watch(look)
+    trainer.add_callback(watch)
+    trainer.train()
+    controller = dynamic.callback_of(trainer).controller
+    assert (trainer.skipped_steps, controller.step_count) == (2, trainer.state.global_step)
+    watched = 4 if name == "grad_delta unbudgeted" else 5  # the last step whose gradients every method looks at
+    if any("start_" not in key for key in watch.after[2]):  # weight changes alone take nothing in at a step
+        assert [step for step in watch.still() if step <= watched] == [3, 4]
+    assert any(row.status == "changed" for row in controller.history)
+    assert not [row for row in controller.history if row.status == "refused"]
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_skipped_steps_up_to_the_first_decision_crash_nothing(name: str, tmp_path: Path) -> None:
+    trainer = rank_trainer(tmp_path, name, 1, 2, 3, 4, 5)
+    trainer.train()
+    controller = dynamic.callback_of(trainer).controller
+    assert (trainer.skipped_steps, controller.step_count) == (5, 12)
+    assert controller.history
+
+
+def test_pefts_adalora_cannot_skip_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="step 3 cannot be skipped: PEFT's AdaLoRA needs its gradients") as error:
+        rank_trainer(tmp_path, "peft_adalora", 3).train()
+    assert error.value.step == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"on_non_finite": "ignore"}, "on_non_finite is 'ignore'; expected 'stop' or 'skip'"),
+        ({"max_skipped": 0}, "max_skipped is 0; expected a whole number >= 1"),
+        ({"max_skipped": 2.5}, "max_skipped is 2.5"),
+        ({"max_skipped": True}, "max_skipped is True"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, more=wrong)
+
+
+def test_skip_is_refused_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    make_trainer(tmp_path)
+    with pytest.raises(InputError, match="several processes"):
+        skipper(tmp_path)
+
+
+# --- nothing learned ---
+
+
+def test_a_rate_that_moves_nothing_is_an_error_with_remedies(tmp_path: Path) -> None:
+    with pytest.raises(NothingLearnedError, match="nothing in 6 steps: no trainable parameter changed") as error:
+        make_trainer(tmp_path, learning_rate=1e-300).train()
+    assert all(word in str(error.value) for word in ("learning rate 0", "warm-up", "frozen", "skipped", "label"))
+
+
+def test_adapters_whose_b_stays_zero_are_an_error_though_the_head_was_trained(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_B" not in name)
+    before = trainable(trainer.model)
+    with pytest.raises(NothingLearnedError, match="every update B A is still zero"):
+        trainer.train()
+    assert not same(trainable(trainer.model), before)
+
+
+def test_one_adapter_that_learned_is_enough(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_(name == QUERY_B)
+    trainer.train()
+    assert trainer.model.get_parameter(QUERY_B).any()
+
+
+def test_an_adapter_that_was_trained_before_must_change_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=10, save_strategy="steps", save_steps=10)  # one epoch
+    trainer.train()
+    again = AdaptiveTrainer(trainer.model, trainer.args, train_dataset=records())
+    again.args.learning_rate = 1e-300
+    with pytest.raises(NothingLearnedError, match="no trainable parameter changed"):
+        again.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))  # makes no step: nothing was to change
+
+
+def test_the_drop_in_does_not_return_an_accuracy_of_nothing_learned() -> None:
+    tuner = al.AdaptiveLoRA(
+        make_bert(),
+        records(),
+        records(count=8),
+        warmup_steps=2,
+        num_train_epochs=1,
+        learning_rate=1e-300,
+        batch_size=8,
+        training_arguments={"use_cpu": True, "disable_tqdm": True},
+    )
+    with pytest.raises(NothingLearnedError, match="learned nothing in 5 steps"):
+        tuner.train()
+    with pytest.raises(InputError, match="nothing is trained yet"):
+        _ = tuner.model
 
 
 # --- evaluation and logs ---

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from adaptive_lora.config import parse
 from adaptive_lora.errors import InputError
-from adaptive_lora.report.figures import accuracy_bars, rank_heatmap
+from adaptive_lora.report import read_run
+from adaptive_lora.report.figures import accuracy_bars, rank_heatmap, rank_steps
 from adaptive_lora.report.tables import show
 from adaptive_lora.run import run
 
@@ -82,6 +83,7 @@ def demo(output: Path) -> None:
     figures = [
         accuracy_bars(intervals, output / "accuracy.png", label=f"accuracy on {n_test} test messages, 95 % interval"),
         rank_heatmap({name: result["ranks"] for name, result in runs.items()}, output / "ranks.png"),
+        rank_steps(read_run(output / "adalora"), output / "adalora-ranks.png"),
     ]
     for figure in figures:
         print(f"figure: {figure}")

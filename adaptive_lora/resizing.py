@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from adaptive_lora.adapters import adapters, all_weights, park, sync_config, unpark, weights
+from adaptive_lora.adapters import adapters, all_weights, is_masked, park, sync_config, unpark, weights
 from adaptive_lora.allocate import Resize
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.importance import Statistic, Statistics
@@ -34,6 +35,18 @@ def unwrap(optimizer: Any) -> Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def check_model(model: Any) -> None:
+    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, or sharded."""
+    kind = None if isinstance(model, PeftModel) else type(model).__name__
+    if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        kind = "PeftModel sharded by FSDP"
+    if kind is not None:
+        raise InputError(
+            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. Ranks cannot change inside "
+            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train on one device, unwrapped"
+        )
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
@@ -79,6 +92,9 @@ def resize(
     >>> ranks(model)
     {'encoder.layer.0.attention.self.query': 2}
     """
+    check_model(model)
+    if is_masked(model):
+        raise InputError("PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that shrink")
     layers = adapters(model)
     inner = check_optimizer(optimizer) if optimizer is not None else None
     generator = torch.Generator().manual_seed(seed)
