@@ -35,7 +35,6 @@ from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.data import load_splits
 from adaptive_lora.errors import AdaptiveLoraError, InputError
 from adaptive_lora.hub import locate_model
-from adaptive_lora.methods import METHODS
 from adaptive_lora.recipe import read_recipe
 from adaptive_lora.report import read_run
 from adaptive_lora.report.tables import show
@@ -43,16 +42,19 @@ from adaptive_lora.run import CONFIG_FILE, RESULT_FILE, run
 from adaptive_lora.targets import find_targets
 
 BASELINE = "lora"
+RATES = {"peft_adalora-10x": 10.0}  # times the learning rate of the others
 COLUMNS = ("method", "parameters, start → end", "accuracy %", "min..max, sd", f"difference to {BASELINE}")
 
 
 def recipes(rank: int) -> dict[str, dict[str, Any]]:
-    """Return the recipe of each method, all of which may end with the parameters of uniform rank `rank`."""
+    """Return the recipe of each arm, all of which may end with the parameters of uniform rank `rank`."""
     return {
         BASELINE: {"name": BASELINE, "rank": rank},
         "grad_delta": {"name": "grad_delta", "rank": rank, "min_rank": min(2, rank), "max_rank": 2 * rank},
         "adalora": {"name": "adalora", "rank": rank},
         "peft_adalora": {"name": "peft_adalora", "rank": rank},
+        # Gates that start at 0 between factors of size 0.02 are slow: at the rate of LoRA it has hardly begun to learn.
+        "peft_adalora-10x": {"name": "peft_adalora", "rank": rank},
         # With a threshold of 0 the loss of this training stalls once, and half of the budget stays unspent.
         "plateau": {"name": "plateau", "rank": rank, "initial_rank": min(2, rank), "max_rank": rank, "threshold": 0.05},
     }
@@ -62,7 +64,7 @@ def recipes(rank: int) -> dict[str, dict[str, Any]]:
 class Figures:
     """One run. Ranks and parameters are those of the tensors; what a failed run does not have is None."""
 
-    method: str
+    method: str  # the name of the arm
     seed: int
     status: str
     reason: str | None = None
@@ -110,33 +112,29 @@ def main() -> None:
         if value is not None:
             section[key] = value
     quiet()
-    notes = [f"{m} is not a method of this version and was left out." for m in options.methods if m not in METHODS]
-    print(*notes, sep="\n", end="\n" if notes else "", flush=True)
-    names = [m for m in recipes(options.rank) if m in options.methods and m in METHODS]
-    configs = [
-        parse({**recipe, "method": recipes(options.rank)[m], "seed": seed, "output": str(options.output / f"{m}-{seed}")})
+    names = [name for name in recipes(options.rank) if name in options.methods]
+    arms = [
+        (name, configure(name, seed, recipe, options))
         for seed in dict.fromkeys(options.seeds)  # seeds outside: when cut off, the pairs so far are whole
-        for m in names
-    ]  # fmt: skip
-    if not configs:
-        raise InputError("no method is left to run; give --methods")
-    costs = equal_costs(configs[0])
-    n_eval = len(load_splits(configs[0].data)[1])
+        for name in names
+    ]
+    first = arms[0][1]
+    costs = equal_costs(first)
+    n_eval = len(load_splits(first.data)[1])
     runs = []
-    for number, config in enumerate(configs, start=1):
-        runs.append(train_or_read(config, costs))
-        print(f"[{number:>{len(str(len(configs)))}}/{len(configs)}] {line(runs[-1])}", flush=True)
+    for number, (name, config) in enumerate(arms, start=1):
+        runs.append(train_or_read(name, config, costs))
+        print(f"[{number:>{len(str(len(arms)))}}/{len(arms)}] {line(runs[-1])}", flush=True)
 
     budget = options.rank * sum(costs.values())
     title = f"Final budget {budget:,} LoRA parameters (rank {options.rank} on {len(costs)} targets)"
-    training = configs[0].training
     notes = [
         f"{n_eval:,} evaluation records, so one is {100 / n_eval:.2f} points; the model at the end, no checkpoint chosen.",
         "sd: standard deviation over seeds. Difference: mean over seeds, run with run of the same seed, and its 95 % "
         "interval (Student's t); no correction for several methods.",
-        f"Learning rate {training['learning_rate']:g} for all, tuned for none. The training records are the same for all.",
+        f"Learning rate {recipe['training']['learning_rate']:g}, ten times that in arms named 10x; tuned for none. The "
+        "training records are the same for all.",
         *(["plateau watches the loss of the records it is measured on."] if "plateau" in names else []),
-        *notes,
         *remarks(runs, budget),
     ]
     cells = rows(runs)
@@ -149,19 +147,28 @@ def main() -> None:
     (options.output / "methods.md").write_text(markdown(title, cells, notes), encoding="utf-8")
     settings = {
         "budget_parameters": budget,
-        "targets": configs[0].adapters.targets,
+        "targets": first.adapters.targets,
         "n_targets": len(costs),
-        "rows": configs[0].data.rows,
+        "rows": first.data.rows,
         "eval_records": n_eval,
-        "max_length": configs[0].data.max_length,
-        "scale": configs[0].adapters.scale,
-        "training": training,
+        "max_length": first.data.max_length,
+        "scale": first.adapters.scale,
+        "training": recipe["training"],
+        "rates": RATES,
         "methods": {m: recipes(options.rank)[m] for m in names},
     }
     text = json.dumps({"settings": settings, "runs": [asdict(one) for one in runs]}, indent=2, allow_nan=False)
     (options.output / "methods.json").write_text(text + "\n", encoding="utf-8")
     draw(runs, options.output / "methods.png", title=title)
     print(f"{options.output}: methods.json, methods.md, methods.png")
+
+
+def configure(name: str, seed: int, recipe: dict[str, Any], options: argparse.Namespace) -> RunConfig:
+    """Return the configuration of one run."""
+    rate = recipe["training"]["learning_rate"] * RATES.get(name, 1.0)
+    training = {**recipe["training"], "learning_rate": rate}
+    method, folder = recipes(options.rank)[name], options.output / f"{name}-{seed}"
+    return parse({**recipe, "method": method, "training": training, "seed": seed, "output": str(folder)})
 
 
 def equal_costs(config: RunConfig) -> dict[str, int]:
@@ -179,7 +186,7 @@ def equal_costs(config: RunConfig) -> dict[str, int]:
     return costs
 
 
-def train_or_read(config: RunConfig, costs: dict[str, int]) -> Figures:
+def train_or_read(name: str, config: RunConfig, costs: dict[str, int]) -> Figures:
     """Return the figures of the run in `config.output`, after training it unless it is there and ok.
 
     Raises `InputError` when a run with other settings is there.
@@ -197,11 +204,11 @@ def train_or_read(config: RunConfig, costs: dict[str, int]) -> Figures:
             except AdaptiveLoraError as caught:
                 error = caught
     if not (folder / RESULT_FILE).is_file():
-        return Figures(method=config.method.name, seed=config.seed, status="failed", reason=str(error))
+        return Figures(method=name, seed=config.seed, status="failed", reason=str(error))
     record = read_run(folder)
     metrics, ranks = record.result["metrics"], record.ranks.values()
     return Figures(
-        method=config.method.name,
+        method=name,
         seed=config.seed,
         status="failed" if error else record.result["status"],
         reason=str(error) if error else None,

@@ -191,9 +191,13 @@ def test_a_method_that_never_decides_is_an_error_at_the_end(make: Make, tmp_path
 
 
 def test_adapters_that_sft_casts_to_bf16_on_a_quantized_model(make: Make, llama_folder: str, tmp_path: Path) -> None:
-    trainer = make(tmp_path, "SFT defaults", quantized=True)
+    trainer = make(tmp_path, "SFT defaults", quantized=True, save_strategy="steps", save_steps=RESUMED_FROM)
     trainer.train()
     assert behind(trainer) == [(True, {torch.bfloat16})] * STEPS
+    resumed = make(tmp_path / "resumed", "SFT defaults", quantized=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{RESUMED_FROM}"))
+    mine, theirs = state_of(resumed), state_of(trainer)
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
     left, cheapest = unspent(trainer)
     assert 0 <= left < cheapest
     trainer.save_model(str(tmp_path / "adapter"))

@@ -27,7 +27,7 @@ def rank_heatmap(patterns: dict[str, dict[str, int]], path: Path) -> Path:
     figure, axes = _panels(patterns)
     for axis, (title, ranks) in zip(axes, patterns.items(), strict=True):
         image = _heatmap(axis, title, ranks, highest, "{:.0f}")
-    figure.colorbar(image, ax=axes, label="rank", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="rank", shrink=0.8, ticks=MaxNLocator(integer=True))
     return _save(figure, path)
 
 
@@ -91,7 +91,7 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     patterns = [run.initial_ranks, *(row.pattern for row in run.history), run.ranks]
     table = by_kind({name: [pattern[name] for pattern in patterns] for name in run.ranks})
     n_layers = 1 + max(layer for row in table.values() for layer in row)
-    columns = min(len(table), 4 if len(table) in (7, 8) or len(table) > 9 else 3)
+    columns = min(len(table), 4 if len(table) in (4, 7, 8) or len(table) > 9 else 3)
     rows = -(-len(table) // columns)
     figure, axes = plt.subplots(
         rows,
