@@ -23,6 +23,7 @@ from adaptive_lora.testing import (
     CHECKS,
     Check,
     MakeMethod,
+    check_accumulation,
     check_bounds,
     check_budget,
     check_decides,
@@ -35,6 +36,7 @@ from adaptive_lora.testing import (
     check_resume,
     check_same_seed,
 )
+from adaptive_lora.trainer import AdaptiveTrainer
 
 # Arguments with which a method decides within twelve steps; the others are run at the budget of uniform rank 2.
 PRESETS: dict[str, MakeMethod] = {
@@ -158,6 +160,14 @@ def resize_badly(what: str) -> Any:
     return bad
 
 
+class Forgetful(AdaptiveTrainer):
+    """Every micro-batch forgets the gradients of those before it."""
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        model.zero_grad()
+        return super().training_step(model, *args, **kwargs)
+
+
 def save_late(model: Any, folder: Path) -> None:
     """Save, and train on by a little."""
     adapters.save(model, folder)
@@ -173,6 +183,7 @@ def save_late(model: Any, folder: Path) -> None:
         (check_optimizer_state, controller, "resize", resize_badly("moment"), "has shape"),
         (check_growth_keeps_the_function, controller, "resize", resize_badly("weights"), "changed the logits"),
         (check_reload, testing, "save", save_late, "the logits differ"),
+        (check_accumulation, testing, "AdaptiveTrainer", Forgetful, "batch 8 leads to"),
     ],
 )
 def test_a_broken_library_is_found_out(
@@ -181,6 +192,7 @@ def test_a_broken_library_is_found_out(
     """The laws a method cannot break by itself: here the engine is broken under it."""
     monkeypatch.setattr(controller, "check_state_shapes", lambda *_: None)  # it would notice first
     monkeypatch.setattr(where, name, bad)
+    # grad_delta makes one decision, from gradients: a later resize would stumble over the stale moment by itself.
+    method = "grad_delta" if check in (check_optimizer_state, check_accumulation) else "plateau"
     with pytest.raises(AssertionError, match=message):
-        # One decision: a later resize would stumble over the stale moment by itself.
-        check(lambda: DYNAMIC["grad_delta" if check is check_optimizer_state else "plateau"](), tmp_path)
+        check(DYNAMIC[method], tmp_path)
