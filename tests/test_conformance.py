@@ -195,4 +195,4 @@ def test_a_broken_library_is_found_out(
     # grad_delta makes one decision, from gradients: a later resize would stumble over the stale moment by itself.
     method = "grad_delta" if check in (check_optimizer_state, check_accumulation) else "plateau"
     with pytest.raises(AssertionError, match=message):
-        check(DYNAMIC[method], tmp_path)
+        check(lambda: DYNAMIC[method](), tmp_path)  # anew: trainings are remembered by function
