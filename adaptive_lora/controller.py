@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ class RankController:
             f"{kind}|{name}": [s.dim, s.copies] for kind, row in self._statistics.items() for name, s in row.items()
         }
         state = {
-            "method": self.method.name,
+            "method": _identity(self.method),
             "total_steps": self.total_steps,
             "step": self.step_count,
             "best_loss": None if math.isinf(self._best_loss) else self._best_loss,
@@ -322,9 +323,11 @@ class RankController:
             raise IntegrityError(
                 f"cannot resume from {folder}: the rank state is missing or damaged: {error}"
             ) from error
-        for key, mine in (("method", self.method.name), ("total_steps", self.total_steps)):
-            if state[key] != mine:
-                raise IntegrityError(f"cannot resume from {folder}: {key} was {state[key]!r}, now {mine!r}")
+        mine = {**_identity(self.method), "total_steps": self.total_steps}
+        saved = {**state["method"], "total_steps": state["total_steps"]}
+        differing = [f"{key} was {saved.get(key)}, now {mine.get(key)}" for key in mine if saved.get(key) != mine[key]]
+        if differing:
+            raise IntegrityError(f"cannot resume from {folder}: another method or training: {'; '.join(differing)}")
         device = next(iter(self._pairs().values()))[0].device
         self._statistics = {}
         for key, (dim, copies) in state["statistics"].items():
@@ -341,3 +344,12 @@ class RankController:
             self._peft.restore(self._statistics)
         else:
             check_state_shapes(self._layers, self.optimizer)
+
+
+def _identity(method: Method) -> dict[str, str]:
+    """Return what two methods must share for one to go on where the other stopped, as text."""
+    values = {"method": method.name, "rank": method.rank, "budget": method.budget}
+    if method.adaptation is not None:
+        values |= {field.name: getattr(method.adaptation, field.name) for field in fields(method.adaptation)}
+    # An object without a text of its own is shown by its address, which says nothing.
+    return {key: repr(value) for key, value in values.items() if " at 0x" not in repr(value)}

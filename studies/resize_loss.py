@@ -101,6 +101,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.2)
     axes[0].set_ylabel("loss of 48 test messages")
+    axes[0].plot([], [], "o", markerfacecolor="none", color="tab:red", markersize=6, label="before a resize")
+    axes[0].plot([], [], "o", color="tab:red", markersize=3, label="after it")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -94,7 +94,9 @@ def test_the_points_lie_before_at_and_after_decisions_of_every_method() -> None:
         assert any({s - 1, s, s + 1} <= struck for s in changed), (name, changed)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other method", "other length"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "other method", "other budget", "other schedule", "other length"]
+)
 def test_a_rank_state_that_is_missing_damaged_or_foreign_is_refused(damage: str, tmp_path: Path) -> None:
     with pytest.raises(Kill):
         make_trainer(tmp_path, DYNAMIC["adalora"](), callbacks=[KillAt(6, "end")]).train()
@@ -108,7 +110,17 @@ def test_a_rank_state_that_is_missing_damaged_or_foreign_is_refused(damage: str,
     elif damage == "other method":
         method = methods.adalora(2, factor=2.0, initial=2, final=2, every=2)
         method = al.Method(**{**vars(method), "name": "another"})
+    elif damage == "other budget":
+        method = methods.adalora(3, factor=2.0, initial=2, final=2, every=2)
+    elif damage == "other schedule":
+        method = methods.adalora(2, factor=2.0, initial=2, final=4, every=2)
     else:
         options = {"max_steps": STEPS + 1}
-    with pytest.raises(IntegrityError, match="cannot resume"):
+    named = {
+        "other method": "method was 'adalora', now 'another'",
+        "other budget": "rank was 2, now 3",
+        "other schedule": "when was .*rest=2.*schedule was .*final=2",
+        "other length": "total_steps was 12, now 13",
+    }
+    with pytest.raises(IntegrityError, match=f"cannot resume.*{named.get(damage, '')}"):
         make_trainer(tmp_path, method, **options).train(resume_from_checkpoint=str(checkpoint))
