@@ -7,6 +7,7 @@ writes a checkpoint that stock PEFT reloads exactly.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -134,7 +135,10 @@ def _check_base(model: nn.Module) -> None:
 
 
 def infer_task_type(model: nn.Module) -> TaskType | None:
-    """Return PEFT's task type by transformers' naming of classes (`BertForSequenceClassification`), None if no match."""
+    """Return PEFT's task type by transformers' naming of classes (`BertForSequenceClassification`), None if no match.
+
+    None too for speech and images: PEFT's task classes would pass `input_ids` on.
+    """
     by_suffix = {
         "ForSequenceClassification": TaskType.SEQ_CLS,
         "ForTokenClassification": TaskType.TOKEN_CLS,
@@ -143,8 +147,14 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
         "LMHeadModel": TaskType.CAUSAL_LM,
         "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
     }
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return None
     name = type(model).__name__
-    return next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
+    task = next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    return (
+        TaskType.CAUSAL_LM if task == TaskType.SEQ_2_SEQ_LM and not encodes else task
+    )  # LLaVA generates conditionally
 
 
 def base_of(model: Any) -> nn.Module:
@@ -153,8 +163,9 @@ def base_of(model: Any) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """Return {full target name: PEFT's `LoraLayer`} in module order. Raises `InputError` when the model has none."""
-    found = {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
+    """Return {full target name: PEFT's `LoraLayer`} of the active adapter, in module order; `InputError` without any."""
+    layers = {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
+    found = {name: layer for name, layer in layers.items() if layer.active_adapters[0] in layer.r}
     if not found:
         raise InputError("the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)")
     return found

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from adaptive_lora import history
-from adaptive_lora.adaptation import OnPlateau
+from adaptive_lora.adaptation import MaskedByPeft, OnPlateau
 from adaptive_lora.adapter_file import tensor_ranks
 from adaptive_lora.adapters import is_masked, ranks
 from adaptive_lora.controller import RankController
-from adaptive_lora.errors import InputError
+from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.history import Decision
 from adaptive_lora.methods import Method
 from adaptive_lora.resizing import resize
@@ -55,13 +56,15 @@ class AdaptiveRankCallback(TrainerCallback):
         _check_arguments(args, self.method)
         plain_load = model.load_adapter
 
-        def load_adapter(model_id: Any, *load_args: Any, **load_kwargs: Any) -> Any:
+        def load_adapter(model_id: Any, adapter_name: str, *load_args: Any, **load_kwargs: Any) -> Any:
+            if adapter_name != model.active_adapter:
+                return plain_load(model_id, adapter_name, *load_args, **load_kwargs)
             # The Trainer resumes by loading the adapter into the model: it must have that checkpoint's ranks first.
             self._resumed_from = Path(model_id)
             if not is_masked(model):  # those always keep their first ranks
                 match_ranks(model, self._resumed_from)
             # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
-            return plain_load(model_id, *load_args, **{"autocast_adapter_dtype": False, **load_kwargs})
+            return plain_load(model_id, adapter_name, *load_args, **{"autocast_adapter_dtype": False, **load_kwargs})
 
         model.load_adapter = load_adapter  # type: ignore[method-assign]
 
@@ -72,14 +75,24 @@ class AdaptiveRankCallback(TrainerCallback):
         self.controller = RankController(model, optimizer, self.method, state.max_steps, self._write)
         if self.method.adaptation is not None and self._resumed_from is not None:
             self.controller.load_state(self._resumed_from)
+        vars(model).pop("load_adapter", None)  # the Trainer has loaded by now
+        if self.method.adaptation is not None and self.controller.step_count != state.global_step:
+            raise IntegrityError(
+                f"the Trainer resumes at step {state.global_step}, the rank controller is at {self.controller.step_count}: the "
+                "callback did not see the checkpoint load. Give the Trainer callbacks=[...] and model=, not add_callback or "
+                "model_init="
+            )
         self._write(None)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
-        if all(parameter.grad is None for parameter in kwargs["model"].parameters()):
-            self.controller.skip()  # `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients away
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        # No step will be made: `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients away, or fp16's loss scaler
+        # is about to.
+        if not gradients or (args.fp16 and not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)):
+            self.controller.skip()
         else:
             self.controller.observe()
 
@@ -88,8 +101,15 @@ class AdaptiveRankCallback(TrainerCallback):
         self.controller.step()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.controller is not None and "eval_loss" in kwargs["metrics"]:
+        if self.controller is None or self.method.adaptation is None:
+            return
+        if "eval_loss" in kwargs["metrics"]:
             self.controller.evaluated(kwargs["metrics"]["eval_loss"])
+        elif isinstance(self.method.adaptation.when, OnPlateau):
+            raise InputError(
+                f"method {self.method.name!r} waits for a plateau of eval_loss, but the evaluation gave only "
+                f"{', '.join(kwargs['metrics'])}: give the Trainer one evaluation set, with labels"
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.controller is not None and self.method.adaptation is not None and state.is_world_process_zero:
@@ -106,6 +126,7 @@ class AdaptiveRankCallback(TrainerCallback):
         if self.history_file is None or self.controller is None or self.method.adaptation is None:
             return
         if decision is None:
+            self.history_file.parent.mkdir(parents=True, exist_ok=True)
             history.write(self.history_file, self.controller.history)
         else:
             with self.history_file.open("a", encoding="utf-8") as file:
@@ -127,6 +148,10 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
     if args.deepspeed or args.fsdp:
         raise InputError(
             "ranks cannot change under DeepSpeed or FSDP, which keep parameters of their own; train without"
+        )
+    if args.fp16 and isinstance(method.adaptation, MaskedByPeft):
+        raise InputError(
+            "PEFT's AdaLoRA needs the gradients of every step, and fp16's loss scaler skips some: use bf16"
         )
     if args.n_gpu > 1 or args.world_size > 1:
         raise InputError(

@@ -69,7 +69,7 @@ class RankController:
         self.initial_pattern = ranks(model)
         self._layers = adapters(model)
         self._statistics: Statistics = {}
-        self._observed = False
+        self._observed = self._finished = False
         self._best_loss, self._bad_evaluations = math.inf, 0
         self._decision_steps: list[int] = []
         self._adaptation = method.adaptation
@@ -109,12 +109,13 @@ class RankController:
                 "observe() was called twice without step(); call controller.step() after each optimizer step"
             )
         if self._peft is not None:
-            self._peft.observe()
+            self._peft.observe(self.step_count + 1)
             self._observed = True
             return
         check_state_shapes(self._layers, self.optimizer)
-        pairs = self._pairs()
-        if any(p.grad is None for pair in pairs.values() for p in pair):
+        # A target that took no part in this step (LayerDrop, a layer whose output nobody uses) shows nothing.
+        pairs = {name: pair for name, pair in self._pairs().items() if all(p.grad is not None for p in pair)}
+        if not pairs:
             raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
         self._start_statistics()
         self._adaptation.importance.observe(pairs, self._statistics)
@@ -149,12 +150,17 @@ class RankController:
             self._mask(self._peft)
         elif self.step_count in self._decision_steps:
             self._decide()
+            if self.step_count == self._decision_steps[-1]:
+                self._statistics = {}  # nobody looks at them again
 
     def evaluated(self, loss: float) -> None:
         """Take in a validation loss; a method that waits for a plateau may change ranks now, but not after the last step."""
         if self._adaptation is None or not isinstance(self._adaptation.when, OnPlateau):
             return
-        if self.step_count >= self.total_steps:  # what grows now would never be trained
+        if self._finished or self.step_count >= self.total_steps:  # what grows now would never be trained
+            return
+        if not math.isfinite(loss):
+            self._record("refused", f"the evaluation loss is {loss}", 0.0, {}, {})
             return
         when = self._adaptation.when
         if self._best_loss - loss > when.threshold:
@@ -169,12 +175,20 @@ class RankController:
 
     def finish(self, *, stopped_early: bool = False) -> None:
         """End the training: adapters that only PEFT can run become plain LoRA. Raises `NeverDecidedError` when the method
-        has decision steps and none was ever reached, unless training stopped early on purpose.
+        has decision steps and none was ever reached or the last was refused, unless training stopped early on purpose.
         """
-        decided = bool(self.history)
+        self._finished = True
+        last = self.history[-1] if self.history else None
         if self._peft is not None:
             self._unmask(self._peft)
-        if self._adaptation is not None and not decided and not stopped_early:
+        if self._adaptation is None or stopped_early:
+            return
+        if last is not None and last.status == "refused":
+            raise NeverDecidedError(
+                f"the last decision of method {self.method.name!r}, after step {last.step}, was refused: {last.reason}. The "
+                "ranks are not those the method would have chosen; train with a lower learning rate, or in bf16 or float32"
+            )
+        if last is None:
             raise NeverDecidedError(
                 f"method {self.method.name!r} never decided anything in {self.step_count} of {self.total_steps} steps: the "
                 "adapter still has its initial ranks. Is total_steps right, is step() called after every optimizer step, "

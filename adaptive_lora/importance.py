@@ -149,10 +149,11 @@ class GradientNorm(Importance):
             statistics["steps"][name].tensor += 1
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
-        return {n: statistics["gradient_norm"][n].tensor / statistics["steps"][n].tensor for n in pairs}
+        return {n: statistics["gradient_norm"][n].tensor / statistics["steps"][n].tensor.clamp_min(1) for n in pairs}
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
-        return {n: float(statistics["gradient_norm_target"][n].tensor / statistics["steps"][n].tensor) for n in pairs}
+        steps = {n: statistics["steps"][n].tensor.clamp_min(1) for n in pairs}  # 0: never took part in a step
+        return {n: float(statistics["gradient_norm_target"][n].tensor / steps[n]) for n in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)

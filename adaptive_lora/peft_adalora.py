@@ -20,6 +20,7 @@ from adaptive_lora.adapters import (
     base_of,
     is_masked,
     park,
+    ranks,
     scaled_config,
     sync_config,
     target_modules,
@@ -53,7 +54,18 @@ class PeftAdaLora:
         self.model, self._tuner = model, model.base_model
         self._config = cast(Any, model.peft_config[model.active_adapter])
         assert isinstance(adaptation.schedule, Cubic)
+        if type(model) is PeftModel and adaptation.orthogonality:
+            raise InputError(
+                "PEFT adds its orthogonality penalty only to models with a task type, and this one has none: give "
+                "orthogonality=0, or attach with a task_type"
+            )
         first, last = adaptation.schedule.span(total_steps)
+        if last < 2:
+            raise InputError(
+                f"PEFT's AdaLoRA would allocate after step {last} of {total_steps}, before it has scored anything: train for "
+                "longer, or lower final"
+            )
+        self._last = last
         self._config.tinit, self._config.tfinal, self._config.total_step = first, total_steps - last, total_steps
         # PEFT's masks by gate name, kept here: with them in its config PEFT would drop masked components when it saves.
         self._masks: dict[str, list[bool]] | None = None
@@ -72,11 +84,15 @@ class PeftAdaLora:
         self._tuner.register_forward_pre_hook(before)
         self._tuner.register_forward_hook(after, always_call=True)
 
-    def observe(self) -> None:
-        """Keep the gradients of this step: `step` comes when they are gone."""
-        parameters = [p for name, p in self._tuner.model.named_parameters() if "lora_" in name]
-        self._gradients = [(p, p.grad.detach().clone()) for p in parameters if p.grad is not None]
-        if len(self._gradients) < len(parameters):
+    def observe(self, step: int) -> None:
+        """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are gone."""
+        if step > self._last:
+            return
+        named = self._tuner.model.named_parameters()
+        parameters = [p for name, p in named if "lora_" in name and p.requires_grad]
+        # A target that took no part in this step (LayerDrop) shows nothing.
+        self._gradients = [(p, torch.zeros_like(p) if p.grad is None else p.grad.clone()) for p in parameters]
+        if all(p.grad is None for p in parameters):
             raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
 
     def step(self, step: int) -> dict[str, float] | None:
@@ -132,6 +148,8 @@ class PeftAdaLora:
         model, config, adapter = self.model, self._config, self.model.active_adapter
         scale = config.lora_alpha / config.init_r
         alive, pairs = self.alive(), {}
+        if not any(alive.values()):  # nothing is learned yet: plain LoRA at its start, B' = 0
+            alive = {name: list(range(rank)) for name, rank in ranks(model).items()}
         base = base_of(model)
         for name, layer in adapters(model).items():
             a, b, gate = (part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
@@ -153,12 +171,12 @@ class PeftAdaLora:
         for parameter in trained:
             parameter.requires_grad_(True)
         for name, layer in adapters(model).items():
+            layer.train(model.training)
             if alive[name]:
                 for parameter, value in zip(weights(layer) or (), pairs[name], strict=True):
                     parameter.data = value
             else:
                 park(layer)
-        model.train(model.training)
         sync_config(model)
         return {name: Resize(tuple(kept)) for name, kept in alive.items()}
 

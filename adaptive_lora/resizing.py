@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from adaptive_lora.adapters import adapters, all_weights, is_masked, park, sync_config, unpark, weights
+from adaptive_lora.adapters import adapters, all_weights, is_masked, park, ranks, sync_config, unpark, weights
 from adaptive_lora.allocate import Resize
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.importance import Statistic, Statistics
@@ -99,6 +99,8 @@ def resize(
     inner = check_optimizer(optimizer) if optimizer is not None else None
     generator = torch.Generator().manual_seed(seed)
     plans = {name: _plan(name, layers, change) for name, change in changes.items()}
+    if not any((ranks(model) | {name: plan.rank for name, plan in plans.items()}).values()):
+        raise InputError("every adapter would have rank 0; at least one must keep a component")
     staged_pairs = {name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()}
     staged = [item for pair in staged_pairs.values() for item in pair]
     staged_statistics: list[tuple[Statistic, torch.Tensor]] = []

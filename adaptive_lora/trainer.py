@@ -75,11 +75,10 @@ class AdaptiveTrainerMixin(_Base):
         model: Any = self.model
         if not isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super().train(*args, **kwargs)
-        before = fingerprint(model)
         output = super().train(*args, **kwargs)
         model = self.model  # another one, where there is a `model_init`
         # A finished run that is resumed makes no step, and has nothing to change.
-        unchanged = self.state.global_step > self._initial_global_step and fingerprint(model) == before
+        unchanged = self.state.global_step > self._initial_global_step and fingerprint(model) == self._at_start
         if unchanged or updates_are_zero(model):
             what = "no trainable parameter changed" if unchanged else "every update B A is still zero"
             raise NothingLearnedError(
@@ -88,6 +87,12 @@ class AdaptiveTrainerMixin(_Base):
                 "a label that counts in the loss?"
             )
         return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `train()` when a checkpoint, if any, is loaded."""
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self._at_start = fingerprint(self.model)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the Trainer once for each optimizer step, before its micro-batches."""

@@ -136,7 +136,7 @@ def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
     # The first observation makes the statistics; the rest of the schedule observes nothing, which counts as well.
     share = sum(arms["adalora"].observe_seconds[1:]) / TOTAL / statistics.median(reference)
     observing = statistics.median(arms["adalora"].observe_seconds[1 : int(0.7 * TOTAL)])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = f"{torch.get_num_threads()} CPU threads"
     return {
         "rank": rank, "pairs": pairs, "device": device, "machine": platform.machine(), "torch": torch.__version__,
         "plain_step_ms": statistics.median(reference) * 1e3, "observe_ms": observing * 1e3, "observe_share": share,

@@ -187,7 +187,7 @@ def equal_costs(config: RunConfig) -> dict[str, int]:
 
 
 def train_or_read(name: str, config: RunConfig, costs: dict[str, int]) -> Figures:
-    """Return the figures of the run in `config.output`, after training it unless it is there and ok.
+    """Return the figures of the run in `config.output`, after training it unless its result is there.
 
     Raises `InputError` when a run with other settings is there.
     """
@@ -196,7 +196,7 @@ def train_or_read(name: str, config: RunConfig, costs: dict[str, int]) -> Figure
     if begun and parse(read_recipe(folder / CONFIG_FILE)).model_copy(update={"output": config.output}) != config:
         raise InputError(f"{folder} holds a run with other settings; choose another --output, or remove it")
     error: AdaptiveLoraError | None = None
-    if not ((folder / RESULT_FILE).is_file() and read_run(folder).result["status"] == "ok"):
+    if not (folder / RESULT_FILE).is_file():  # a failed run is a result too; remove its folder to try again
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
