@@ -33,7 +33,8 @@ class AdaptiveTrainerMixin(_Base):
 
     A loss or gradient that is NaN or infinite never reaches the optimizer; nothing is logged as 0.0 and clipping cannot
     spread it. An adapter that learned nothing is an error at the end of `train()`. With finite numbers this is the
-    `Trainer`, bit for bit, but for one thing: batch 8 equals batch 4 x accumulation 2 for classification too.
+    `Trainer`, bit for bit, but for two things: batch 8 equals batch 4 x accumulation 2 for classification too, and training
+    resumed after its last step makes no step more.
 
     Args:
         on_non_finite: "stop" saves the state after the last whole step as a checkpoint and raises `DivergedError` with the
@@ -93,6 +94,12 @@ class AdaptiveTrainerMixin(_Base):
         if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             self._at_start = fingerprint(self.model)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed after the last step, in mid-epoch: the Trainer would make one step more
+            self.control.should_training_stop = True
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the Trainer once for each optimizer step, before its micro-batches."""

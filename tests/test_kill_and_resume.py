@@ -87,6 +87,20 @@ def test_resumed_equals_uninterrupted(name: str, step: int, where: str, tmp_path
     )
 
 
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_resumed_after_the_last_step_nothing_is_trained(name: str, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the end, in mid-epoch: a stock Trainer would make a thirteenth step."""
+    whole = make_trainer(tmp_path, DYNAMIC[name](), kind=al.AdaptiveTrainer)
+    whole.train()
+    resumed = make_trainer(tmp_path, DYNAMIC[name](), kind=al.AdaptiveTrainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    assert resumed.state.global_step == STEPS
+    mine, theirs = ({n: p.detach() for n, p in t.model.named_parameters()} for t in (resumed, whole))
+    assert mine.keys() == theirs.keys()
+    assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
+    assert decisions(resumed) == decisions(whole)
+
+
 def test_the_points_lie_before_at_and_after_decisions_of_every_method() -> None:
     for name in DYNAMIC:
         changed = {step for step, status, *_ in uninterrupted(name)[2] if status in ("changed", "masked")}
