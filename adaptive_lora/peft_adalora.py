@@ -151,6 +151,7 @@ class PeftAdaLora:
         if not any(alive.values()):  # nothing is learned yet: plain LoRA at its start, B' = 0
             alive = {name: list(range(rank)) for name, rank in ranks(model).items()}
         base = base_of(model)
+        modes = {name: layer.training for name, layer in adapters(model).items()}
         for name, layer in adapters(model).items():
             a, b, gate = (part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
             factor = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5) / scale
@@ -168,10 +169,11 @@ class PeftAdaLora:
         del base.peft_config
         with torch.random.fork_rng():
             model.base_model = LoraModel(base, plain, adapter)
+        model.base_model.training = self._tuner.training
         for parameter in trained:
             parameter.requires_grad_(True)
         for name, layer in adapters(model).items():
-            layer.train(model.training)
+            layer.train(modes[name])
             if alive[name]:
                 for parameter, value in zip(weights(layer) or (), pairs[name], strict=True):
                     parameter.data = value

@@ -9,19 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert, make_gpt2
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import adaptive_lora as al
 from adaptive_lora import methods
-from adaptive_lora.adapters import adapters, scale_of, weights
+from adaptive_lora.adapters import adapters, infer_task_type, scale_of, weights
 
 IDS = torch.arange(24).reshape(3, 8)
 MIXED = {
@@ -145,6 +152,43 @@ def test_lora_parameters_is_the_sum_over_the_adapters() -> None:
                 assert rank == same_rank
                 by_shape += rank * (i + o)
         assert al.lora_parameters(model) == by_name == by_shape
+
+
+def test_only_the_targets_of_the_active_adapter_are_looked_at_and_saved(tmp_path: Path) -> None:
+    model = trained(make_bert(), methods.lora(2), targets=["query"])
+    mine, answers = al.ranks(model), logits(model)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["key"]))
+    assert al.ranks(model) == mine
+    reloaded = al.load(make_bert(), al.save(model, tmp_path))
+    assert al.ranks(reloaded) == mine
+    assert torch.equal(logits(reloaded), answers)
+    model.set_adapter("other")
+    assert al.ranks(model) == {name.replace("query", "key"): 3 for name in mine}
+
+
+TEXT = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+GENERATORS: list[tuple[type[PreTrainedModel], PreTrainedConfig, TaskType | None]] = [
+    (T5ForConditionalGeneration, T5Config(vocab_size=32, d_model=8, num_layers=1), TaskType.SEQ_2_SEQ_LM),
+    (
+        LlavaForConditionalGeneration,
+        LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", "patch_size": 4, **IMAGE},
+            text_config={"model_type": "llama", **TEXT},
+        ),
+        TaskType.CAUSAL_LM,
+    ),
+    (WhisperForConditionalGeneration, WhisperConfig(d_model=12, encoder_layers=1, decoder_layers=1), None),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "task_type"), GENERATORS)
+def test_what_generates_conditionally_is_told_apart(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, task_type: TaskType | None
+) -> None:
+    """On an encoder's output, on an image before the prompt, and on speech, without `input_ids`."""
+    with torch.device("meta"):
+        assert infer_task_type(kind(config)) == task_type
 
 
 class Classifier(BertForSequenceClassification):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import (
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import adaptive_lora as al
 from adaptive_lora import RankController, history, methods
@@ -24,6 +33,7 @@ from adaptive_lora.adapters import targets_of
 from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.importance import Sensitivity, Uniform
 from adaptive_lora.rules import TopK
+from adaptive_lora.testing import logits
 
 BATCH = {key: torch.stack([row[key] for row in records(8)]) for key in ("input_ids", "labels")}
 
@@ -112,7 +122,43 @@ def test_a_plateau_that_is_never_evaluated_is_a_failure() -> None:
         controller.finish()
 
 
-def test_scores_that_are_not_finite_refuse_the_decision_and_say_so() -> None:
+class StopAt5(TrainerCallback):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_training_stop = state.global_step == 5
+
+
+def test_an_evaluation_after_an_early_stop_grows_nothing(tmp_path: Path) -> None:
+    """It would be the first plateau: what grows then is never trained."""
+    trainer = make_trainer(tmp_path, DYNAMIC["plateau"](), save_strategy="no", callbacks=[StopAt5()])
+    trainer.train()
+    ranks, decisions = al.ranks(trainer.model), len(callback_of(trainer).history)
+    trainer.evaluate()
+    assert (al.ranks(trainer.model), len(callback_of(trainer).history)) == (ranks, decisions)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_an_evaluation_loss_that_is_not_finite_is_a_refused_decision_and_no_plateau(loss: float) -> None:
+    controller, optimizer = controlled(DYNAMIC["plateau"]())
+    run(controller, optimizer, steps=1)
+    controller.evaluated(1.0)
+    before = al.ranks(controller.model)
+    controller.evaluated(loss)
+    row = controller.history[-1]
+    assert (row.status, row.reason) == ("refused", f"the evaluation loss is {loss}")
+    assert al.ranks(controller.model) == row.pattern == before
+
+
+def test_a_plateau_of_several_evaluation_sets_is_refused_at_the_first_evaluation(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, DYNAMIC["plateau"](), save_strategy="no")
+    trainer.eval_dataset = {"easy": records(4), "hard": records(8)}
+    with pytest.raises(al.InputError, match=r"waits for a plateau of eval_loss, but .* gave only eval_easy_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_scores_that_are_not_finite_refuse_the_decision_and_fail_the_training() -> None:
     controller, optimizer = controlled(DYNAMIC["grad_delta"]())
     before = al.ranks(controller.model)
     for step in range(STEPS):
@@ -126,6 +172,50 @@ def test_scores_that_are_not_finite_refuse_the_decision_and_say_so() -> None:
     assert (row.status, row.reason) == ("refused", "a score is not finite")
     assert al.ranks(controller.model) == before
     assert None in json.loads(row.to_json())["scores"].values()
+    with pytest.raises(NeverDecidedError, match="after step 5, was refused: a score is not finite"):
+        controller.finish()
+
+
+@pytest.mark.parametrize("name", ["adalora", "grad_delta", "grad_delta unbudgeted"])
+def test_a_target_outside_the_forward_pass_is_scored_as_finite(name: str) -> None:
+    """Its gradient is None, at every step: a layer left out, as LayerDrop does at some."""
+    controller, optimizer = controlled(DYNAMIC[name]())
+    controller.model.get_base_model().bert.encoder.layer[1].forward = lambda hidden, *_, **__: hidden
+    run(controller, optimizer)
+    controller.finish()
+    assert {row.status for row in controller.history} <= {"changed", "kept"}
+    assert all(math.isfinite(score) for row in controller.history for score in row.scores.values())
+
+
+def test_a_step_that_fp16s_loss_scaler_skips_leaves_no_trace_in_the_scores(tmp_path: Path) -> None:
+    """Called by hand: no accelerator, and so no scaler, is here."""
+    callback = al.AdaptiveRankCallback(DYNAMIC["adalora"]())
+    callback.controller, optimizer = controlled(callback.method)
+    controller, args = callback.controller, TrainingArguments(str(tmp_path), use_cpu=True)
+    args.fp16 = True
+
+    def observed(gradient: float) -> bool:
+        """Return whether the statistics change in a step with this number in one gradient."""
+        before = [s.tensor.clone() for row in controller._statistics.values() for s in row.values()]
+        controller.model(**BATCH).loss.backward()
+        next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad[0, 0] = gradient
+        callback.on_pre_optimizer_step(args, TrainerState(), TrainerControl(), model=controller.model)
+        optimizer.zero_grad()
+        controller.step()
+        after = [s.tensor for row in controller._statistics.values() for s in row.values()]
+        return not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+    run(controller, optimizer, steps=1)
+    assert [observed(float("inf")), observed(float("nan")), observed(1.0)] == [False, False, True]
+    assert controller.step_count == 4
+
+
+@pytest.mark.parametrize("name", ["adalora", "grad_delta"])
+def test_after_the_last_decision_the_statistics_are_freed(name: str) -> None:
+    controller, optimizer = controlled(DYNAMIC[name]())
+    run(controller, optimizer)
+    assert controller.history[-1].bytes_after["statistics"] > 0  # the decision itself needed them
+    assert not controller._statistics
 
 
 @pytest.mark.parametrize("importance", [Uniform(), Sensitivity(beta1=0.5)])
@@ -194,6 +284,45 @@ def test_batch_8_equals_batch_4_by_accumulation_2(name: str, tmp_path: Path) -> 
         for target, score in one.scores.items():
             # The gradient is the same sum in another order. SGD, because Adam would blow rounding of tiny gradients up.
             assert score == pytest.approx(two.scores[target], rel=1e-3, abs=1e-3 * largest)
+
+
+def test_loading_another_adapter_leaves_the_trained_one_alone(tmp_path: Path) -> None:
+    al.save(make_model(methods.lora(1)), tmp_path / "other")
+    trainer = make_trainer(tmp_path, DYNAMIC["adalora"](), save_strategy="no")
+    model = trainer.model
+    for name in ("second", "third"):  # before and after training
+        ranks, answers = al.ranks(model), logits(model)
+        model.load_adapter(str(tmp_path / "other"), name)
+        assert al.ranks(model) == ranks
+        assert torch.equal(logits(model), answers)
+        if name == "second":
+            trainer.train()
+    assert pickle.dumps(model)  # nothing of ours is left in it
+
+
+@pytest.mark.parametrize("how", ["add_callback", "model_init"])
+def test_a_resume_that_the_callback_does_not_see_is_an_error(how: str, tmp_path: Path) -> None:
+    method = methods.adalora(
+        2, initial=6, final=2, every=2
+    )  # at step 4 it has decided nothing: the checkpoint would fit
+    whole = make_trainer(tmp_path, method, save_steps=4)
+    whole.train()
+    callback, make = al.AdaptiveRankCallback(method), lambda: make_model(method)
+    if how == "add_callback":
+        again = Trainer(make(), whole.args, train_dataset=records(), eval_dataset=records(8))
+        again.add_callback(callback)
+    else:
+        data = {"train_dataset": records(), "eval_dataset": records(8)}
+        again = Trainer(args=whole.args, model_init=make, callbacks=[callback], **data)
+    with pytest.raises(al.IntegrityError, match=r"resumes at step 4, the rank controller is at 0.*not add_callback or"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_the_folder_of_the_history_file_is_made(tmp_path: Path) -> None:
+    method, file = DYNAMIC["grad_delta"](), tmp_path / "not" / "yet" / "allocations.jsonl"
+    callback = al.AdaptiveRankCallback(method, file)
+    make_trainer(tmp_path, method, callback=callback, save_strategy="no", eval_strategy="no").train()
+    assert file.read_text().splitlines() == [row.to_json() for row in callback.history]
 
 
 @pytest.mark.parametrize(

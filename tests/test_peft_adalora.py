@@ -25,9 +25,9 @@ BATCHES = [
 ]
 
 
-def trained(method: al.Method, *, total: int = STEPS, steps: int = STEPS) -> RankController:
+def trained(method: al.Method, *, total: int = STEPS, steps: int = STEPS, lr: float = 1e-2) -> RankController:
     model = make_model(method)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     controller = RankController(model, optimizer, method, total)
     for batch in BATCHES[:steps]:
         model(**batch).loss.backward()
@@ -90,6 +90,40 @@ def test_a_target_whose_gates_are_all_zero_ends_at_rank_0(tmp_path: Path) -> Non
     al.save(controller.model, tmp_path)
     loaded = PeftModel.from_pretrained(make_bert(n_layers=2), str(tmp_path))
     assert apart(before, logits(loaded)) <= 1e-6
+
+
+def test_gates_that_never_opened_leave_plain_lora_at_its_start() -> None:
+    controller = trained(METHOD(), lr=0.0)
+    model, before = controller.model, logits(controller.model)
+    controller.finish()
+    assert set(al.ranks(model).values()) == {4}
+    assert all(a.any() and not b.any() for a, b in map(weights, adapters(model).values()))  # and it can be trained
+    assert torch.equal(before, logits(model))
+
+
+@pytest.mark.parametrize("name", ["", "bert.embeddings", "bert.encoder.layer.0"])
+def test_what_was_put_in_eval_mode_stays_there_alone(name: str) -> None:
+    controller = trained(METHOD())
+    base = controller.model.get_base_model()
+    (base.get_submodule(name) if name else controller.model).eval()
+    controller.finish()
+    still = {n for n, module in base.named_modules() if not module.training}
+    assert still == {n for n, _ in base.named_modules() if n.startswith(name)}
+
+
+def test_a_target_that_takes_no_part_in_a_step_has_a_gradient_of_zero_there() -> None:
+    controller = trained(METHOD(), steps=3)
+    gate = next(iter(adapters(controller.model).values())).lora_E["default"]
+    sensitivity = controller.model.base_model.rankallocator.exp_avg_ipt
+    name = next(name for name, p in controller.model.base_model.model.named_parameters() if p is gate)
+    before = sensitivity[name].clone()
+    assert before.any()
+    controller.model(**BATCHES[3]).loss.backward()
+    gate.grad = None
+    controller.observe()
+    controller.step()
+    assert torch.equal(sensitivity[name], 0.85 * before)
+    assert gate.grad is None
 
 
 def test_evaluation_is_without_the_penalty_training_with_it() -> None:
@@ -183,6 +217,33 @@ def test_bad_arguments_are_refused() -> None:
         make_model(methods.peft_adalora(16))
     with pytest.raises(InputError, match="no argument 'budget'"):
         methods.build("peft_adalora", {"budget": 1000})
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_training_too_short_to_score_anything_is_refused(total: int) -> None:
+    with pytest.raises(InputError, match=f"after step 1 of {total}, before it has scored anything: train for longer"):
+        trained(methods.peft_adalora(2), total=total)
+
+
+def test_a_model_without_a_task_type_is_refused_unless_it_wants_no_penalty() -> None:
+    """PEFT adds the penalty where a class of its own, chosen by task type, calls it."""
+    for orthogonality in (0.5, 0.0):
+        method = methods.peft_adalora(2, orthogonality=orthogonality)
+        model = al.attach(make_bert(n_layers=2).bert, method, TARGETS)
+        optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+        if orthogonality:
+            with pytest.raises(InputError, match=r"only to models with a task type.*orthogonality=0"):
+                RankController(model, optimizer, method, STEPS)
+        else:
+            RankController(model, optimizer, method, STEPS)
+
+
+def test_fp16_whose_loss_scaler_skips_steps_is_refused(tmp_path: Path) -> None:
+    """Set on real arguments: no accelerator is here."""
+    trainer = make_trainer(tmp_path, METHOD())
+    trainer.args.fp16 = True
+    with pytest.raises(InputError, match="fp16's loss scaler skips some: use bf16"):
+        callback_of(trainer).on_init_end(trainer.args, trainer.state, trainer.control, trainer.model)
 
 
 def test_training_that_ends_before_any_allocation_is_a_failure_and_still_plain() -> None:

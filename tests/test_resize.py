@@ -265,6 +265,16 @@ def test_impossible_changes_are_refused(changes: dict, message: str) -> None:
     assert set(al.ranks(model).values()) == {4}
 
 
+def test_the_last_component_of_all_is_not_dropped() -> None:
+    model, optimizer = trained(OPTIMIZERS["adamw fused"])
+    config, before = copy.deepcopy(model.peft_config["default"]), logits(model)
+    with pytest.raises(al.InputError, match="every adapter would have rank 0"):
+        resize(model, dict.fromkeys(al.ranks(model), 0), optimizer)
+    assert set(al.ranks(model).values()) == {4}
+    assert model.peft_config["default"] == config
+    assert torch.equal(logits(model), before)
+
+
 def test_other_optimizers_are_refused_by_name() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     for optimizer in (torch.optim.Adafactor(parameters), torch.optim.RMSprop(parameters)):

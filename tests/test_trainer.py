@@ -450,6 +450,15 @@ def test_an_adapter_that_was_trained_before_must_change_too(tmp_path: Path) -> N
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))  # makes no step: nothing was to change
 
 
+def test_a_resumed_run_must_change_what_the_checkpoint_held(tmp_path: Path) -> None:
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()  # the learning rate is in them
+    with pytest.raises(NothingLearnedError, match="no trainable parameter changed"):
+        make_trainer(tmp_path, learning_rate=0.0).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_the_drop_in_does_not_return_an_accuracy_of_nothing_learned() -> None:
     tuner = al.AdaptiveLoRA(
         make_bert(),
