@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from adaptive_lora import methods
@@ -23,7 +30,7 @@ from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets
 from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.controller import STATE_FILE, TENSOR_FILE, NeverDecidedError
-from adaptive_lora.errors import DivergedError, InputError, IntegrityError, NothingLearnedError
+from adaptive_lora.errors import DivergedError, InputError, IntegrityError, NothingLearnedError, nearest
 from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.hub import locate_model
 from adaptive_lora.recipe import read_recipe
@@ -53,6 +60,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     tokenizer, longest = _load_tokenizer(config)
     task = TASKS[config.task]()
     prepared = task.prepare(config, tokenizer, longest)
+    _check_arguments(arguments, prepared)
 
     set_seed(config.seed)  # the head and A are drawn here
     base, newly_drawn = _load_model(config, prepared)
@@ -121,6 +129,20 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     }
     _write_result(folder, result)
     return result
+
+
+def _check_arguments(arguments: TrainingArguments, prepared: Prepared) -> None:
+    """Raise `InputError` for what the Trainer would find out only when it gets there."""
+    known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *prepared.metrics)]
+    wanted = arguments.metric_for_best_model
+    if wanted is not None and wanted not in known:
+        raise InputError(
+            f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: {', '.join(known)}"
+        )
+    if arguments.dataloader_num_workers < 0:
+        raise InputError(
+            f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a whole number >= 0"
+        )
 
 
 def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:

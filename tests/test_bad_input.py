@@ -50,6 +50,11 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "unknown optimizer": ("--set training.optim=adam", ["training: adam is not a valid OptimizerNames"]),
     "optimizer not installed": ("--set training.optim=lion_8bit", ["bitsandbytes"]),
     "unknown tracker": ("--set training.report_to=foo", ["training: foo is not supported"]),
+    "unknown metric": (
+        "--set training.metric_for_best_model=acuracy",
+        ["'acuracy'", "Did you mean 'accuracy'?", "f1_macro"],
+    ),
+    "negative workers": ("--set training.dataloader_num_workers=-1", ["training.dataloader_num_workers is -1"]),
     "missing recipe": ("--config {tmp}/none.yaml", ["cannot read the recipe {tmp}/none.yaml"]),
     "nothing to resume": ("--resume", ["nothing to resume: {out}"]),
     "output inside a file": ("--output {data}/out", ["cannot write to the output folder {data}/out"]),

@@ -15,12 +15,16 @@ from adaptive_lora.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything a `Trainer` needs besides the model; `notes` are lines to print before training."""
+    """Everything a `Trainer` needs besides the model; `notes` are lines to print before training.
+
+    `metrics` are the names of what `compute_metrics` returns.
+    """
 
     train: Dataset
     eval: Dataset
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     compute_metrics: Callable[[Any], dict[str, float]]
+    metrics: tuple[str, ...]
     preprocess_logits: Callable[..., Any] | None = None
     model_arguments: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -61,6 +61,7 @@ class CausalLanguageModelling(Task):
             eval=features(held_out, data.eval or data.train, "evaluation"),
             collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             compute_metrics=_metrics,
+            metrics=("token_loss", "perplexity"),
             preprocess_logits=_token_losses,
             notes=notes,
         )

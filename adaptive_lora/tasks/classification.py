@@ -57,6 +57,7 @@ class Classification(Task):
             eval=features(held_out, data.eval or data.train, "evaluation"),
             collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_metrics,
+            metrics=("accuracy", "f1_macro"),
             model_arguments={
                 "num_labels": len(classes),
                 "id2label": dict(enumerate(classes)),
