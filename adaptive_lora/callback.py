@@ -88,6 +88,8 @@ class AdaptiveRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
+        if self.method.adaptation is None:
+            return
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         # No step will be made: `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients away, or fp16's loss scaler
         # is about to.

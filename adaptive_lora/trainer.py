@@ -58,6 +58,7 @@ class AdaptiveTrainerMixin(_Base):
                 "on_non_finite 'skip' does not work with fp16 (its loss scaler skips by itself), DeepSpeed, FSDP or several "
                 "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on one device"
             )
+        self._at_start: str | None = None  # fingerprint of what is trained, where it can be taken
         self._skipping = False  # is this step to be dropped?
         self._loss_before = torch.tensor(0.0)  # the Trainer's running sum of losses at the start of this step
         # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
@@ -73,11 +74,10 @@ class AdaptiveTrainerMixin(_Base):
         return sum("skipped_steps" in row for row in self.state.log_history)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model
-        if not isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super().train(*args, **kwargs)
         output = super().train(*args, **kwargs)
-        model = self.model  # another one, where there is a `model_init`
+        model: Any = self.model
+        if self._at_start is None:
+            return output
         # A finished run that is resumed makes no step, and has nothing to change.
         unchanged = self.state.global_step > self._initial_global_step and fingerprint(model) == self._at_start
         if unchanged or updates_are_zero(model):
@@ -91,8 +91,9 @@ class AdaptiveTrainerMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Called by `train()` when a checkpoint, if any, is loaded."""
-        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            self._at_start = fingerprint(self.model)
+        model: Any = self.model
+        whole = isinstance(model, PeftModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        self._at_start = fingerprint(model) if whole else None
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

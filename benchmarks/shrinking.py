@@ -3,10 +3,11 @@
     python benchmarks/shrinking.py --model FOLDER [--rank 8] [--pairs 25] [--output FILE.json]
 
 Ours and PEFT's are trained through their whole schedule, from 1.5 x to the final rank, on random tokens, 32 x 32. Bytes are
-counted on the tensors. Then, after the last decision, ours, PEFT's and plain PEFT LoRA of our final pattern take turns in
-one process, three steps a turn; a figure is the median of the ratios to plain. Targets are the four attention projections,
-which all cost the same, so that PEFT's budget in components is ours in parameters. `observe` is timed inside our steps and
-divided by the time of a plain step, averaged over all steps of the training (it rests after the last decision).
+counted on the tensors. Then, after the last decision and with their controllers still called, ours, PEFT's and plain PEFT
+LoRA of our final pattern take turns in one process, three steps a turn; a figure is the median of the ratios to plain.
+Targets are the four attention projections, which all cost the same, so that PEFT's budget in components is ours in
+parameters. `observe` is timed inside our steps and divided by the time of a plain step, averaged over the 60 steps of the
+schedule (after the last decision it rests).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 import adaptive_lora as al
 
 TARGETS = r".*attention.*(query|key|value|output\.dense)"
-TOTAL, TURN = 60, 3
+SCHEDULE, LAST, TURN = 60, 42, 3  # steps of the schedule's training, its last decision (70 %), steps of a timed turn
 Step = Callable[[], None]
 
 
@@ -46,38 +47,23 @@ def make_batch() -> dict[str, torch.Tensor]:
 class Arm:
     """A model in training: its step, with or without a controller, and the bytes it holds for the adapters."""
 
-    def __init__(self, model: PeftModel, method: al.Method | None) -> None:
+    def __init__(self, model: PeftModel, method: al.Method | None, total: int) -> None:
         self.model, self.batch = model, make_batch()
         self.trained = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        self.controller = al.RankController(model, self.optimizer, method, TOTAL) if method else None
+        self.controller = al.RankController(model, self.optimizer, method, total) if method else None
         self.observe_seconds: list[float] = []
 
     def step(self) -> None:
         self.model(**self.batch).loss.backward()
-        if self.controller is not None and self.controller.step_count < TOTAL:
+        if self.controller is not None:
             started = time.perf_counter()
             self.controller.observe()
             self.observe_seconds.append(time.perf_counter() - started)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.controller is not None and self.controller.step_count < TOTAL:
+        if self.controller is not None:
             self.controller.step()
-
-    def masked_step(self) -> None:
-        """PEFT's AdaLoRA has work to do after the last decision too: the masks are applied at every step."""
-        self.model(**self.batch).loss.backward()
-        self.optimizer.step()
-        tuner: Any = self.model.base_model
-        tuner.rankallocator.mask_using_rank_pattern(tuner.model, self.masks)
-        self.optimizer.zero_grad()
-
-    @property
-    def masks(self) -> dict[str, list[bool]]:
-        assert self.controller is not None
-        assert self.controller._peft is not None
-        assert self.controller._peft._masks is not None
-        return self.controller._peft._masks
 
     def bytes(self) -> dict[str, int]:
         state = [t for p in self.trained for t in self.optimizer.state[p].values()]
@@ -109,24 +95,28 @@ def quartiles(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
-    methods = {"adalora": al.methods.adalora(rank), "PEFT AdaLoRA": al.methods.peft_adalora(rank)}
-    arms = {name: Arm(al.attach(base(folder), method, TARGETS), method) for name, method in methods.items()}
+    total = SCHEDULE + pairs * (
+        TURN + 1
+    )  # the timed steps belong to the training, with all that a controller does there
+    times: dict[str, Any] = {"initial": SCHEDULE // 10, "final": total - LAST}
+    methods = {"adalora": al.methods.adalora(rank, **times), "PEFT AdaLoRA": al.methods.peft_adalora(rank, **times)}
+    arms = {name: Arm(al.attach(base(folder), method, TARGETS), method, total) for name, method in methods.items()}
     rows: dict[str, dict[str, Any]] = {}
     for name, arm in arms.items():
         arm.step()
         before = arm.bytes()
-        for _ in range(TOTAL - 1):
+        for _ in range(SCHEDULE - 1):
             arm.step()
         rows[name] = {"before": before, "after": arm.bytes()}
     with tempfile.TemporaryDirectory() as saved:
         al.save(arms["adalora"].model, saved)
-        plain = Arm(PeftModel.from_pretrained(base(folder), saved, is_trainable=True), None)
+        plain = Arm(PeftModel.from_pretrained(base(folder), saved, is_trainable=True), None, total)
     plain.step()
     rows["plain LoRA, same pattern"] = {"before": plain.bytes(), "after": plain.bytes()}
 
     steps: dict[str, Step] = {
         "adalora": arms["adalora"].step,
-        "PEFT AdaLoRA": arms["PEFT AdaLoRA"].masked_step,
+        "PEFT AdaLoRA": arms["PEFT AdaLoRA"].step,
         "plain LoRA, same pattern": plain.step,
     }
     seconds = turns(steps, pairs)
@@ -134,8 +124,8 @@ def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
     for name, row in rows.items():
         row["ratio"] = quartiles([one / two for one, two in zip(seconds[name], reference, strict=True)])
     # The first observation makes the statistics; the rest of the schedule observes nothing, which counts as well.
-    share = sum(arms["adalora"].observe_seconds[1:]) / TOTAL / statistics.median(reference)
-    observing = statistics.median(arms["adalora"].observe_seconds[1 : int(0.7 * TOTAL)])
+    share = sum(arms["adalora"].observe_seconds[1:SCHEDULE]) / SCHEDULE / statistics.median(reference)
+    observing = statistics.median(arms["adalora"].observe_seconds[1:LAST])
     device = f"{torch.get_num_threads()} CPU threads"
     return {
         "rank": rank, "pairs": pairs, "device": device, "machine": platform.machine(), "torch": torch.__version__,
