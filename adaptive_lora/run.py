@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import zipfile
@@ -53,6 +54,20 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     folder = Path(config.output)
     checkpoint = _check_folder(folder, config, resume=resume)
+    existed = folder.is_dir()
+    try:
+        return _train(config, folder, checkpoint)
+    except InputError:
+        # Some faults come out only when the Trainer starts. What is in the folder then is ours: it was empty or absent.
+        metrics = folder / METRICS_FILE
+        if not resume and not (metrics.is_file() and metrics.stat().st_size):
+            shutil.rmtree(folder, ignore_errors=True)
+            if existed:
+                folder.mkdir()
+        raise
+
+
+def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str, Any]:
     method = methods.build(config.method.name, config.method.arguments)
     arguments = config.training_arguments(
         output_dir=str(folder / CHECKPOINT_FOLDER), disable_tqdm=not sys.stderr.isatty()

@@ -50,6 +50,21 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "unknown optimizer": ("--set training.optim=adam", ["training: adam is not a valid OptimizerNames"]),
     "optimizer not installed": ("--set training.optim=lion_8bit", ["bitsandbytes"]),
     "unknown tracker": ("--set training.report_to=foo", ["training: foo is not supported"]),
+    "plateau without evaluation": (
+        "--method plateau --set training.eval_strategy=no",
+        ["nothing is evaluated"],
+    ),
+    "one checkpoint only": ("--method adalora --set training.save_total_limit=1", ["save_total_limit is 1"]),
+    "budget below the minimum": ("--method adalora --rank 2 --set method.min_rank=3", ["below the minimum"]),
+    "optimizer that cannot be resized": ("--method adalora --rank 2 --set training.optim=adafactor", ["Adafactor"]),
+    "schedule that does not fit": (
+        "--method adalora --rank 2 --set method.initial=900",
+        ["does not fit"],
+    ),
+    "too short for PEFT's AdaLoRA": (
+        "--method peft_adalora --rank 2 --set training.max_steps=2",
+        ["after step 1 of 2"],
+    ),
     "unknown metric": (
         "--set training.metric_for_best_model=acuracy",
         ["'acuracy'", "Did you mean 'accuracy'?", "f1_macro"],
