@@ -92,7 +92,10 @@ def attach(
         config: LoraConfig = _adalora_config(method.adaptation, max(created.values()), scale, common)
     else:
         config = LoraConfig(**common, **scaled_config(created, scale))
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:  # such as the modules of Mamba whose weights a fused kernel takes
+        raise InputError(f"PEFT refuses these targets: {error}") from error
     for name, rank in pattern.items():
         if rank == 0:
             park(adapters(peft_model)[name])

@@ -40,6 +40,7 @@ class AdaptiveRankCallback(TrainerCallback):
         self.history_file = Path(history_file) if history_file is not None else None
         self.controller: RankController | None = None
         self._resumed_from: Path | None = None
+        self._ended = False
 
     @property
     def history(self) -> list[Decision]:
@@ -72,6 +73,7 @@ class AdaptiveRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._ended = False
         self.controller = RankController(model, optimizer, self.method, state.max_steps, self._write)
         if self.method.adaptation is not None and self._resumed_from is not None:
             self.controller.load_state(self._resumed_from)
@@ -103,7 +105,7 @@ class AdaptiveRankCallback(TrainerCallback):
         self.controller.step()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.controller is None or self.method.adaptation is None:
+        if self.controller is None or self.method.adaptation is None or self._ended:
             return
         if "eval_loss" in kwargs["metrics"]:
             self.controller.evaluated(kwargs["metrics"]["eval_loss"])
@@ -122,6 +124,7 @@ class AdaptiveRankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
+        self._ended = True  # what is evaluated from here on decides nothing
         self.controller.finish(stopped_early=state.global_step < state.max_steps)
 
     def _write(self, decision: Decision | None) -> None:

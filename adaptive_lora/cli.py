@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError
+
+if TYPE_CHECKING:
+    from adaptive_lora.config import RunConfig
 
 app = typer.Typer(
     help="LoRA fine-tuning with a rank of its own for every layer. The result is an ordinary PEFT LoRA adapter.",
@@ -19,10 +23,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(no_args_is_help=True)
+app.add_typer(data_app, name="data", help="Look at data before training on it.")
 
 # Flag -> where it goes in the recipe.
 _FLAGS = {
     "model": "model",
+    "preset": "preset",
     "task": "task",
     "train_data": "data.train",
     "eval_data": "data.eval",
@@ -39,18 +46,32 @@ _FLAGS = {
 }
 
 
+Config = Annotated[Path | None, typer.Option(help="A recipe (YAML). Flags and --set override it.")]
+Model = Annotated[str | None, typer.Option(help="A local model folder, or a name on the hub.")]
+Preset = Annotated[str | None, typer.Option(help="A known data set: its columns, classes and metric (sst2, squad).")]
+TaskName = Annotated[str | None, typer.Option(help="classification (default), causal_lm, summarization, ...")]
+TrainData = Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")]
+Text = Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")]
+Label = Annotated[str | None, typer.Option(help="Label column.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+BaseModel = Annotated[str | None, typer.Option("--model", help="Where the base model is now. Default: as trained.")]
+NewTokens = Annotated[int | None, typer.Option(help="The longest text to write, in tokens.")]
+
+
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Option(help="A recipe (YAML). Flags and --set override it.")] = None,
-    model: Annotated[str | None, typer.Option(help="A local model folder, or a name on the hub.")] = None,
-    task: Annotated[str | None, typer.Option(help="classification (default) or causal_lm.")] = None,
-    train_data: Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")] = None,
-    eval_data: Annotated[
-        str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")] = None,
+    config: Config = None,
+    model: Model = None,
+    preset: Preset = None,
+    task: TaskName = None,
+    train_data: TrainData = None,
+    eval_data: EvalData = None,
+    text: Text = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     method: Annotated[str | None, typer.Option(help="See `adaptive-lora methods`.")] = None,
     rank: Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")] = None,
     budget: Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")] = None,
@@ -59,29 +80,15 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Per device.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the training.")] = None,
     output: Annotated[str | None, typer.Option(help="The run directory to make.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")] = None,
+    set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Random weights, two steps: does all of it fit together?")
+    ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Fine-tune a model. Writes adapter, metrics and result to the output folder."""
-    from adaptive_lora.recipe import read_recipe, set_key
-
-    flags = dict(locals())
-    values: dict[str, Any] = read_recipe(config) if config else {"task": "classification"}
-    for flag, key in _FLAGS.items():
-        if flags[flag] is not None:
-            _assign(values, key, flags[flag])
-    if text:
-        _assign(values, "data.text", text[0] if len(text) == 1 else text)
-    for assignment in set_ or []:
-        set_key(values, assignment)
-    if isinstance(values.get("model"), str) and not print_config:
-        from adaptive_lora.hub import locate_model
-
-        locate_model(str(Path(values["model"]).expanduser()))  # before the seconds that importing transformers takes
-    from adaptive_lora.config import parse
-
-    resolved = parse(values, origin=str(config) if config else "command line")
+    resolved = _resolve(locals(), locate=not print_config)
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
@@ -89,10 +96,34 @@ def train(
     from adaptive_lora.run import run
 
     quiet()
-    run(resolved, resume=resume)
+    run(resolved, resume=resume, dry_run=dry_run)
     for figure in report(resolved.output):
         typer.echo(f"figure: {figure}")
     typer.echo(f"adapter: {Path(resolved.output) / 'adapter'}")
+
+
+def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
+    """Return the recipe that --config, the flags and --set make together; by name of the command's parameter."""
+    from adaptive_lora.recipe import read_recipe, set_key
+
+    config = flags["config"]
+    values: dict[str, Any] = read_recipe(config) if config else {}
+    if config is None and flags["preset"] is None:
+        values["task"] = "classification"
+    for flag, key in _FLAGS.items():
+        if flags.get(flag) is not None:
+            _assign(values, key, flags[flag])
+    if text := flags["text"]:
+        _assign(values, "data.text", text[0] if len(text) == 1 else text)
+    for assignment in flags["set_"] or []:
+        set_key(values, assignment)
+    if isinstance(values.get("model"), str) and locate:
+        from adaptive_lora.hub import locate_model
+
+        locate_model(str(Path(values["model"]).expanduser()))  # before the seconds that importing transformers takes
+    from adaptive_lora.config import parse
+
+    return parse(values, origin=str(config) if config else "command line")
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -102,6 +133,82 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise InputError(f"recipe key {parent} is {values!r}; expected a mapping")
     values[last] = value
+
+
+@app.command()
+def evaluate(
+    folder: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Records with labels. Default: the run's evaluation records.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the metrics.")] = None,
+    model: BaseModel = None,
+) -> None:
+    """Score a run's saved adapter on any file."""
+    if output is not None and output.exists():
+        raise InputError(f"output {output} exists; give another name or remove it")
+    quiet()
+    from adaptive_lora import use
+
+    metrics = use.evaluate(use.open_run(folder, model=model), data)
+    for name, value in metrics.items():
+        typer.echo(f"{name:<28}{value:.6g}")
+    if output is not None:
+        output.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def predict(
+    folder: Run,
+    input_: Annotated[str, typer.Option("--input", help="Records to predict for; no labels needed.")],
+    output: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file to make.")],
+    model: BaseModel = None,
+    max_new_tokens: NewTokens = None,
+) -> None:
+    """Write the records of a file with a prediction for each."""
+    quiet()
+    from adaptive_lora import use
+
+    count = use.predict(use.open_run(folder, model=model, max_new_tokens=max_new_tokens), input_, output)
+    typer.echo(f"{count:,} predictions: {output}")
+
+
+@app.command()
+def generate(
+    folder: Run,
+    prompt: Annotated[list[str], typer.Option(help="Text to answer or to go on with; may be given several times.")],
+    model: BaseModel = None,
+    max_new_tokens: NewTokens = None,
+) -> None:
+    """Let a run's model write, after each prompt in the form of the training records."""
+    quiet()
+    from adaptive_lora import use
+
+    for text in use.generate(use.open_run(folder, model=model, max_new_tokens=max_new_tokens), prompt):
+        typer.echo(text)
+
+
+@data_app.command()
+def check(
+    config: Config = None,
+    model: Model = None,
+    preset: Preset = None,
+    task: TaskName = None,
+    train_data: TrainData = None,
+    eval_data: EvalData = None,
+    text: Text = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    set_: Set = None,
+) -> None:
+    """Show what the model will see: first records, label counts, lengths, cuts, tokens that bear loss."""
+    flags = locals() | {"output": "unused"}
+    quiet()
+    resolved = _resolve(flags)
+    from adaptive_lora.check import check as check_data
+
+    for line in check_data(resolved):
+        typer.echo(line)
 
 
 @app.command()
@@ -132,7 +239,7 @@ def doctor() -> None:
 
 
 @app.command(name="report")
-def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+def report_command(folder: Run) -> None:
     """Print a run's result and ranks, and draw the rank heatmap and the loss curve."""
     from adaptive_lora.report import report
 

@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 
 from adaptive_lora import methods
 from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.presets import expand
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
@@ -35,24 +36,48 @@ class _Strict(BaseModel):
 
 
 class DataConfig(_Strict):
-    """Where the records come from and what their columns mean."""
+    """Where the records come from and what their columns mean. Names of columns that a task does not read are ignored."""
 
-    train: Location  # a CSV / TSV / JSON / JSONL / parquet file, or a data set name on the hub
+    train: Location  # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
     eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
+    extra_eval: dict[str, Location] = {}  # name -> further records, evaluated once after training
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only
+    extra_eval_split: dict[str, str] = {}  # hub only: name -> split
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
     eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1  # a fraction, or a number of records
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
-    max_length: Positive = 128  # tokens; longer inputs are cut and counted
-    text: str | list[str] | None = None  # classification: one column or a pair. causal_lm: a plain-text column
-    label: str | None = None  # classification
+    id: str = "id"  # where there is such a column, no two records may share a value
+    duplicate_ids: Literal["refuse", "keep"] = "refuse"
+    max_length: Positive = 128  # tokens of an input
+    too_long: Literal["cut", "drop", "refuse"] = "cut"  # what becomes of a longer one; counted and printed
+    text: str | list[str] | None = None  # one column, or a pair (classification, regression)
+    label: str | None = None  # classification, regression
     classes: list[str] | None = None  # classification: names of the classes; None reads them off the training split
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
-    output: str = "output"
+    output: str = "output"  # causal_lm: what is learned, after the prompt
+    prompt: str | None = None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    summary: str = "summary"  # summarization
+    max_target_length: Positive = 128  # summarization: tokens of a summary
+    question: str = "question"  # question_answering
+    context: str = "context"
+    answers: str = "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
+    answer_start: str = "answer_start"  # characters; without this column the first occurrence is taken
+    unanswerable: bool = False  # whether no answer is an answer; turned on by training records without one
+    stride: Positive = 64  # tokens that two windows of one long context share
+    max_answer_length: Positive = 30  # tokens
+
+
+class GenerationConfig(_Strict):
+    """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always greedy or beam search."""
+
+    max_new_tokens: Positive = 128
+    num_beams: Positive = 1
+    batch_size: Positive = 16
+    rows: Positive | None = None  # how many evaluation records are generated for at each evaluation; None: all
 
 
 class MethodConfig(BaseModel):
@@ -88,21 +113,29 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
     "report_to": "none",
 }
 # Fields the run decides itself, with the recipe key that sets them.
 TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkpoint": "--resume"}
+
+TaskName = Literal[
+    "classification", "regression", "causal_lm", "summarization", "question_answering", "image_classification"
+]
 
 
 class RunConfig(_Strict):
     """Everything that determines a run."""
 
     model: Location  # a local folder, or a model name on the hub
-    task: Literal["classification", "causal_lm"]
+    task: TaskName
     data: DataConfig
     output: Location
+    preset: str | None = None  # a name in `presets.PRESETS`, from which keys not given were filled in
+    metric: str | None = None  # the one to report first; None: the task's
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
+    generation: GenerationConfig = GenerationConfig()
     training: dict[str, Any] = {}
     on_non_finite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to its step
     max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
@@ -165,7 +198,7 @@ def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
     wrong method or argument is found here and not after the model is loaded.
     """
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate(expand(values))
         methods.build(config.method.name, config.method.arguments)
     except ValidationError as error:
         problems = dict.fromkeys(_explain(problem) for problem in error.errors())

@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import sys
+import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -16,14 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from adaptive_lora import methods
@@ -31,23 +25,29 @@ from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets
 from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.controller import STATE_FILE, TENSOR_FILE, NeverDecidedError
+from adaptive_lora.data import load_splits
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError, NothingLearnedError, nearest
 from adaptive_lora.history import HISTORY_FILE
-from adaptive_lora.hub import locate_model
+from adaptive_lora.loading import load_model, load_task
 from adaptive_lora.recipe import read_recipe
-from adaptive_lora.targets import head_modules
-from adaptive_lora.tasks import TASKS, Prepared
-from adaptive_lora.trainer import AdaptiveTrainer, MetricsFile, finite, use_progress
+from adaptive_lora.targets import coverage, find_targets
+from adaptive_lora.task_trainer import TaskTrainer
+from adaptive_lora.tasks import Task
+from adaptive_lora.trainer import MetricsFile, finite, use_progress
 
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
 ADAPTER_FOLDER, CHECKPOINT_FOLDER = "adapter", "checkpoints"
+LEARNED = {"text", "label", "classes", "unanswerable"}  # keys of `data` that the training records may complete
+DRY_RUN_STEPS = 2
+WIDTH = 100  # columns of the terminal
 
 
-def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the content of `result.json`.
 
     Everything that can be wrong with the request is found before the run directory is made. Training that diverges
-    or changes nothing leaves `result.json` with status "failed" and raises.
+    or changes nothing leaves `result.json` with status "failed" and raises. A dry run draws the model's weights at random
+    and takes two steps.
 
     Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `NothingLearnedError` (no update),
     `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that cannot be resumed as asked).
@@ -56,7 +56,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     checkpoint = _check_folder(folder, config, resume=resume)
     existed = folder.is_dir()
     try:
-        return _train(config, folder, checkpoint)
+        return _train(config, folder, checkpoint, dry_run=dry_run)
     except InputError:
         # Some faults come out only when the Trainer starts. What is in the folder then is ours: it was empty or absent.
         metrics = folder / METRICS_FILE
@@ -67,20 +67,23 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         raise
 
 
-def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str, Any]:
+def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool) -> dict[str, Any]:
     method = methods.build(config.method.name, config.method.arguments)
-    arguments = config.training_arguments(
-        output_dir=str(folder / CHECKPOINT_FOLDER), disable_tqdm=not sys.stderr.isatty()
-    )
-    tokenizer, longest = _load_tokenizer(config)
-    task = TASKS[config.task]()
-    prepared = task.prepare(config, tokenizer, longest)
-    _check_arguments(arguments, prepared)
-
+    task = load_task(config)
+    overrides: dict[str, Any] = {"output_dir": str(folder / CHECKPOINT_FOLDER), **task.training}
+    if checkpoint is not None:
+        overrides["eval_on_start"] = False  # the log of the resumed run has that row
+    if dry_run:
+        overrides |= {"max_steps": DRY_RUN_STEPS, "save_strategy": "no"}
+    arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
+    _check_arguments(arguments, task, config.metric)
+    splits = load_splits(config.data)
+    task.learn(splits.train)
+    train, held_out = task.features(splits.train), task.features(splits.eval)
+    extra = {name: task.features(split) for name, split in splits.extra.items()}
     set_seed(config.seed)  # the head and A are drawn here
-    base, newly_drawn = _load_model(config, prepared)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    base, newly_drawn = load_model(config, task, random_weights=dry_run)
+    notes = coverage(base, find_targets(base, config.adapters.targets))
     model = attach(
         base,
         method,
@@ -92,16 +95,13 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str,
     initial_ranks = ranks(model)
 
     try:
-        AdaptiveTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
-        trainer = AdaptiveTrainer(
+        TaskTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
+        trainer = TaskTrainer(
             model=model,
             args=arguments,
-            train_dataset=prepared.train,
-            eval_dataset=prepared.eval,
-            processing_class=tokenizer,
-            data_collator=prepared.collator,
-            compute_metrics=prepared.compute_metrics,
-            preprocess_logits_for_metrics=prepared.preprocess_logits,
+            train_dataset=train,
+            eval_dataset=held_out,
+            task=task,
             callbacks=[MetricsFile(folder / METRICS_FILE), *_rank_callback(method, folder)],
             on_non_finite=config.on_non_finite,
             max_skipped=config.max_skipped,
@@ -112,18 +112,20 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str,
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"training: {error}") from error
-    for note in [*prepared.notes, _describe(model, method)]:
-        print(note, flush=True)
+    for note in [*task.notes, *notes, _describe(model, method)]:
+        print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
     use_progress(trainer)
 
     started = time.perf_counter()
     checkpoints = folder / CHECKPOINT_FOLDER
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = _final_metrics(trainer)
         seconds = time.perf_counter() - started
+        metrics = _final_metrics(trainer)
+        for name, features in extra.items():
+            metrics |= trainer.evaluate(features, metric_key_prefix=f"eval_{name}")
         save(model, folder / ADAPTER_FOLDER)
-        tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+        task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
     except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
         good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
@@ -137,7 +139,9 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str,
         "status": "ok",
         "reason": None,
         **_facts(config, model, method, initial_ranks),
+        "metric": f"eval_{config.metric or task.metrics[0]}",
         "metrics": metrics,
+        "data": task.data.model_dump(mode="json", include=LEARNED),
         "steps": trainer.state.global_step,
         "skipped_steps": trainer.skipped_steps,
         "train_seconds": seconds,
@@ -146,9 +150,11 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None) -> dict[str,
     return result
 
 
-def _check_arguments(arguments: TrainingArguments, prepared: Prepared) -> None:
+def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
     """Raise `InputError` for what the Trainer would find out only when it gets there."""
-    known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *prepared.metrics)]
+    if metric is not None and metric not in task.metrics:
+        raise InputError(f"metric is {metric!r}.{nearest(metric, task.metrics)} Known here: {', '.join(task.metrics)}")
+    known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *task.metrics)]
     wanted = arguments.metric_for_best_model
     if wanted is not None and wanted not in known:
         raise InputError(
@@ -248,53 +254,6 @@ def _differences(before: RunConfig, now: RunConfig) -> list[str]:
     return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
 
 
-def _locate(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained`, after making sure that the model can be had."""
-    return {"trust_remote_code": config.trust_remote_code, "local_files_only": locate_model(config.model)}
-
-
-def _load_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
-    """Return the tokenizer, with a padding token, and the longest input in tokens that recipe and model allow."""
-    arguments = _locate(config)
-    try:
-        model_config = AutoConfig.from_pretrained(config.model, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the configuration or tokenizer of {config.model!r}: {error}") from error
-    if (
-        len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2
-    ):  # transformers makes one up if there is none
-        raise InputError(
-            f"{config.model!r} has no tokenizer: no tokenizer.json, vocabulary or the like beside the model"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise InputError(f"the tokenizer of {config.model!r} has no padding token and no end token to stand in for it")
-    positions = getattr(model_config, "max_position_embeddings", None) or config.data.max_length
-    return tokenizer, min(config.data.max_length, tokenizer.model_max_length, positions)
-
-
-def _load_model(config: RunConfig, prepared: Prepared) -> tuple[Any, list[str]]:
-    """Return the model, and the modules outside its head whose weights the checkpoint lacks.
-
-    Those were drawn at random just now (a masked-language model has no pooler). Frozen and not saved they would make an
-    adapter that works nowhere else, so they are trained and saved in full.
-    """
-    try:
-        loaded: Any = TASKS[config.task]().load_model(
-            config.model, **_locate(config), **prepared.model_arguments, output_loading_info=True
-        )
-    except SafetensorError as error:
-        raise IntegrityError(f"the weights of {config.model!r} are damaged: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load the model {config.model!r} for {config.task}: {error}") from error
-    model, info = loaded
-    heads = tuple(f"{head}." for head in head_modules(model))
-    missing = {name.rpartition(".")[0] for name in info["missing_keys"] if not name.startswith(heads)}
-    return model, sorted(missing)
-
-
 def _describe(model: PeftModel, method: methods.Method) -> str:
     spread = sorted(ranks(model).values())
     return (
@@ -303,7 +262,7 @@ def _describe(model: PeftModel, method: methods.Method) -> str:
     )
 
 
-def _final_metrics(trainer: AdaptiveTrainer) -> dict[str, float]:
+def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
     """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     if rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:

@@ -10,7 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from peft import LoraConfig
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -66,7 +69,8 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    if isinstance(module, nn.Linear):
+    # MultiheadAttention takes the weight of its out_proj without calling it: an adapter there would do nothing.
+    if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return module.in_features, module.out_features
     return None
 
@@ -76,28 +80,147 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
 
     Args:
         model: the base model, without adapters.
-        targets: `"all-linear"` (every linear module outside the head and the output embeddings), a regular expression
+        targets: `"all-linear"` (every linear module outside the head and the output embeddings, but not one of a single
+            input or output, such as the gate of a shared expert, nor one PEFT takes for an expert), a regular expression
             that must match full names, or a list of names, each a full dotted name or its last parts (PEFT's meaning).
 
-    Raises `InputError` when nothing matches, or one of several names matches nothing; both list what there is.
+    Raises `InputError` when nothing matches, or one of several names matches nothing; both list what there is. Also for a
+    module that PEFT takes for an expert. What a model holds besides linear modules: `coverage`.
 
     >>> from transformers import BertConfig, BertModel
     >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
     >>> [t.name for t in find_targets(tiny, ["query"])]
     ['encoder.layer.0.attention.self.query', 'encoder.layer.1.attention.self.query']
     """
+    linear = _linear(model)
+    names = _select(list(linear), targets) if linear else []
+    claimed = _claimed_by_peft(model, names)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        # One component on a single input or output costs more than the module itself.
+        names = [name for name in names if name not in claimed and min(linear[name]) > 1]
+    elif claimed:
+        raise InputError(
+            f"PEFT takes {', '.join(_kinds(claimed))} for the fused experts of {type(model).__name__} and puts no adapter "
+            f"there: leave them out of the targets, as {ALL_LINEAR!r} does"
+        )
+    if not names:
+        packed = "".join(f": {line}; load it with its weights unpacked, in bf16" for line in _packed(model))
+        raise InputError(f"{type(model).__name__} has no linear module that could carry an adapter{packed}")
+    return describe_targets(model, {name: linear[name] for name in names})
+
+
+def _linear(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return {full name: (in_features, out_features)} of the linear modules outside the head and the output embeddings."""
     heads = head_modules(model)
     output_embeddings = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = {
+    return {
         name: features
         for name, module in model.named_modules()
         if (features := linear_features(module)) is not None
         and module is not output_embeddings
         and not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
-    if not linear:
-        raise InputError(f"{type(model).__name__} has no linear module that could carry an adapter")
-    return describe_targets(model, {name: linear[name] for name in _select(list(linear), targets)})
+
+
+def _claimed_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that PEFT reads as something else: where transformers 5 fused the experts of a family, it
+    takes every `gate_proj`, `up_proj` and `down_proj` for an expert, also of a dense layer, at attaching and at loading.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # an older PEFT
+        return []
+
+    def keeps(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert(config, model=model, conversions=None)
+        except ValueError:  # half of what is fused
+            return False
+        return set(config.target_modules or ()) == {leaf}
+
+    leaves = {leaf: keeps(leaf) for leaf in {name.split(".")[-1] for name in names}}
+    return [name for name in names if not leaves[name.split(".")[-1]]]
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """Return the kinds of these modules or parameters, each once, in order."""
+    return list(dict.fromkeys(split_name(name)[2] for name in names))
+
+
+def coverage(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Return what a user should know of these targets before training, a line each; [] when nothing is remarkable.
+
+    - Layers that share weights, as in ALBERT: an adapter serves them all, and counts once in the budget.
+    - Weights in 3-D parameters, such as fused experts, packed linear modules, and linear modules PEFT takes for experts:
+      no adapter reaches them.
+
+    Args:
+        model: the base model, without adapters.
+        targets: from `find_targets(model, ...)`.
+
+    >>> from transformers import AlbertConfig, AlbertModel
+    >>> sizes = {"embedding_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = AlbertModel(AlbertConfig(vocab_size=16, num_hidden_layers=12, **sizes))
+    >>> coverage(tiny, find_targets(tiny, ["query", "value"]))
+    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over depth see 1 layer']
+    """
+    left_out = _claimed_by_peft(model, _linear(model))
+    claimed = (
+        f"{', '.join(_kinds(left_out))}: no adapter, as PEFT takes these names for the fused experts of such a model"
+    )
+    return [
+        *_shared(model, targets),
+        *_three_dimensional(model, targets),
+        *_packed(model),
+        *([claimed] if left_out else []),
+    ]
+
+
+def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    depth = getattr(model.config, "num_hidden_layers", None) if isinstance(model, PreTrainedModel) else None
+    # Modules in lists that have weights of their own: at least one to a layer, unless layers share them.
+    own = {found[0] for name, _ in model.named_parameters() if (found := re.match(r"(.*\.)?\d+(?=\.)", name))}
+    inside = [target for target in targets if split_name(target.name)[1] is not None]
+    if not inside or not isinstance(depth, int) or len(own) >= depth:
+        return []
+    share = f"{'all' if len(own) == 1 else 'several of the'} {depth} layers"
+    seen = max(target.n_layers for target in inside)
+    return [
+        f"its layers share weights: each of these {len(inside)} adapters serves {share}, and shapes over depth see "
+        f"{seen} layer{'s' if seen > 1 else ''}"
+    ]
+
+
+def _three_dimensional(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    convolutions = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _ConvNd))
+    # (1, N, D) is an embedding of positions, or one token.
+    found = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and not name.startswith(convolutions)
+    }
+    if not found:
+        return []
+    count, total = sum(found.values()), sum(parameter.numel() for parameter in model.parameters())
+    return [
+        f"{', '.join(_kinds(found))} hold {count:,} parameters, {count / total:.0%} of the base, in 3-D parameters (as fused "
+        f"experts do), which LoRA on linear modules does not reach; adapted are {', '.join(_kinds(t.name for t in targets))}"
+    ]
+
+
+def _packed(model: nn.Module) -> list[str]:
+    found = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        and {"in_features", "out_features"} <= vars(module).keys()
+        and any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    }
+    if not found:
+        return []
+    types = ", ".join(dict.fromkeys(found.values()))
+    return [f"{len(found)} {types} modules ({', '.join(_kinds(found))}) hold packed weights and can carry no adapter"]
 
 
 def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:

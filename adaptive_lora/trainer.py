@@ -266,7 +266,9 @@ def finite(value: Any) -> Any:
     return value
 
 
-_SHOWN = {"loss", "accuracy", "perplexity", "norm", "rate"}
+_SHOWN = {
+    "loss", "accuracy", "f1", "matthews", "pearson", "rougeLsum", "match", "perplexity", "byte", "norm", "rate"
+}  # fmt: skip
 
 
 def log_line(state: Any, logs: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from adaptive_lora.errors import InputError
-from adaptive_lora.targets import find_targets, head_modules
+from adaptive_lora.targets import coverage, find_targets, head_modules
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 BART_HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -247,3 +247,43 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(
 def test_a_model_without_linear_modules_is_refused() -> None:
     with pytest.raises(InputError, match="Embedding has no linear module"):
         find_targets(nn.Embedding(2, 2))
+
+
+def test_the_output_projection_of_torchs_attention_is_no_target() -> None:
+    """`MultiheadAttention` takes its weight without calling it, so that an adapter on it would never run."""
+    model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16)
+    assert [target.name for target in find_targets(model)] == ["linear1", "linear2"]
+    with pytest.raises(InputError, match="'out_proj' matches no linear module"):
+        find_targets(model, ["out_proj"])
+
+
+def test_all_linear_leaves_out_a_single_input_or_output_which_can_be_named() -> None:
+    model = nn.ModuleDict({"gate": nn.Linear(4, 1), "up": nn.Linear(4, 8), "time": nn.Linear(1, 4)})
+    assert [target.name for target in find_targets(model)] == ["up"]
+    assert [target.name for target in find_targets(model, ["gate", "time"])] == ["gate", "time"]
+    with pytest.raises(InputError, match=r"Sequential has no linear module that could carry an adapter$"):
+        find_targets(nn.Sequential(nn.Linear(4, 1)))
+
+
+class Experts(nn.Module):
+    """Two experts in one parameter, beside a token and positions, which have three dimensions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.zeros(2, 3, 4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.positions = nn.Parameter(torch.zeros(1, 9, 4))
+
+
+def test_coverage_tells_weights_no_adapter_reaches_but_not_convolutions_and_positions() -> None:
+    layer = nn.ModuleDict({"attn": nn.Linear(4, 4, bias=False), "mlp": Experts(), "conv": nn.Conv1d(4, 4, 3)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer])})
+    nn.utils.parametrizations.weight_norm(layer["conv"])
+    (line,) = coverage(model, find_targets(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert line == (
+        f"mlp.up_proj hold 24 parameters, {24 / total:.0%} of the base, in 3-D parameters (as fused experts do), which LoRA "
+        "on linear modules does not reach; adapted are attn"
+    )
+    del layer["mlp"]
+    assert coverage(model, find_targets(model)) == []

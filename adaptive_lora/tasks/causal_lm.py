@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
 from datasets import Dataset
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from adaptive_lora.config import DataConfig, RunConfig
-from adaptive_lora.data import RECORD, load_splits, require_columns
+from adaptive_lora.data import Split
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks.base import Prepared, Task
-
-IGNORED = -100  # the label PyTorch's cross-entropy leaves out
+from adaptive_lora.tasks.base import IGNORED, ROW
+from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, fill
 
 
 def prompt_of(instruction: str, context: str) -> str:
@@ -28,99 +21,69 @@ def prompt_of(instruction: str, context: str) -> str:
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-class CausalLanguageModelling(Task):
-    """Loss and perplexity per loss-bearing token, averaged over tokens and not over batches."""
+class CausalLanguageModelling(WritingTask):
+    """Loss, perplexity per loss-bearing token, and bits per byte of the text they stand for."""
 
-    def load_model(self, source: str, **arguments: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, **arguments)
+    auto_class = AutoModelForCausalLM
+    metrics = ("token_loss", "perplexity", "bits_per_byte")
 
-    def prepare(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> Prepared:
-        data = config.data
-        train, held_out = load_splits(data)
-        notes: list[str] = []
-
-        def features(table: Dataset, source: str, part: str) -> Dataset:
-            pairs = _pairs(table, data, source)
-            encoded = [_encode(tokenizer, prompt, completion, longest) for prompt, completion in pairs]
-            kept = [item for item in encoded if any(label != IGNORED for label in item["labels"][1:])]
-            if not kept:
-                raise InputError(
-                    f"{source}: no {part} record has a token to learn from within {longest} tokens; "
-                    "raise data.max_length, or check the output column"
-                )
-            cut = sum(item.pop("cut") for item in encoded)
-            learned = sum(label != IGNORED for item in kept for label in item["labels"])
-            notes.append(
-                f"{part}: {len(kept):,} records, {learned:,} tokens bear loss; {cut:,} records cut at {longest} tokens, "
-                f"{len(encoded) - len(kept):,} dropped (nothing to learn from)"
+    def features(self, split: Split, *, labelled: bool = True) -> Dataset:
+        prompts = self._prompts(split, labelled)
+        starts = [self._start_ids(prompt) for prompt in prompts]
+        completions = self._completions(split) if labelled else [""] * len(prompts)
+        # An empty answer teaches nothing but to stop.
+        ends = [self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions]
+        lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
+        rows = []
+        for row in self._fit(split, lengths, labelled):
+            start, ids = starts[row], (starts[row] + ends[row])[: self.longest]
+            learned = len(ids) - max(len(start), 1)  # nothing predicts a first token
+            if labelled and learned < 1:
+                continue
+            rows.append(
+                {
+                    "input_ids": ids,
+                    "attention_mask": [1] * len(ids),
+                    "labels": [IGNORED] * len(start) + ids[len(start) :],
+                    PROMPT: start[: self.longest],
+                    BYTES: self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids)),
+                    ROW: row,
+                }
             )
-            return Dataset.from_list(kept)
+        if not rows:
+            raise InputError(
+                f"{split.source}: no {split.part} record has a token to learn from within {self.longest} tokens; "
+                "raise data.max_length, or check the output column"
+            )
+        if len(rows) < len(lengths):
+            self.notes.append(f"{split.part}: {len(lengths) - len(rows):,} records dropped (no token to learn from)")
+        features = Dataset.from_list(rows)
+        if labelled:
+            self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
+        return self._checked(features, split)
 
-        return Prepared(
-            train=features(train, data.train, "training"),
-            eval=features(held_out, data.eval or data.train, "evaluation"),
-            collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
-            compute_metrics=_metrics,
-            metrics=("token_loss", "perplexity"),
-            preprocess_logits=_token_losses,
-            notes=notes,
-        )
+    def _prompts(self, split: Split, labelled: bool) -> list[str]:
+        data = self.data
+        if data.text is not None:
+            if not isinstance(data.text, str):
+                raise InputError(f"data.text is {data.text}; causal_lm reads one column")
+            split.require(data.text)
+            # Plain text is a completion without a prompt; a text to go on with is all prompt.
+            return [""] * len(split.records) if labelled else split.texts(data.text)
+        if data.prompt is not None:
+            return fill(data.prompt, split)
+        split.require(data.instruction)
+        has_input = data.input in split.records.column_names
+        contexts = split.records[data.input] if has_input else [""] * len(split.records)
+        instructions = split.texts(data.instruction, blank=True)
+        return [prompt_of(text, context or "") for text, context in zip(instructions, contexts, strict=True)]
 
+    def _completions(self, split: Split) -> list[str]:
+        column = self.data.text if isinstance(self.data.text, str) else self.data.output
+        split.require(column)
+        return split.texts(column, blank=True)
 
-def _pairs(table: Dataset, data: DataConfig, source: str) -> list[tuple[str, str]]:
-    """Return (prompt, completion) of each record; plain text is a completion without a prompt."""
-    if data.text is not None:
-        if not isinstance(data.text, str):
-            raise InputError(f"data.text is {data.text}; causal_lm reads one column")
-        columns = [data.text]
-    else:
-        columns = [data.instruction, data.output]
-    require_columns(table, columns, source)
-    for column in columns:
-        for record, value in zip(table[RECORD], table[column], strict=True):
-            if not isinstance(value, str):
-                raise InputError(f"{source}, record {record}: column {column!r} is {value!r}; expected text")
-    if data.text is not None:
-        return [("", text) for text in table[data.text]]
-    contexts = table[data.input] if data.input in table.column_names else [""] * len(table)
-    return [
-        (prompt_of(instruction, context or ""), output)
-        for instruction, context, output in zip(table[data.instruction], contexts, table[data.output], strict=True)
-    ]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, longest: int) -> dict[str, Any]:
-    """Return input ids with labels; the prompt's labels are IGNORED. Cut at the end to `longest` tokens."""
-    start = (
-        tokenizer(prompt)["input_ids"]
-        if prompt
-        else ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
-    )
-    if prompt and start and start[-1] == tokenizer.eos_token_id:
-        start = start[:-1]  # some tokenizers close every text; the prompt goes on
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = [*start, *tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
-    labels = [IGNORED] * len(start) + ids[len(start) :]
-    if not completion.strip():
-        labels = [IGNORED] * len(ids)  # an empty answer teaches nothing but to stop
-    return {
-        "input_ids": ids[:longest],
-        "attention_mask": [1] * min(len(ids), longest),
-        "labels": labels[:longest],
-        "cut": len(ids) > longest,
-    }
-
-
-def _token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Reduce logits (B, T, V) to (B, 2): each record's summed negative log-likelihood and its number of tokens."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return torch.stack([losses.sum(1), (labels[:, 1:] != IGNORED).sum(1).to(losses.dtype)], dim=1)
-
-
-def _metrics(prediction: Any) -> dict[str, float]:
-    total, tokens = prediction.predictions.sum(axis=0)
-    loss = float(total / tokens)
-    return {"token_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    def prompt_ids(self, text: str) -> list[int]:
+        if self.data.text is None:
+            text = prompt_of(text, "") if self.data.prompt is None else text
+        return self._start_ids(text)

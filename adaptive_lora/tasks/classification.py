@@ -7,127 +7,103 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
-from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from torch import nn
 
-from adaptive_lora.config import RunConfig
-from adaptive_lora.data import RECORD, columns_of, load_splits, require_columns
+from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks.base import Prepared, Task
+from adaptive_lora.tasks import metrics
+from adaptive_lora.tasks.base import ROW, by_record
+from adaptive_lora.tasks.text import TextTask
 
-LABEL_COLUMNS = ("label", "labels")
 
+class Classification(TextTask):
+    """Accuracy, F1 and Matthews' correlation over the classes seen in training, or those the recipe names."""
 
-class Classification(Task):
-    """Accuracy and macro F1 over the classes seen in training, or those the recipe names."""
+    metrics = ("accuracy", "f1", "f1_macro", "matthews")
 
-    def load_model(self, source: str, **arguments: Any) -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(source, **arguments)
-
-    def prepare(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> Prepared:
-        data = config.data
-        train, held_out = load_splits(data)
-        label = data.label or _guess_label(train, data.train)
-        require_columns(train, [label], data.train)
-        texts = [data.text] if isinstance(data.text, str) else data.text or _guess_text(train, label, data.train)
-        if not 1 <= len(texts) <= 2:
-            raise InputError(f"data.text names {len(texts)} columns; expected one, or a pair")
-        for table, source in ((train, data.train), (held_out, data.eval or data.train)):
-            require_columns(table, [*texts, label], source)
-        classes = _class_names(train, label, data.classes, data.train)
-        if len(classes) < 2:
-            raise InputError(f"{data.train}: column {label!r} holds one class only, {classes}; nothing to classify")
-        cut = Counter[str]()
-
-        def features(table: Dataset, source: str, part: str) -> Dataset:
-            ids = _label_ids(table, label, classes, source)
-            for column in texts:
-                for record, value in zip(table[RECORD], table[column], strict=True):
-                    if not isinstance(value, str) or not value.strip():
-                        raise InputError(f"{source}, record {record}: column {column!r} is {value!r}; expected text")
-            encoded = tokenizer(*(list(table[column]) for column in texts), truncation=True, max_length=longest)
-            at_limit = table.select([row for row, ids in enumerate(encoded["input_ids"]) if len(ids) == longest])
-            if len(at_limit):
-                full = tokenizer(*(list(at_limit[column]) for column in texts), verbose=False)
-                cut[part] += sum(len(tokens) > longest for tokens in full["input_ids"])
-            return Dataset.from_dict({**encoded, "labels": ids})
-
-        prepared = Prepared(
-            train=features(train, data.train, "training"),
-            eval=features(held_out, data.eval or data.train, "evaluation"),
-            collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=_metrics,
-            metrics=("accuracy", "f1_macro"),
-            model_arguments={
-                "num_labels": len(classes),
-                "id2label": dict(enumerate(classes)),
-                "label2id": {name: index for index, name in enumerate(classes)},
-            },
+    def learn(self, split: Split) -> None:
+        super().learn(split)
+        self.learned(classes=class_names(split, self.label, self.data.classes))
+        self.notes.append(
+            f"classification of {' + '.join(self.columns)} into {len(self.names)} classes ({', '.join(self.names):.60})"
         )
-        prepared.notes.append(
-            f"classification of {' + '.join(texts)} into {len(classes)} classes ({', '.join(classes):.60}): "
-            f"{len(train):,} training, {len(held_out):,} evaluation records"
-        )
-        for part, count in cut.items():
-            if count:
-                prepared.notes.append(f"{count:,} {part} records are longer than {longest} tokens and are cut")
-        return prepared
+
+    def model_arguments(self) -> dict[str, Any]:
+        return head_arguments(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        return self.data.classes or []
+
+    def labels(self, split: Split) -> list[int]:
+        ids = label_ids(split, self.label, self.names)
+        self.notes.append(label_counts(split, ids, self.names))
+        return ids
+
+    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+        return metrics.classification(outputs, labels)
+
+    def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
+        return by_record(features[ROW], class_rows(outputs, self.names))
 
 
-def _guess_label(table: Dataset, source: str) -> str:
-    for column in LABEL_COLUMNS:
-        if column in table.column_names:
-            return column
-    names = ", ".join(columns_of(table))
-    raise InputError(f"{source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label")
-
-
-def _guess_text(table: Dataset, label: str, source: str) -> list[str]:
-    candidates = [c for c in columns_of(table) if c != label and isinstance(table[0][c], str)]
-    if len(candidates) != 1:
-        raise InputError(
-            f"{source} has {len(candidates)} text columns besides {label!r} ({', '.join(candidates)}); "
-            "say which to read: data.text (one column, or a list of two)"
-        )
-    return candidates
-
-
-def _class_names(table: Dataset, label: str, given: list[str] | None, source: str) -> list[str]:
-    feature = table.features[label]
+def class_names(split: Split, label: str, given: list[str] | None) -> list[str]:
+    """Return the recipe's classes, or those of the training records; integers sort as numbers. One alone is an error."""
+    feature = split.records.features[label]
+    values = list(split.records[label])
     if given is not None:
         if len(set(given)) < len(given):
             raise InputError(f"data.classes names a class twice: {given}")
-        return given
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = list(table[label])
-    for record, value in zip(table[RECORD], values, strict=True):
-        if value is None or isinstance(value, list | dict):
-            raise InputError(f"{source}, record {record}: column {label!r} is {value!r}; expected a text or a number")
-    # Integers sort as numbers, so that class 10 comes after class 9.
-    return [str(value) for value in sorted(set(values))]
+        names = given
+    elif isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    else:
+        for record, value in zip(split.records[RECORD], values, strict=True):
+            if value is None or isinstance(value, list | dict):
+                raise InputError(f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number")
+        names = [str(value) for value in sorted(set(values))]
+    if len(names) < 2 or len(set(values)) < 2:
+        present = names if len(names) < 2 else sorted({str(value) for value in values})
+        raise InputError(f"{split.source}: column {label!r} holds one class only, {present}; nothing to classify")
+    return names
 
 
-def _label_ids(table: Dataset, label: str, classes: list[str], source: str) -> list[int]:
-    by_name = {name: index for index, name in enumerate(classes)}
-    is_index = isinstance(table.features[label], ClassLabel) or not any(name.lstrip("-").isdigit() for name in classes)
+def label_ids(split: Split, label: str, names: list[str]) -> list[int]:
+    """Return the class number of each record. Raises `InputError` at the first label outside the classes."""
+    by_name = {name: index for index, name in enumerate(names)}
+    is_class_label = isinstance(split.records.features[label], ClassLabel)
+    is_index = is_class_label or not any(name.lstrip("-").isdigit() for name in names)
     ids = []
-    for record, value in zip(table[RECORD], table[label], strict=True):
+    for record, value in zip(split.records[RECORD], split.records[label], strict=True):
         index = by_name.get(str(value))
-        if index is None and is_index and isinstance(value, int) and 0 <= value < len(classes):
+        if index is None and is_index and isinstance(value, int) and 0 <= value < len(names):
             index = value  # a class number beside class names: GLUE's files with data.classes given
         if index is None:
-            raise InputError(
-                f"{source}, record {record}: label {value!r} in column {label!r} is outside the classes {classes}"
-            )
+            raise InputError(f"{split.at(record)}: label {value!r} in column {label!r} is outside the classes {names}")
         ids.append(index)
     return ids
 
 
-def _metrics(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted = np.argmax(logits, axis=-1)
+def label_counts(split: Split, ids: list[int], names: list[str]) -> str:
+    """Return a line that says how often each class occurs."""
+    counts = Counter(ids)
+    shown = ", ".join(f"{names[index]} {count:,}" for index, count in counts.most_common(8))
+    more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
+    return f"{split.part}: {shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}"
+
+
+def head_arguments(names: list[str]) -> dict[str, Any]:
+    """Return the arguments for `from_pretrained` of a model with these classes."""
     return {
-        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
-        "f1_macro": float(f1_score(prediction.label_ids, predicted, average="macro", zero_division=0)),
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def class_rows(logits: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Return the class and its probability for each row of logits (N, C)."""
+    shifted = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
+    best = probabilities.argmax(axis=-1)
+    return [{"prediction": names[i], "probability": float(row[i])} for i, row in zip(best, probabilities, strict=True)]

@@ -1,0 +1,91 @@
+"""Image classification: a folder with one folder of images for each class, or a table with paths and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from adaptive_lora.data import RECORD, Split
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks import metrics
+from adaptive_lora.tasks.base import LENGTH, ROW, Task, by_record
+from adaptive_lora.tasks.classification import class_names, class_rows, head_arguments, label_counts, label_ids
+from adaptive_lora.tasks.text import LABEL_COLUMNS, label_column
+
+
+class ImageClassification(Task):
+    """Accuracy, F1 and Matthews' correlation. Images are read when their batch is made, and checked before training.
+
+    Args: as `Task`; `tokenizer` is the model's image processor, which resizes and normalises.
+    """
+
+    auto_class = AutoModelForImageClassification
+    metrics = ("accuracy", "f1", "f1_macro", "matthews")
+    # The collator turns the path of an image into its pixels.
+    training: ClassVar[dict[str, Any]] = {"remove_unused_columns": False}
+    column = "image"
+
+    def _longest(self) -> int:
+        return self.data.max_length  # an image has no length
+
+    def learn(self, split: Split) -> None:
+        split.require(self.column)
+        label = label_column(split, self.data.label)
+        self.learned(label=label, classes=class_names(split, label, self.data.classes))
+        self.notes.append(f"classification of images into {len(self.names)} classes ({', '.join(self.names):.60})")
+
+    def model_arguments(self) -> dict[str, Any]:
+        return head_arguments(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        return self.data.classes or []
+
+    @property
+    def label(self) -> str:
+        return self.data.label or LABEL_COLUMNS[0]
+
+    def features(self, split: Split, *, labelled: bool = True) -> Dataset:
+        split.require(self.column, *([self.label] if labelled else []))
+        paths = split.texts(self.column)
+        if not Path(split.source).is_dir():  # a table: paths as they are seen from it
+            paths = [str(Path(split.source).parent / path) for path in paths]
+        for record, path in zip(split.records[RECORD], paths, strict=True):
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                raise InputError(f"{split.at(record)}: cannot read the image {path}: {error}") from None
+        columns: dict[str, Any] = {self.column: paths, ROW: list(range(len(paths))), LENGTH: [1] * len(paths)}
+        if labelled:
+            columns["labels"] = label_ids(split, self.label, self.names)
+            self.notes.append(label_counts(split, columns["labels"], self.names))
+        return Dataset.from_dict(columns)
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        processor: Any = self.tokenizer
+
+        def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+            images = [Image.open(item[self.column]).convert("RGB") for item in items]
+            batch = dict(processor(images=images, return_tensors="pt"))
+            if "labels" in items[0]:
+                batch["labels"] = torch.tensor([item["labels"] for item in items])
+            return batch
+
+        return collate
+
+    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+        return metrics.classification(outputs, labels)
+
+    def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
+        return by_record(features[ROW], class_rows(outputs, self.names))
+
+    def show(self, item: dict[str, Any]) -> str:
+        return str(item[self.column])

@@ -1,0 +1,207 @@
+"""Extractive question answering: where in the context the answer begins and ends. Long contexts by overlapping windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
+
+from adaptive_lora.data import RECORD, Split
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks import metrics
+from adaptive_lora.tasks.base import ROW, Task
+
+N_BEST = 20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
+SPANS, CONTEXT, ANSWERS = "spans", "context_text", "answer_texts"
+_READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions")
+
+
+class QuestionAnswering(Task):
+    """Exact match and F1 of the SQuAD evaluation.
+
+    A context too long for one window is read in several, which overlap by `data.stride` tokens; where a window does not
+    hold the answer, its label is the first token ([CLS]). The answer to a record is the span of largest start + end
+    logit over its windows; "" if the training records have unanswerable ones and the first token scores higher.
+    Source: Devlin et al. 2019, arXiv 1810.04805, sections 4.2 and 4.3.
+    """
+
+    auto_class = AutoModelForQuestionAnswering
+    metrics = ("f1", "exact_match")
+
+    def features(self, split: Split, *, labelled: bool = True) -> Dataset:
+        data = self.data
+        split.require(data.question, data.context, *([data.answers] if labelled else []))
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} gives no character positions; question_answering needs them"
+            )
+        questions, contexts = split.texts(data.question), split.texts(data.context)
+        answers = [self._answers(split, row, contexts[row]) if labelled else [] for row in range(len(questions))]
+        self._check_questions(split, questions)
+        encoded = self.tokenizer(
+            questions,
+            contexts,
+            truncation="only_second",
+            max_length=self.longest,
+            stride=data.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        rows = encoded.pop("overflow_to_sample_mapping")
+        offsets = encoded.pop("offset_mapping")
+        spans = []
+        starts, ends = [], []
+        for window, row in enumerate(rows):
+            context = [
+                list(span) if part == 1 else [-1, -1]
+                for part, span in zip(encoded.sequence_ids(window), offsets[window], strict=True)
+            ]
+            spans.append(context)
+            start, end = _locate(context, answers[row])
+            starts.append(start)
+            ends.append(end)
+        columns: dict[str, Any] = {key: value for key, value in encoded.items() if key in _READ}
+        if labelled:
+            columns |= {"start_positions": starts, "end_positions": ends}
+        columns |= {
+            SPANS: spans,
+            CONTEXT: [contexts[row] for row in rows],
+            ANSWERS: [[text for _, text in answers[row]] for row in rows],
+            ROW: rows,
+        }
+        answered = sum(start > 0 for start in starts)
+        several = len(rows) - len(questions)
+        self.notes.append(
+            f"{split.part}: {len(questions):,} records in {len(rows):,} windows of at most {self.longest:,} tokens "
+            f"({several:,} more than records)" + (f"; {answered:,} windows hold their answer" if labelled else "")
+        )
+        if labelled and not answered:
+            raise InputError(
+                f"{split.source}: no window of any {split.part} record holds its answer; nothing to learn from"
+            )
+        return self._checked(Dataset.from_dict(columns), split)
+
+    def learn(self, split: Split) -> None:
+        split.require(self.data.answers)
+        if any(not _texts(value) for value in split.records[self.data.answers]):
+            self.notes.append("some records have no answer: the model may answer nothing")
+            self.learned(unanswerable=True)
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        inner = DataCollatorWithPadding(self.tokenizer)
+        return lambda items: inner([{k: v for k, v in item.items() if k in _READ} for item in items])
+
+    def reduce(self, logits: Any, labels: Any) -> Any:
+        return tuple(logits[:2])  # start and end; some models add hidden states
+
+    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+        gold = dict(zip(features[ROW], features[ANSWERS], strict=True))
+        predicted = self._best(outputs, features)
+        rows = sorted(gold)
+        return metrics.squad([predicted[row][0] for row in rows], [gold[row] for row in rows])
+
+    def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
+        best = self._best(outputs, features)
+        return [{"prediction": best[row][0], "score": best[row][1]} for row in sorted(best)]
+
+    def show(self, item: dict[str, Any]) -> str:
+        answer = item["input_ids"][item["start_positions"] : item["end_positions"] + 1]
+        return f"{self.tokenizer.decode(item['input_ids'])}  [learned: {self.tokenizer.decode(answer)}]"
+
+    def bears_loss(self, features: Dataset) -> int:
+        return 2 * len(features)
+
+    def _best(self, outputs: Any, features: Dataset) -> dict[int, tuple[str, float]]:
+        """Return {row: (answer, its score)} over the windows of each row."""
+        best: dict[int, tuple[str, float]] = {}
+        nothing: dict[int, float] = {}
+        for window, (row, spans, context) in enumerate(
+            zip(features[ROW], features[SPANS], features[CONTEXT], strict=True)
+        ):
+            start, end = (np.asarray(part[window][: len(spans)], dtype=np.float64) for part in outputs[:2])
+            nothing[row] = min(nothing.get(row, np.inf), float(start[0] + end[0]))
+            inside = np.array([span[0] >= 0 for span in spans])
+            answer, score = _best_span(start, end, inside, self.data.max_answer_length)
+            text = context[spans[answer[0]][0] : spans[answer[1]][1]] if answer else ""
+            if row not in best or score > best[row][1]:
+                best[row] = (text, score)
+        if self.data.unanswerable:
+            best = {row: found if found[1] > nothing[row] else ("", nothing[row]) for row, found in best.items()}
+        return best
+
+    def _answers(self, split: Split, row: int, context: str) -> list[tuple[int, str]]:
+        """Return (first character, text) of each answer. Raises `InputError` where one is not in the context."""
+        record = split.records[row]
+        value, begin = record[self.data.answers], record.get(self.data.answer_start)
+        if isinstance(value, dict):
+            begin = value.get("answer_start", begin)
+        texts = _texts(value)
+        begins = begin if isinstance(begin, list) else [begin] * len(texts)
+        if len(begins) != len(texts):
+            raise InputError(
+                f"{split.at(record[RECORD])}: {len(texts)} answers and {len(begins)} values of {self.data.answer_start!r}"
+            )
+        found = []
+        for text, at in zip(texts, begins, strict=True):
+            if not isinstance(at, int) or context[at : at + len(text)] != text:
+                at = context.find(text) if at is None else -1
+            if at < 0:
+                raise InputError(
+                    f"{split.at(record[RECORD])}: the answer {text!r:.60} is not in the context"
+                    + (f" at character {begin}" if begin is not None else "")
+                    + "; an extractive model can only copy"
+                )
+            found.append((at, text))
+        return found
+
+    def _check_questions(self, split: Split, questions: list[str]) -> None:
+        """Raise `InputError` where a question leaves its windows no more than the stride for the context."""
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        lengths = [len(ids) for ids in self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]]
+        for record, length in zip(split.records[RECORD], lengths, strict=True):
+            if self.longest - special - length <= self.data.stride:
+                raise InputError(
+                    f"{split.at(record)}: a question of {length:,} tokens leaves {max(self.longest - special - length, 0)} of "
+                    f"{self.longest} for the context, no more than data.stride {self.data.stride}; raise data.max_length, "
+                    "lower data.stride, or shorten the question"
+                )
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the answers of a record: a text, a list of texts, or SQuAD's {"text": [...]}."""
+    if isinstance(value, dict):
+        value = value.get("text")
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _locate(spans: list[list[int]], answers: list[tuple[int, str]]) -> tuple[int, int]:
+    """Return the first and last token of the first answer, or (0, 0) when it is not wholly in this window."""
+    if not answers or not answers[0][1]:
+        return 0, 0
+    first, last = answers[0][0], answers[0][0] + len(answers[0][1])
+    inside = [i for i, (start, end) in enumerate(spans) if start >= 0 and start < last and end > first]
+    if not inside or spans[inside[0]][0] > first or spans[inside[-1]][1] < last:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def _best_span(
+    start: np.ndarray, end: np.ndarray, inside: np.ndarray, longest: int
+) -> tuple[tuple[int, int] | None, float]:
+    """Return the span (i, j) of largest start_i + end_j with i <= j < i + longest among the best ends, and its score."""
+    tokens = np.flatnonzero(inside)
+    firsts = tokens[np.argsort(-start[tokens], kind="stable")[:N_BEST]]
+    lasts = tokens[np.argsort(-end[tokens], kind="stable")[:N_BEST]]
+    scores = start[firsts][:, None] + end[lasts][None, :]
+    width = lasts[None, :] - firsts[:, None]
+    scores[(width < 0) | (width >= longest)] = -np.inf
+    if not scores.size or np.isneginf(scores.max()):
+        return None, -np.inf
+    i, j = np.unravel_index(scores.argmax(), scores.shape)
+    return (int(firsts[i]), int(lasts[j])), float(scores[i, j])

@@ -1,0 +1,55 @@
+"""Regression: one text or a pair of texts, one number (STS-B)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from adaptive_lora.data import RECORD, Split
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks import metrics
+from adaptive_lora.tasks.base import ROW, by_record
+from adaptive_lora.tasks.text import TextTask
+
+
+class Regression(TextTask):
+    """Mean squared error of one output; Pearson's and Spearman's correlation with the labels."""
+
+    metrics = ("pearson", "spearman", "mse")
+
+    def learn(self, split: Split) -> None:
+        super().learn(split)
+        values = self.labels(split)
+        if min(values) == max(values):
+            raise InputError(
+                f"{split.source}: column {self.label!r} is {values[0]} in every record; nothing to predict"
+            )
+        self.notes.append(
+            f"regression of {' + '.join(self.columns)} on {self.label}: {min(values):g} to {max(values):g}, "
+            f"mean {float(np.mean(values)):g}"
+        )
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def labels(self, split: Split) -> list[float]:
+        values = []
+        for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise InputError(f"{split.at(record)}: column {self.label!r} is {value!r}; expected a finite number")
+            values.append(number)
+        return values
+
+    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+        return metrics.regression(np.asarray(outputs).reshape(-1), labels)
+
+    def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
+        return by_record(features[ROW], [{"prediction": float(value)} for value in np.asarray(outputs).reshape(-1)])

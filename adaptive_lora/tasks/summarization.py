@@ -1,0 +1,115 @@
+"""Summarization with an encoder-decoder or a causal model: loss on the summary, ROUGE of what the model writes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from adaptive_lora.data import Split
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks import metrics
+from adaptive_lora.tasks.base import IGNORED, ROW
+from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, template_columns
+
+REFERENCE = "reference"
+
+
+class Summarization(WritingTask):
+    """An encoder reads the text and a decoder writes the summary, or one causal model does both.
+
+    A text that is too long loses its end, never the words of the template around it or the summary: a causal model
+    reads template + text + summary in `max_length` tokens, of which `max_target_length` are the summary's.
+    """
+
+    metrics: ClassVar[Any] = (
+        "rougeLsum", "rouge1", "rouge2", "rougeL", "token_loss", "perplexity", "bits_per_byte",
+    )  # fmt: skip
+
+    def __init__(self, config: Any, tokenizer: Any, model_config: Any) -> None:
+        super().__init__(config, tokenizer, model_config)
+        self.seq2seq = bool(model_config.is_encoder_decoder)
+        self.auto_class = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
+        self.shift = 0 if self.seq2seq else 1
+        column = self.data.text or "text"
+        if not isinstance(column, str):
+            raise InputError(f"data.text is {column}; summarization reads one column")
+        self.column = column
+        prompt = self.data.prompt or (f"{{{column}}}" if self.seq2seq else f"{{{column}}}\n\nSummary:\n")
+        if template_columns(prompt) != [column]:
+            raise InputError(f"data.prompt {prompt!r}: expected the column {{{column}}} once, and no other")
+        self.before, self.after = (part.format() for part in prompt.split(f"{{{column}}}"))
+        self._opening, self._closing = self._special_ids()
+
+    def features(self, split: Split, *, labelled: bool = True) -> Dataset:
+        split.require(self.column, *([self.data.summary] if labelled else []))
+        texts = [self._text_ids(text) for text in split.texts(self.column)]
+        summaries = split.texts(self.data.summary) if labelled else [""] * len(texts)
+        room = self._room()
+        kept = self._fit(split, [len(ids) for ids in texts], labelled, room)
+        rows = []
+        shortened = 0
+        for row in kept:
+            prompt = self._prompt(texts[row])
+            target = self._target(summaries[row]) if labelled else []
+            cut = len(target) > self.data.max_target_length
+            target = target[: self.data.max_target_length]
+            shortened += cut
+            ids = prompt if self.seq2seq else prompt + target
+            rows.append(
+                {
+                    "input_ids": ids,
+                    "attention_mask": [1] * len(ids),
+                    "labels": target if self.seq2seq else [IGNORED] * len(prompt) + target,
+                    PROMPT: prompt,
+                    REFERENCE: summaries[row],
+                    BYTES: self._byte_count(summaries[row], target, cut),
+                    ROW: row,
+                }
+            )
+        features = Dataset.from_list(rows)
+        if labelled:
+            self.notes.append(
+                f"{split.part}: {self.bears_loss(features):,} tokens bear loss; {shortened:,} summaries longer than "
+                f"{self.data.max_target_length:,} tokens and cut"
+            )
+        else:
+            features = features.remove_columns("labels")
+        return self._checked(features, split)
+
+    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+        some = features.select(range(min(self.generation.rows or len(features), len(features))))
+        written = self.write(some[PROMPT], model)
+        return {**metrics.rouge(written, list(some[REFERENCE])), **super().score(outputs, labels, features, model)}
+
+    def prompt_ids(self, text: str) -> list[int]:
+        return self._prompt(self._text_ids(text))
+
+    def _room(self) -> int:
+        """Return the tokens of a text that fit."""
+        fixed = len(self._prompt([])) + (0 if self.seq2seq else self.data.max_target_length)
+        if self.longest - fixed < 1:
+            raise InputError(
+                f"inputs of {self.longest} tokens leave no room for a text: {fixed} are taken by the template"
+                f"{'' if self.seq2seq else ' and data.max_target_length'}; raise data.max_length"
+            )
+        return self.longest - fixed
+
+    def _prompt(self, text: list[int]) -> list[int]:
+        room = self._room() if text else 0
+        before, after = (self._text_ids(part) if part else [] for part in (self.before, self.after))
+        return [*self._opening, *before, *text[:room], *after, *self._closing]
+
+    def _target(self, summary: str) -> list[int]:
+        if self.seq2seq:
+            return self.tokenizer(text_target=summary, verbose=False)["input_ids"]
+        return self._text_ids(summary) + self._end_ids()
+
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """Return what the tokenizer puts before and after a text; a causal model goes on where the text ends."""
+        bare = self._text_ids("a")
+        whole = self.tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :] if self.seq2seq else []

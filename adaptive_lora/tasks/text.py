@@ -1,0 +1,79 @@
+"""Tasks that read one text or a pair of texts and give one answer: what classification and regression share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from adaptive_lora.data import Split, columns_of
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks.base import ROW, Task
+
+LABEL_COLUMNS = ("label", "labels")
+
+
+class TextTask(Task):
+    """Features of one or two text columns; subclasses say what a label is."""
+
+    auto_class = AutoModelForSequenceClassification
+
+    def learn(self, split: Split) -> None:
+        label = label_column(split, self.data.label)
+        text = self.data.text or _guess_text(split, label)
+        columns = [text] if isinstance(text, str) else text
+        if not 1 <= len(columns) <= 2:
+            raise InputError(f"data.text names {len(columns)} columns; expected one, or a pair")
+        self.learned(text=columns, label=label)
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.data.text] if isinstance(self.data.text, str) else self.data.text or []
+
+    @property
+    def label(self) -> str:
+        return self.data.label or LABEL_COLUMNS[0]
+
+    def labels(self, split: Split) -> list[Any]:
+        """Return a number for each record's label. Raises `InputError` at the first that is none."""
+        raise NotImplementedError
+
+    def features(self, split: Split, *, labelled: bool = True) -> Dataset:
+        split.require(*self.columns, *([self.label] if labelled else []))
+        labels = {"labels": self.labels(split)} if labelled else {}
+        texts = [split.texts(column) for column in self.columns]
+        encoded = self.tokenizer(*texts, verbose=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        rows = self._fit(split, lengths, labelled)
+        if max(lengths) > self.longest:
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.longest)
+        features = Dataset.from_dict({**encoded, **labels, ROW: list(range(len(lengths)))})
+        return self._checked(features.select(rows) if len(rows) < len(lengths) else features, split)
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return DataCollatorWithPadding(self.tokenizer)
+
+
+def label_column(split: Split, given: str | None) -> str:
+    """Return the recipe's label column, or the one of a usual name."""
+    if given is not None:
+        split.require(given)
+        return given
+    for column in LABEL_COLUMNS:
+        if column in split.records.column_names:
+            return column
+    names = ", ".join(columns_of(split.records))
+    raise InputError(f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label")
+
+
+def _guess_text(split: Split, label: str) -> list[str]:
+    first = split.records[0]
+    candidates = [column for column in columns_of(split.records) if column != label and isinstance(first[column], str)]
+    if len(candidates) != 1:
+        raise InputError(
+            f"{split.source} has {len(candidates)} text columns besides {label!r} ({', '.join(candidates)}); "
+            "say which to read: data.text (one column, or a list of two)"
+        )
+    return candidates

@@ -1,0 +1,144 @@
+"""A finished run at work: evaluate it, predict, generate. Everything comes from the saved adapter."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+from peft import PeftModel
+
+from adaptive_lora.adapters import load
+from adaptive_lora.config import RunConfig, parse
+from adaptive_lora.data import Split, columns_of, load_splits, numbered, read_table
+from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.loading import load_model, load_task
+from adaptive_lora.recipe import read_file, read_recipe
+from adaptive_lora.run import ADAPTER_FOLDER, CONFIG_FILE, RESULT_FILE
+from adaptive_lora.task_trainer import TaskTrainer
+from adaptive_lora.tasks import Task
+from adaptive_lora.tasks.language_model import WritingTask
+from adaptive_lora.trainer import use_progress
+
+WRITERS = (".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's recipe, its task as it was trained, and the base model with the saved adapter."""
+
+    config: RunConfig
+    task: Task
+    model: PeftModel
+
+
+def open_run(folder: str | Path, *, model: str | None = None, **generation: Any) -> FinishedRun:
+    """Return the run in `folder`, ready to use.
+
+    Args:
+        model: where the base model is now, if not where the recipe says.
+        generation: fields of the recipe's `generation` to replace; None leaves one as it is.
+
+    Raises `InputError` when the folder holds no finished run, `IntegrityError` when a file of it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / RESULT_FILE).is_file():
+        raise InputError(f"{folder} holds no finished run; expected {CONFIG_FILE} and {RESULT_FILE} there")
+    result = read_file(folder / RESULT_FILE, "result")
+    if not isinstance(result, dict) or result.get("status") != "ok" or not isinstance(result.get("data"), dict):
+        reason = result.get("reason") if isinstance(result, dict) else "no result"
+        raise InputError(f"the run in {folder} did not succeed: {reason}")
+    try:
+        config = parse(read_recipe(folder / CONFIG_FILE), origin=str(folder / CONFIG_FILE))
+        data = config.data.model_validate({**config.data.model_dump(), **result["data"]})
+    except ValueError as error:
+        raise IntegrityError(f"the recipe of the run in {folder} cannot be read: {error}") from None
+    replaced = {name: value for name, value in generation.items() if value is not None}
+    changes = {
+        "data": data,
+        "generation": config.generation.model_copy(update=replaced),
+        "model": model or config.model,
+    }
+    config = config.model_copy(update=changes)
+    task = load_task(config)
+    base, _ = load_model(config, task)
+    return FinishedRun(config, task, load(base, folder / ADAPTER_FOLDER))
+
+
+def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:
+    """Return the metrics of the run on the records of `source`, or on the evaluation records of its recipe."""
+    split = load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
+    features = run.task.features(split)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = _trainer(run, folder).evaluate(features)
+    names = [f"eval_{name}" for name in (*run.task.metrics, "loss")]
+    return {"records": len(split.records), **{name: metrics[name] for name in names if name in metrics}}
+
+
+def predict(run: FinishedRun, source: str, output: str | Path) -> int:
+    """Write the records of `source` with the run's predictions to `output` and return how many there are.
+
+    Columns are added: `prediction`, and what the task knows of its certainty. Raises `InputError` before anything is
+    computed when `output` exists, has an unknown ending, or a column is there already.
+    """
+    output = Path(output)
+    if output.suffix.lower() not in WRITERS:
+        raise InputError(f"output {output} has the ending {output.suffix!r}; expected one of {', '.join(WRITERS)}")
+    if output.exists():
+        raise InputError(f"output {output} exists; give another name or remove it")
+    if not output.parent.is_dir():
+        raise InputError(f"the folder of output {output} does not exist")
+    split = _records(run, source, "input")
+    columns = columns_of(split.records)
+    taken = [name for name in ("prediction", "probability", "score") if name in columns]
+    if taken:
+        raise InputError(f"{source} has a column {taken[0]!r} already; rename it")
+    features = run.task.features(split, labelled=False)
+    with tempfile.TemporaryDirectory() as folder:
+        predictions = _trainer(run, folder).predict_rows(features)
+    records = split.records.select_columns(columns).to_list()
+    _write(output, [{**record, **found} for record, found in zip(records, predictions, strict=True)])
+    return len(records)
+
+
+def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
+    """Return what the model writes after each prompt, put into the form of the training records."""
+    if not isinstance(run.task, WritingTask):
+        raise InputError(f"the run's task is {run.config.task}, which writes no text; use predict")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InputError(f"prompt {prompt!r} is empty; expected text")
+    return run.task.write([run.task.prompt_ids(prompt) for prompt in prompts], run.model)
+
+
+def _records(run: FinishedRun, source: str, part: str) -> Split:
+    return Split(numbered(read_table(source, config=run.config.data.config)), source, part)
+
+
+def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:
+    arguments = run.config.training_arguments(
+        **run.task.training, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no",
+        load_best_model_at_end=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = TaskTrainer(model=run.model, args=arguments, task=run.task)
+    use_progress(trainer, quiet=True)
+    return trainer
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+        return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if suffix == ".csv":
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
