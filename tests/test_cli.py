@@ -78,7 +78,7 @@ def test_an_interrupt_is_exit_code_130_with_the_way_to_go_on(
     def press_ctrl_c(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adaptive_lora.run._load_model", press_ctrl_c)
+    monkeypatch.setattr("adaptive_lora.run.load_model", press_ctrl_c)
     ended = command(*arguments(TRAIN, files))
     assert ended.code == 130
     assert ended.err == "interrupted; go on with --resume\n"

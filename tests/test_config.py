@@ -107,7 +107,7 @@ def test_yaml_exponents_are_numbers_in_every_float_field_of_training(tmp_path: P
         ("max_skipped=0", "max_skipped is 0"),
         ("max_skipped=1.5", "max_skipped is 1.5"),
         ("seed=4294967296", "seed is 4294967296"),
-        ("task=regression", "task is 'regression'"),
+        ("task=translation", "task is 'translation'"),
         ("output=null", "output is None"),
         ("adapters.scale=0", "adapters.scale is 0"),
         ("adapters.dropout=1", "adapters.dropout is 1"),

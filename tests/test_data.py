@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 from model_folders import HEADINGS, instructions, recipe, reviews, write_jsonl
 from transformers import AutoTokenizer
 
 from adaptive_lora.config import DataConfig, parse
 from adaptive_lora.data import READERS, load_splits, read_table
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks import TASKS, Prepared
-from adaptive_lora.tasks.causal_lm import IGNORED, prompt_of
+from adaptive_lora.loading import load_task
+from adaptive_lora.tasks import Task
+from adaptive_lora.tasks.base import IGNORED
+from adaptive_lora.tasks.causal_lm import prompt_of
 
 pytest_plugins = ("model_folders",)
 
@@ -39,11 +43,17 @@ def encode(suffix: str, records: list[dict[str, str]]) -> bytes:
     return ("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\r\n".join(lines) + "\n\n").encode()
 
 
+class Prepared(NamedTuple):
+    train: Dataset
+    eval: Dataset
+    task: Task
+
+
 def prepare(model: str, train: str | Path, *, task: str = "classification", longest: int = 48, **data: Any) -> Prepared:
-    config = parse(recipe(model, str(train), "never-made", task=task, data=data))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return TASKS[task]().prepare(config, tokenizer, longest)
+    config = parse(recipe(model, str(train), "never-made", task=task, data={"max_length": longest, **data}))
+    loaded, splits = load_task(config), load_splits(config.data)
+    loaded.learn(splits.train)
+    return Prepared(loaded.features(splits.train), loaded.features(splits.eval), loaded)
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -117,8 +127,8 @@ def test_an_unknown_hub_name_offline_says_what_was_tried_at_once() -> None:
 
 
 def split_texts(file: str, **data: Any) -> tuple[list[str], list[str]]:
-    train, held_out = load_splits(DataConfig(train=file, **data))
-    return list(train["text"]), list(held_out["text"])
+    splits = load_splits(DataConfig(train=file, **data))
+    return list(splits.train.records["text"]), list(splits.eval.records["text"])
 
 
 def test_200_rows_with_an_eval_size_of_20_are_180_and_20_disjoint_records(tmp_path: Path) -> None:
@@ -191,17 +201,18 @@ def test_a_label_of_the_evaluation_file_outside_the_classes_is_named_there(
 def test_integer_classes_sort_as_numbers(bert_folder: str, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"text": "a day", "label": i % 11} for i in range(99)])
     prepared = prepare(bert_folder, file)
-    assert list(prepared.model_arguments["id2label"].values()) == [str(i) for i in range(11)]
+    names = prepared.task.model_arguments()["id2label"]
+    assert list(names.values()) == [str(i) for i in range(11)]
     record = prepared.train[0]
-    assert prepared.model_arguments["id2label"][record["labels"]] == str(record["labels"])
+    assert names[record["labels"]] == str(record["labels"])
 
 
 def test_inputs_longer_than_the_limit_are_cut_and_counted(bert_folder: str, tmp_path: Path) -> None:
     records = [record | {"text": "good day " * (10 if i < 5 else 1)} for i, record in enumerate(reviews(40))]
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", records), longest=8)
     assert max(len(ids) for part in (prepared.train, prepared.eval) for ids in part["input_ids"]) == 8
-    cut = [note.split() for note in prepared.notes if "are cut" in note]
-    assert sum(int(words[0]) for words in cut) == 5
+    cut = [re.search(r"; (\d+) longer than 8 and cut$", note) for note in prepared.task.notes]
+    assert sum(int(found[1]) for found in cut if found) == 5
 
 
 def test_only_the_output_and_its_end_bear_loss(llama_folder: str, tmp_path: Path) -> None:
@@ -231,7 +242,7 @@ def test_a_prompt_that_fills_the_limit_is_dropped_and_counted(llama_folder: str,
     """Prompts with an input have 25 tokens here, those without 17: at 25 tokens only the latter reach their answer."""
     file = write_jsonl(tmp_path / "x.jsonl", instructions(40))
     prepared = prepare(llama_folder, file, task="causal_lm", longest=25)
-    dropped = [int(note.split(" dropped")[0].split()[-1]) for note in prepared.notes]
+    dropped = [int(note.split(" dropped")[0].split()[-1]) for note in prepared.task.notes if " dropped" in note]
     assert len(prepared.train) + len(prepared.eval) == 20
     assert sum(dropped) == 20
     assert all(item["labels"][-1] != IGNORED for part in (prepared.train, prepared.eval) for item in part)
