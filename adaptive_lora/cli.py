@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import textwrap
 import warnings
 from pathlib import Path
@@ -83,7 +84,7 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Random weights, two steps: does all of it fit together?")
+        bool, typer.Option("--dry-run", help="Random weights, two steps: does it all fit? Keeps nothing.")
     ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
@@ -96,7 +97,13 @@ def train(
     from adaptive_lora.run import run
 
     quiet()
-    run(resolved, resume=resume, dry_run=dry_run)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(resolved.model_copy(update={"output": f"{folder}/run"}), dry_run=True)
+        parameters = f"{result['lora_parameters']:,} LoRA parameters on {result['total_parameters']:,}"
+        typer.echo(f"dry run of {result['steps']} steps on random weights: ok, {parameters}; nothing is kept")
+        return
+    run(resolved, resume=resume)
     for figure in report(resolved.output):
         typer.echo(f"figure: {figure}")
     typer.echo(f"adapter: {Path(resolved.output) / 'adapter'}")

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from adaptive_lora import methods
+from adaptive_lora.adaptation import At
 from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.budget import Cubic
 from adaptive_lora.callback import AdaptiveRankCallback
 from adaptive_lora.config import RunConfig, parse
 from adaptive_lora.controller import STATE_FILE, TENSOR_FILE, NeverDecidedError
@@ -74,13 +77,22 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     if checkpoint is not None:
         overrides["eval_on_start"] = False  # the log of the resumed run has that row
     if dry_run:
+        method = _soon(method)
         overrides |= {"max_steps": DRY_RUN_STEPS, "save_strategy": "no"}
+        if (
+            config.training["eval_strategy"] != "no"
+        ):  # for a method that waits for evaluations: one before the last step
+            overrides |= {"eval_strategy": "steps", "eval_steps": 1}
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
     _check_arguments(arguments, task, config.metric)
     splits = load_splits(config.data)
     task.learn(splits.train)
     train, held_out = task.features(splits.train), task.features(splits.eval)
     extra = {name: task.features(split) for name, split in splits.extra.items()}
+    if dry_run:  # every record has been looked at; two batches of each part are scored
+        few = DRY_RUN_STEPS * arguments.eval_batch_size
+        held_out = held_out.take(min(few, len(held_out)))
+        extra = {name: features.take(min(few, len(features))) for name, features in extra.items()}
     set_seed(config.seed)  # the head and A are drawn here
     base, newly_drawn = load_model(config, task, random_weights=dry_run)
     notes = coverage(base, find_targets(base, config.adapters.targets))
@@ -148,6 +160,19 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     }
     _write_result(folder, result)
     return result
+
+
+def _soon(method: methods.Method) -> methods.Method:
+    """Return the method with its decisions in a dry run: after step 1, and after each when there are several. Times given
+    in steps, such as 200 of warm-up, would not fit."""
+    adaptation = method.adaptation
+    if adaptation is None or not isinstance(adaptation.when, At):
+        return method
+    when, schedule = adaptation.when, adaptation.schedule
+    when = replace(when, start=1, rest=None if when.rest is None else 0, every=1)
+    if isinstance(schedule, Cubic):
+        schedule = replace(schedule, initial=0, final=0)
+    return replace(method, adaptation=replace(adaptation, when=when, schedule=schedule))
 
 
 def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:

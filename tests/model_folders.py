@@ -13,10 +13,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from adaptive_lora.cli import main
 from adaptive_lora.config import parse
@@ -84,6 +97,59 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with an encoder-decoder model of 1 + 1 layers whose inputs end with </s>."""
+    folder = str(tmp_path_factory.mktemp("models") / "t5")
+    _tokenizer("$A </s>", pad_token="[PAD]", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=FEED_FORWARD,
+        num_layers=1,
+        num_heads=2,
+        initializer_factor=3.0,
+        pad_token_id=VOCABULARY["[PAD]"],
+        eos_token_id=VOCABULARY["</s>"],
+        decoder_start_token_id=VOCABULARY["[PAD]"],
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with an image encoder of 2 layers for 8 x 8 pixels, and its image processor."""
+    folder = str(tmp_path_factory.mktemp("models") / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        initializer_range=0.3,
+    )
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, count: int) -> str:
+    """Make `count` images of 12 x 10 pixels in two classes that brightness tells apart; return the folder."""
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        low = 150 * (i % 2)
+        pixels = draw.integers(low, low + 100, (10, 12, 3), dtype=np.uint8)
+        file = folder / ("dark", "light")[i % 2] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    return str(folder)
+
+
 def reviews(count: int) -> list[dict[str, str]]:
     """Return `count` different records of two classes that a word tells apart."""
     words = {"positive": ("good", "fine", "great"), "negative": ("bad", "awful", "poor")}
@@ -109,6 +175,38 @@ def instructions(count: int) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
+
+
+def ratings(count: int) -> list[dict[str, Any]]:
+    """Return `count` pairs of texts with a number from 0 to 5 each."""
+    return [
+        {"sentence1": f"the {NUMBERS[i % 4]} is good", "sentence2": f"a {NUMBERS[i // 4 % 4]} day", "label": i % 11 / 2}
+        for i in range(count)
+    ]
+
+
+def articles(count: int) -> list[dict[str, str]]:
+    """Return `count` texts of 10 to 17 words, with a summary."""
+    return [
+        {
+            "text": " ".join(["the", *(NUMBERS[(i + j) % 4] for j in range(8 + i % 8)), "is", OPINIONS[i % 6]]),
+            "summary": f"the day is {OPINIONS[i % 6]}",
+        }
+        for i in range(count)
+    ]
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Return `count` questions in SQuAD's form; contexts of 8 to 40 words, the answer anywhere, of 1 to 2 words."""
+    records = []
+    for i in range(count):
+        words = [("day", "night", "film", "and", "of")[(i + j) % 5] for j in range(8 + i * 7 % 33)]
+        answer = " ".join(("one two", "three", "four")[i % 3].split())
+        words.insert(i * 5 % len(words), answer)
+        context = " ".join(words)
+        answers = {"text": [answer], "answer_start": [context.index(answer)]}
+        records.append({"id": f"q{i}", "question": "the sum is", "context": context, "answers": answers})
+    return records
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> str:

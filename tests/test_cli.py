@@ -75,7 +75,7 @@ def test_a_run_from_flags_leaves_run_adapter_and_figures(files: dict[str, str], 
 def test_an_interrupt_is_exit_code_130_with_the_way_to_go_on(
     files: dict[str, str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def press_ctrl_c(*_: Any) -> None:
+    def press_ctrl_c(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("adaptive_lora.run.load_model", press_ctrl_c)

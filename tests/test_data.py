@@ -110,9 +110,13 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("no.csv", "does not exist"), ("a/b/c", "does not exist"), (".", "is a folder")]
+    ("source", "message"),
+    [("no.csv", "does not exist"), ("a/b/c", "does not exist"), (".", "is a folder without images")],
 )
-def test_a_missing_file_and_a_folder_are_told_apart(source: str, message: str) -> None:
+def test_a_missing_file_and_a_folder_are_told_apart(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         read_table(source)
 
@@ -242,7 +246,8 @@ def test_a_prompt_that_fills_the_limit_is_dropped_and_counted(llama_folder: str,
     """Prompts with an input have 25 tokens here, those without 17: at 25 tokens only the latter reach their answer."""
     file = write_jsonl(tmp_path / "x.jsonl", instructions(40))
     prepared = prepare(llama_folder, file, task="causal_lm", longest=25)
-    dropped = [int(note.split(" dropped")[0].split()[-1]) for note in prepared.task.notes if " dropped" in note]
+    found = [re.search(r"(\d+) records dropped \(no token to learn from\)$", note) for note in prepared.task.notes]
+    dropped = [int(match[1]) for match in found if match]
     assert len(prepared.train) + len(prepared.eval) == 20
     assert sum(dropped) == 20
     assert all(item["labels"][-1] != IGNORED for part in (prepared.train, prepared.eval) for item in part)

@@ -42,7 +42,7 @@ pytest_plugins = ("model_folders",)
 RESULT_KEYS = (
     {"status", "reason", "method", "task", "model", "seed", "metrics", "initial_ranks", "ranks", "train_seconds"}
     | {"lora_parameters", "budget_parameters", "trainable_parameters", "total_parameters"}
-    | {"peak_memory_bytes", "versions", "skipped_steps"}
+    | {"peak_memory_bytes", "versions", "skipped_steps", "metric", "data", "steps"}
 )
 
 
@@ -81,7 +81,8 @@ def test_the_result_says_what_the_recipe_said_and_what_the_tensors_are(finished:
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
-    return load_splits(DataConfig(**yaml.safe_load((folder / "config.yaml").read_text())["data"]))[1].to_list()
+    data = DataConfig(**yaml.safe_load((folder / "config.yaml").read_text())["data"])
+    return load_splits(data).eval.records.to_list()
 
 
 def test_stock_peft_loads_the_adapter_and_reproduces_the_reported_accuracy_and_loss(classification_run: Path) -> None:
@@ -149,7 +150,7 @@ def test_divergence_is_a_failed_run_with_step_and_reason_and_exit_code_3(
     assert (result["status"], result["step"]) == ("failed", 3)
     assert ended.err == f"error: {result['reason']}\n"
     assert "step 3: the loss is nan" in result["reason"]
-    assert set(result) >= RESULT_KEYS - {"train_seconds"}
+    assert set(result) >= RESULT_KEYS - {"train_seconds", "metric", "data", "steps"}
     assert set(result["ranks"].values()) == {4, 2}
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]  # and strict JSON in every line
     assert not (tmp_path / "run" / "adapter").exists()

@@ -46,10 +46,16 @@ def summary_table(run: RunRecord) -> Table:
     )
     if "train_seconds" in result:
         table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
-    for name, value in result["metrics"].items():
-        if name.startswith("eval_") and not name.endswith(("runtime", "per_second")):
-            table.add_row(name.removeprefix("eval_"), "not finite" if value is None else f"{value:.4f}")
+    before = next((row for row in run.metrics if row.get("step") == 0), {})  # there with training.eval_on_start
+    names = [n for n in result["metrics"] if n.startswith("eval_") and not n.endswith(("runtime", "per_second"))]
+    for name in sorted(names, key=lambda name: name != result.get("metric")):
+        start = f"{_number(before[name])} before training, " if name in before else ""
+        table.add_row(name.removeprefix("eval_"), start + _number(result["metrics"][name]))
     return table
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def decision_table(history: Sequence[Decision]) -> Table:
