@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -64,8 +65,11 @@ class AdaptiveTrainerMixin(_Base):
         # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
         self.args.logging_nan_inf_filter = False
         # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of all micro-batches. Only
-        # language models do; the gradient of the others would grow with the number of accumulation steps.
-        if infer_task_type(base_of(self.model)) not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, None):
+        # language models do, and of those not T5 and BART; the gradient of the others would grow with accumulation.
+        base = base_of(self.model)
+        kind, divides = infer_task_type(base), divides_by_items(base)
+        self._scale_by_tokens = kind == TaskType.SEQ_2_SEQ_LM and not divides and self.label_smoother is None
+        if not self._scale_by_tokens and not (kind in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and divides):
             self.model_accepts_loss_kwargs = False
 
     @property
@@ -115,6 +119,23 @@ class AdaptiveTrainerMixin(_Base):
             where = non_finite(model) or first_non_finite_output(model, self._prepare_inputs(inputs))
             self._met_non_finite(model, f"the loss is {loss.item()}", where)
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not self._scale_by_tokens or num_items_in_batch is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        tokens = (inputs["labels"] != -100).sum()
+        loss, outputs = super().compute_loss(model, inputs, True, None, **kwargs)
+        loss = loss * tokens / num_items_in_batch  # from the mean over these tokens to their share of all in the step
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
         return None if self._skipping else self._finite_grad_norm(model, self.args.max_grad_norm)
@@ -196,6 +217,13 @@ class AdaptiveTrainerMixin(_Base):
 
 class AdaptiveTrainer(AdaptiveTrainerMixin, Trainer):
     """The `Trainer` of the command line."""
+
+
+def divides_by_items(model: nn.Module) -> bool:
+    """True when the model's loss is transformers' `loss_function`, which divides by `num_items_in_batch` if it is given;
+    T5 and BART take the mean over their own tokens, whatever they are given."""
+    forward = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return forward is not None and "loss_function" in forward.co_names
 
 
 def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> tuple[str, ...]:
