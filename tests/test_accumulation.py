@@ -34,7 +34,7 @@ def make_bart() -> BartForConditionalGeneration:
     sizes = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
     sides = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in sizes.items()}
     return BartForConditionalGeneration(
-        BartConfig(vocab_size=64, d_model=16, **sides, max_position_embeddings=32, dropout=0.0)
+        BartConfig(vocab_size=64, d_model=16, **sides, max_position_embeddings=32, dropout=0.0, init_std=0.2)
     )
 
 
