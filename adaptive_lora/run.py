@@ -78,15 +78,13 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         overrides["eval_on_start"] = False  # the log of the resumed run has that row
     if dry_run:
         method = _soon(method)
-        overrides |= {"max_steps": DRY_RUN_STEPS, "save_strategy": "no"}
-        if (
-            config.training["eval_strategy"] != "no"
-        ):  # for a method that waits for evaluations: one before the last step
+        overrides |= {"max_steps": DRY_RUN_STEPS, "save_strategy": "no", "load_best_model_at_end": False}
+        if config.training["eval_strategy"] != "no":  # a method that waits for evaluations needs one before the end
             overrides |= {"eval_strategy": "steps", "eval_steps": 1}
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
-    _check_arguments(arguments, task, config.metric)
     splits = load_splits(config.data)
     task.learn(splits.train)
+    _check_arguments(arguments, task, config.metric)
     train, held_out = task.features(splits.train), task.features(splits.eval)
     extra = {name: task.features(split) for name, split in splits.extra.items()}
     if dry_run:  # every record has been looked at; two batches of each part are scored
@@ -245,6 +243,9 @@ def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:
 def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
     """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on without a missing
     optimizer or random-number state."""
+    for path in (checkpoint, *checkpoint.glob("*")):
+        if path.is_symlink():
+            raise IntegrityError(f"{path} is a symbolic link; a checkpoint is resumed only from files of its own")
     state_files = ("trainer_state.json", *([STATE_FILE] if dynamic else []))
     tensor_files = ("adapter_model.safetensors", *([TENSOR_FILE] if dynamic else []))
     for name in (*state_files, *tensor_files, "optimizer.pt", "scheduler.pt", "rng_state*.pth"):
