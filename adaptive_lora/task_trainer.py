@@ -45,6 +45,21 @@ class TaskTrainer(AdaptiveTrainer):
     def _score(self, outcome: EvalPrediction) -> dict[str, float]:
         return self.task.score(outcome.predictions, outcome.label_ids, self.evaluated, self.model)  # type: ignore[arg-type]
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # The Trainer's is a mean over batches, in which the tokens of short records count for more.
+        metrics: Any = output.metrics
+        if f"{metric_key_prefix}_token_loss" in metrics:
+            metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_token_loss"]
+        return output
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return super().get_eval_dataloader(self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def open_run(folder: str | Path, *, model: str | None = None, **generation: Any)
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / RESULT_FILE).is_file():
         raise InputError(f"{folder} holds no finished run; expected {CONFIG_FILE} and {RESULT_FILE} there")
-    result = read_file(folder / RESULT_FILE, "result")
+    try:
+        result = read_file(folder / RESULT_FILE, "result")
+    except InputError as error:
+        raise IntegrityError(f"the result of the run in {folder} cannot be read: {error}") from None
     if not isinstance(result, dict) or result.get("status") != "ok" or not isinstance(result.get("data"), dict):
         reason = result.get("reason") if isinstance(result, dict) else "no result"
         raise InputError(f"the run in {folder} did not succeed: {reason}")
@@ -67,7 +71,9 @@ def open_run(folder: str | Path, *, model: str | None = None, **generation: Any)
     config = config.model_copy(update=changes)
     task = load_task(config)
     base, _ = load_model(config, task)
-    return FinishedRun(config, task, load(base, folder / ADAPTER_FOLDER))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT looks where the base model was
+        return FinishedRun(config, task, load(base, folder / ADAPTER_FOLDER))
 
 
 def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:

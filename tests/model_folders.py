@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -33,7 +34,10 @@ from transformers import (
 
 from adaptive_lora.cli import main
 from adaptive_lora.config import parse
+from adaptive_lora.data import load_splits
+from adaptive_lora.loading import load_task
 from adaptive_lora.run import run
+from adaptive_lora.tasks import Task
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 OPINIONS = ["good", "fine", "great", "bad", "awful", "poor"]
@@ -236,6 +240,22 @@ def recipe(
     for key, value in sections.items():
         values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
     return values
+
+
+class Prepared(NamedTuple):
+    """What a task makes of the training and the evaluation records."""
+
+    train: Dataset
+    eval: Dataset
+    task: Task
+
+
+def prepare(model: str, train: str | Path, *, task: str = "classification", longest: int = 48, **data: Any) -> Prepared:
+    """Return the features of a recipe; `longest` is data.max_length, and `data` its other keys."""
+    config = parse(recipe(model, str(train), "never-made", task=task, data={"max_length": longest, **data}))
+    loaded, splits = load_task(config), load_splits(config.data)
+    loaded.learn(splits.train)
+    return Prepared(loaded.features(splits.train), loaded.features(splits.eval), loaded)
 
 
 @pytest.fixture(scope="session")

@@ -8,20 +8,17 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
-from model_folders import HEADINGS, instructions, recipe, reviews, write_jsonl
+from model_folders import HEADINGS, instructions, prepare, reviews, write_jsonl
 from transformers import AutoTokenizer
 
-from adaptive_lora.config import DataConfig, parse
+from adaptive_lora.config import DataConfig
 from adaptive_lora.data import READERS, load_splits, read_table
 from adaptive_lora.errors import InputError
-from adaptive_lora.loading import load_task
-from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.base import IGNORED
 from adaptive_lora.tasks.causal_lm import prompt_of
 
@@ -41,19 +38,6 @@ def encode(suffix: str, records: list[dict[str, str]]) -> bytes:
         return sink.getvalue().to_pybytes()
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     return ("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\r\n".join(lines) + "\n\n").encode()
-
-
-class Prepared(NamedTuple):
-    train: Dataset
-    eval: Dataset
-    task: Task
-
-
-def prepare(model: str, train: str | Path, *, task: str = "classification", longest: int = 48, **data: Any) -> Prepared:
-    config = parse(recipe(model, str(train), "never-made", task=task, data={"max_length": longest, **data}))
-    loaded, splits = load_task(config), load_splits(config.data)
-    loaded.learn(splits.train)
-    return Prepared(loaded.features(splits.train), loaded.features(splits.eval), loaded)
 
 
 @pytest.mark.parametrize("suffix", READERS)

@@ -29,7 +29,7 @@ class Task(ABC):
     """
 
     auto_class: Any  # transformers' Auto class with the right head
-    metrics: ClassVar[tuple[str, ...]]  # the names `score` may return; the first is reported first unless a recipe says
+    metrics: tuple[str, ...]  # what `score` returns, once learned; the first is reported first unless a recipe says
     needs_outputs: ClassVar[bool] = True  # whether `predict` reads the outputs of a forward pass
     training: ClassVar[dict[str, Any]] = {}  # fields of TrainingArguments that this task needs
 
@@ -37,6 +37,7 @@ class Task(ABC):
         self.data, self.generation = config.data, config.generation
         self.tokenizer, self.model_config = tokenizer, model_config
         self.notes: list[str] = []
+        self.positions = positions(model_config)
         self.longest = self._longest()
 
     def learn(self, split: Split) -> None:
@@ -80,7 +81,7 @@ class Task(ABC):
 
     def _longest(self) -> int:
         """Return the longest input in tokens that recipe, tokenizer and model allow."""
-        limit = min(positions(self.model_config) or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        limit = min(self.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         if self.data.max_length > limit:
             self.notes.append(
                 f"data.max_length {self.data.max_length:,} is more than the model reads: {limit:,} is used"

@@ -35,7 +35,8 @@ class CausalLanguageModelling(WritingTask):
         ends = [self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
         rows = []
-        for row in self._fit(split, lengths, labelled):
+        kept = self._fit(split, lengths, labelled)
+        for row in kept:
             start, ids = starts[row], (starts[row] + ends[row])[: self.longest]
             learned = len(ids) - max(len(start), 1)  # nothing predicts a first token
             if labelled and learned < 1:
@@ -55,8 +56,8 @@ class CausalLanguageModelling(WritingTask):
                 f"{split.source}: no {split.part} record has a token to learn from within {self.longest} tokens; "
                 "raise data.max_length, or check the output column"
             )
-        if len(rows) < len(lengths):
-            self.notes.append(f"{split.part}: {len(lengths) - len(rows):,} records dropped (no token to learn from)")
+        if len(rows) < len(kept):
+            self.notes.append(f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)")
         features = Dataset.from_list(rows)
         if labelled:
             self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")

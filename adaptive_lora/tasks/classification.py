@@ -15,15 +15,18 @@ from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, by_record
 from adaptive_lora.tasks.text import TextTask
 
+METRICS = ("accuracy", "f1", "f1_macro", "matthews")
+
 
 class Classification(TextTask):
     """Accuracy, F1 and Matthews' correlation over the classes seen in training, or those the recipe names."""
 
-    metrics = ("accuracy", "f1", "f1_macro", "matthews")
+    metrics: tuple[str, ...] = METRICS
 
     def learn(self, split: Split) -> None:
         super().learn(split)
         self.learned(classes=class_names(split, self.label, self.data.classes))
+        self.metrics = metrics_of(self.names)
         self.notes.append(
             f"classification of {' + '.join(self.columns)} into {len(self.names)} classes ({', '.join(self.names):.60})"
         )
@@ -90,6 +93,11 @@ def label_counts(split: Split, ids: list[int], names: list[str]) -> str:
     shown = ", ".join(f"{names[index]} {count:,}" for index, count in counts.most_common(8))
     more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
     return f"{split.part}: {shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}"
+
+
+def metrics_of(names: list[str]) -> tuple[str, ...]:
+    """Return the metrics for these classes: F1 of "the positive class" needs two."""
+    return tuple(metric for metric in METRICS if metric != "f1" or len(names) == 2)
 
 
 def head_arguments(names: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,20 +45,25 @@ def generate(
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     texts = [""] * len(prompts)
+    end = sys.maxsize if limit is None or seq2seq else limit
+    rooms = [min(settings.max_new_tokens, end - len(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    if rooms and min(rooms) < 1:
+        raise InputError(
+            f"a prompt of {len(prompts[order[0]]):,} tokens leaves no room in the model's {limit} positions"
+        )
+    # One room for a batch: what a prompt is answered does not depend on its neighbours.
+    batches = [
+        batch
+        for _, group in itertools.groupby(order, key=rooms.__getitem__)
+        for batch in _batches(list(group), settings.batch_size)
+    ]
     training = model.training
     model.eval()
     try:
-        starts = range(0, len(order), settings.batch_size)
-        for start in tqdm(starts, desc="generating", disable=not sys.stderr.isatty() or len(starts) < 2, leave=False):
-            batch = order[start : start + settings.batch_size]
+        for batch in tqdm(batches, desc="generating", disable=not sys.stderr.isatty() or len(batches) < 2, leave=False):
             width = len(prompts[batch[0]])
-            room = settings.max_new_tokens
-            if limit is not None and not seq2seq:
-                room = min(room, limit - width)
-                if room < 1:
-                    raise InputError(f"a prompt of {width} tokens leaves no room in the model's {limit} positions")
-            config.max_new_tokens = room
+            config.max_new_tokens = rooms[batch[0]]
             padding = [width - len(prompts[i]) for i in batch]  # a causal model goes on from the right end
             pad = tokenizer.pad_token_id
             ids = [
@@ -76,3 +82,7 @@ def generate(
     finally:
         model.train(training)
     return texts
+
+
+def _batches(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

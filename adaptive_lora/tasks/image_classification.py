@@ -16,7 +16,15 @@ from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import LENGTH, ROW, Task, by_record
-from adaptive_lora.tasks.classification import class_names, class_rows, head_arguments, label_counts, label_ids
+from adaptive_lora.tasks.classification import (
+    METRICS,
+    class_names,
+    class_rows,
+    head_arguments,
+    label_counts,
+    label_ids,
+    metrics_of,
+)
 from adaptive_lora.tasks.text import LABEL_COLUMNS, label_column
 
 
@@ -27,7 +35,7 @@ class ImageClassification(Task):
     """
 
     auto_class = AutoModelForImageClassification
-    metrics = ("accuracy", "f1", "f1_macro", "matthews")
+    metrics: tuple[str, ...] = METRICS
     # The collator turns the path of an image into its pixels.
     training: ClassVar[dict[str, Any]] = {"remove_unused_columns": False}
     column = "image"
@@ -39,6 +47,7 @@ class ImageClassification(Task):
         split.require(self.column)
         label = label_column(split, self.data.label)
         self.learned(label=label, classes=class_names(split, label, self.data.classes))
+        self.metrics = metrics_of(self.names)
         self.notes.append(f"classification of images into {len(self.names)} classes ({', '.join(self.names):.60})")
 
     def model_arguments(self) -> dict[str, Any]:
@@ -73,7 +82,7 @@ class ImageClassification(Task):
         processor: Any = self.tokenizer
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-            images = [Image.open(item[self.column]).convert("RGB") for item in items]
+            images = [_pixels(item[self.column]) for item in items]
             batch = dict(processor(images=images, return_tensors="pt"))
             if "labels" in items[0]:
                 batch["labels"] = torch.tensor([item["labels"] for item in items])
@@ -89,3 +98,11 @@ class ImageClassification(Task):
 
     def show(self, item: dict[str, Any]) -> str:
         return str(item[self.column])
+
+
+def _pixels(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:  # a cut JPEG has a sound header
+        raise InputError(f"cannot read the image {path}: {error}") from None

@@ -17,7 +17,7 @@ from transformers import DataCollatorForSeq2Seq
 from adaptive_lora.data import Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import IGNORED, ROW, Task, by_record, positions
+from adaptive_lora.tasks.base import IGNORED, ROW, Task, by_record
 from adaptive_lora.tasks.generation import generate
 
 BYTES, PROMPT = "bytes", "prompt_ids"  # columns: bytes of the text that bears loss; what generation starts from
@@ -49,7 +49,7 @@ class WritingTask(Task):
 
     def write(self, prompts: Sequence[list[int]], model: nn.Module) -> list[str]:
         """Return what the model writes after each prompt (token ids)."""
-        return generate(model, self.tokenizer, prompts, self.generation, positions(self.model_config))
+        return generate(model, self.tokenizer, prompts, self.generation, self.positions)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Return the token ids of a prompt for a text a person gives, as in training."""

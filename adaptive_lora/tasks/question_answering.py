@@ -172,10 +172,10 @@ class QuestionAnswering(Task):
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the answers of a record: a text, a list of texts, or SQuAD's {"text": [...]}."""
+    """Return the answers of a record: a text, a list of texts, or SQuAD's {"text": [...]}; an empty text is none."""
     if isinstance(value, dict):
         value = value.get("text")
-    if value is None:
+    if value is None or value == "":
         return []
     return [value] if isinstance(value, str) else list(value)
 

@@ -22,7 +22,7 @@ class TextTask(Task):
 
     def learn(self, split: Split) -> None:
         label = label_column(split, self.data.label)
-        text = self.data.text or _guess_text(split, label)
+        text = self.data.text or _guess_text(split, label, self.data.id)
         columns = [text] if isinstance(text, str) else text
         if not 1 <= len(columns) <= 2:
             raise InputError(f"data.text names {len(columns)} columns; expected one, or a pair")
@@ -68,9 +68,11 @@ def label_column(split: Split, given: str | None) -> str:
     raise InputError(f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label")
 
 
-def _guess_text(split: Split, label: str) -> list[str]:
+def _guess_text(split: Split, label: str, key: str) -> list[str]:
     first = split.records[0]
-    candidates = [column for column in columns_of(split.records) if column != label and isinstance(first[column], str)]
+    candidates = [
+        name for name in columns_of(split.records) if name not in (label, key) and isinstance(first[name], str)
+    ]
     if len(candidates) != 1:
         raise InputError(
             f"{split.source} has {len(candidates)} text columns besides {label!r} ({', '.join(candidates)}); "
