@@ -10,7 +10,6 @@ from datasets import Dataset
 from adaptive_lora.config import RunConfig
 from adaptive_lora.data import load_splits
 from adaptive_lora.loading import load_task
-from adaptive_lora.tasks import Task
 
 SHOWN, LONGEST_SHOWN = 3, 600  # records; characters of one
 
@@ -22,7 +21,7 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
     splits = load_splits(config.data)
     task.learn(splits.train)
     features = {split.part: task.features(split) for split in splits.all}
-    for note in [*task.notes, *_repeats(task, features)]:
+    for note in [*task.notes, *_repeats(features)]:
         yield textwrap.fill(note, width, subsequent_indent="    ")
     train = features[splits.train.part]
     for number in range(min(SHOWN, len(train))):
@@ -34,10 +33,11 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
         yield "\n".join(textwrap.fill(line, width, drop_whitespace=False) for line in shown.split("\n"))
 
 
-def _repeats(task: Task, features: dict[str, Dataset]) -> Iterator[str]:
+def _repeats(features: dict[str, Dataset]) -> Iterator[str]:
     """Yield a line for every split with inputs it shares with the training records, or repeats."""
-    key = "input_ids" if "input_ids" in next(iter(features.values())).column_names else "image"
-    inputs = {part: [str(ids) for ids in table[key]] for part, table in features.items()}
+    if any("input_ids" not in table.column_names for table in features.values()):
+        return
+    inputs = {part: [str(ids) for ids in table["input_ids"]] for part, table in features.items()}
     train_part, *others = inputs
     train = set(inputs[train_part])
     if len(train) < len(inputs[train_part]):

@@ -53,7 +53,7 @@ class DataConfig(_Strict):
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
     too_long: Literal["cut", "drop", "refuse"] = "cut"  # what becomes of a longer one; counted and printed
-    text: str | list[str] | None = None  # one column, or a pair (classification, regression)
+    text: str | list[str] | None = None  # what is read: one column, or a pair (classification, regression)
     label: str | None = None  # classification, regression
     classes: list[str] | None = None  # classification: names of the classes; None reads them off the training split
     instruction: str = "instruction"  # causal_lm, Alpaca-style records

@@ -10,38 +10,32 @@ import shutil
 import sys
 import textwrap
 import time
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora import methods
-from adaptive_lora.adaptation import At
 from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
-from adaptive_lora.budget import Cubic
 from adaptive_lora.callback import AdaptiveRankCallback
-from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.controller import STATE_FILE, TENSOR_FILE, NeverDecidedError
+from adaptive_lora.config import RunConfig
+from adaptive_lora.controller import NeverDecidedError
 from adaptive_lora.data import load_splits
-from adaptive_lora.errors import DivergedError, InputError, IntegrityError, NothingLearnedError, nearest
+from adaptive_lora.dry_run import few, soon, two_steps
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
 from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.loading import load_model, load_task
-from adaptive_lora.recipe import read_recipe
+from adaptive_lora.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
 from adaptive_lora.targets import coverage, find_targets
 from adaptive_lora.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.trainer import MetricsFile, finite, use_progress
 
-CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
-ADAPTER_FOLDER, CHECKPOINT_FOLDER = "adapter", "checkpoints"
+METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
 LEARNED = {"text", "label", "classes", "unanswerable"}  # keys of `data` that the training records may complete
-DRY_RUN_STEPS = 2
 WIDTH = 100  # columns of the terminal
 
 
@@ -56,7 +50,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
     `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that cannot be resumed as asked).
     """
     folder = Path(config.output)
-    checkpoint = _check_folder(folder, config, resume=resume)
+    checkpoint = check_folder(folder, config, resume=resume)
     existed = folder.is_dir()
     try:
         return _train(config, folder, checkpoint, dry_run=dry_run)
@@ -77,20 +71,18 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     if checkpoint is not None:
         overrides["eval_on_start"] = False  # the log of the resumed run has that row
     if dry_run:
-        method = _soon(method)
-        overrides |= {"max_steps": DRY_RUN_STEPS, "save_strategy": "no", "load_best_model_at_end": False}
-        if config.training["eval_strategy"] != "no":  # a method that waits for evaluations needs one before the end
-            overrides |= {"eval_strategy": "steps", "eval_steps": 1}
+        method = soon(method)
+        overrides |= two_steps(config)
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
     splits = load_splits(config.data)
     task.learn(splits.train)
     _check_arguments(arguments, task, config.metric)
     train, held_out = task.features(splits.train), task.features(splits.eval)
     extra = {name: task.features(split) for name, split in splits.extra.items()}
-    if dry_run:  # every record has been looked at; two batches of each part are scored
-        few = DRY_RUN_STEPS * arguments.eval_batch_size
-        held_out = held_out.take(min(few, len(held_out)))
-        extra = {name: features.take(min(few, len(features))) for name, features in extra.items()}
+    if dry_run:  # every record has been looked at
+        held_out = few(held_out, arguments)
+        extra = {name: few(features, arguments) for name, features in extra.items()}
+
     set_seed(config.seed)  # the head and A are drawn here
     base, newly_drawn = load_model(config, task, random_weights=dry_run)
     notes = coverage(base, find_targets(base, config.adapters.targets))
@@ -160,19 +152,6 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     return result
 
 
-def _soon(method: methods.Method) -> methods.Method:
-    """Return the method with its decisions in a dry run: after step 1, and after each when there are several. Times given
-    in steps, such as 200 of warm-up, would not fit."""
-    adaptation = method.adaptation
-    if adaptation is None or not isinstance(adaptation.when, At):
-        return method
-    when, schedule = adaptation.when, adaptation.schedule
-    when = replace(when, start=1, rest=None if when.rest is None else 0, every=1)
-    if isinstance(schedule, Cubic):
-        schedule = replace(schedule, initial=0, final=0)
-    return replace(method, adaptation=replace(adaptation, when=when, schedule=schedule))
-
-
 def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
     """Raise `InputError` for what the Trainer would find out only when it gets there."""
     if metric is not None and metric not in task.metrics:
@@ -191,93 +170,6 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
 
 def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:
     return [AdaptiveRankCallback(method, folder / HISTORY_FILE)] if method.adaptation is not None else []
-
-
-def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
-    """Return the checkpoint to resume from, or None for a fresh run. Raises unless the folder is fit for it."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder} is a file; expected a folder")
-    holds_run = folder.is_dir() and any(folder.iterdir())
-    if not resume:
-        if holds_run:
-            raise InputError(
-                f"output folder {folder} is not empty; use --resume to go on with the run there, or another folder"
-            )
-        return None
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
-    try:
-        before = parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE)
-    except InputError as error:
-        raise IntegrityError(f"the run in {folder} cannot be resumed: {error}") from None
-    differing = _differences(before, config)
-    if differing:
-        raise IntegrityError(f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}")
-    checkpoints = folder / CHECKPOINT_FOLDER
-    dynamic = methods.build(config.method.name, config.method.arguments).adaptation is not None
-    return _newest_whole_checkpoint(checkpoints, dynamic=dynamic)
-
-
-def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:
-    """Return the newest checkpoint that is whole, and say which newer ones are not: a kill in mid-save leaves one."""
-
-    def number(path: Path) -> str:
-        return path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-
-    found = (path for path in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(path).isdecimal())
-    refused = []
-    for checkpoint in sorted(found, key=lambda path: int(number(path)), reverse=True):
-        try:
-            _check_checkpoint(checkpoint, dynamic=dynamic)
-        except IntegrityError as error:
-            refused.append(str(error))
-            continue
-        for reason in refused:
-            print(f"{reason}; resuming from {checkpoint.name}", flush=True)
-        return str(checkpoint)
-    if refused:
-        raise IntegrityError(f"{'; '.join(refused)}; remove {checkpoints} to train from the start with --resume")
-    return None
-
-
-def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
-    """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on without a missing
-    optimizer or random-number state."""
-    for path in (checkpoint, *checkpoint.glob("*")):
-        if path.is_symlink():
-            raise IntegrityError(f"{path} is a symbolic link; a checkpoint is resumed only from files of its own")
-    state_files = ("trainer_state.json", *([STATE_FILE] if dynamic else []))
-    tensor_files = ("adapter_model.safetensors", *([TENSOR_FILE] if dynamic else []))
-    for name in (*state_files, *tensor_files, "optimizer.pt", "scheduler.pt", "rng_state*.pth"):
-        if not any(checkpoint.glob(name)):
-            raise IntegrityError(f"the checkpoint {checkpoint} has no {name}")
-    try:
-        for name in state_files:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        for name in tensor_files:
-            with safe_open(checkpoint / name, framework="pt"):
-                pass
-        for file in [
-            *checkpoint.glob("*.pt"),
-            *checkpoint.glob("*.pth"),
-        ]:  # zip archives with a checksum for every entry
-            with zipfile.ZipFile(file) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("bad checksum")
-    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"the checkpoint {checkpoint} is damaged: {error}") from error
-
-
-def _differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """Return the dotted keys whose values differ, except where the run is stored."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
-
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
 
 
 def _describe(model: PeftModel, method: methods.Method) -> str:

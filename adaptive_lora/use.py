@@ -20,7 +20,8 @@ from adaptive_lora.data import Split, columns_of, load_splits, numbered, read_ta
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.loading import load_model, load_task
 from adaptive_lora.recipe import read_file, read_recipe
-from adaptive_lora.run import ADAPTER_FOLDER, CONFIG_FILE, RESULT_FILE
+from adaptive_lora.resuming import CONFIG_FILE
+from adaptive_lora.run import ADAPTER_FOLDER, RESULT_FILE
 from adaptive_lora.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.language_model import WritingTask
@@ -73,7 +74,10 @@ def open_run(folder: str | Path, *, model: str | None = None, **generation: Any)
     base, _ = load_model(config, task)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT looks where the base model was
-        return FinishedRun(config, task, load(base, folder / ADAPTER_FOLDER))
+        loaded = load(base, folder / ADAPTER_FOLDER)
+    with tempfile.TemporaryDirectory() as empty:
+        device = config.training_arguments(output_dir=empty).device  # the one a Trainer would use
+    return FinishedRun(config, task, loaded.to(device))
 
 
 def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:

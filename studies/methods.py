@@ -38,7 +38,8 @@ from adaptive_lora.hub import locate_model
 from adaptive_lora.recipe import read_recipe
 from adaptive_lora.report import read_run
 from adaptive_lora.report.tables import show
-from adaptive_lora.run import CONFIG_FILE, RESULT_FILE, run
+from adaptive_lora.resuming import CONFIG_FILE
+from adaptive_lora.run import RESULT_FILE, run
 from adaptive_lora.targets import find_targets
 
 BASELINE = "lora"

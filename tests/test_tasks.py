@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -135,6 +136,21 @@ def test_a_table_of_images_says_paths_as_they_are_seen_from_it(vit_folder: str, 
     rows[4]["image"] = "images/none.png"
     with pytest.raises(InputError, match=r"x.jsonl, record 5: cannot read the image .*none.png"):
         prepare(vit_folder, write_jsonl(tmp_path / "x.jsonl", rows), task="image_classification", eval_size=4)
+
+
+def test_a_table_that_holds_the_images_themselves_gives_the_same_pixels(vit_folder: str, tmp_path: Path) -> None:
+    """As hub data sets do; the column may have another name."""
+    folder = pictures(tmp_path / "images", 8)
+    files = sorted(Path(folder).rglob("*.png"))
+    columns = {"picture": [str(file) for file in files], "label": [file.parent.name for file in files]}
+    file = str(tmp_path / "images.parquet")
+    datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).to_parquet(file)
+    batches = []
+    for source, data in ((folder, {}), (file, {"text": "picture"})):
+        prepared = prepare(vit_folder, source, task="image_classification", eval_size=2, **data)
+        batches.append(prepared.task.collator()(list(prepared.train)))
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
 
 
 def test_a_damaged_image_is_named_before_training(vit_folder: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image classification: a folder with one folder of images for each class, or a table with paths and labels."""
+"""Image classification: a folder with one folder of images for each class, or a table of images (or paths) and labels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -38,7 +39,6 @@ class ImageClassification(Task):
     metrics: tuple[str, ...] = METRICS
     # The collator turns the path of an image into its pixels.
     training: ClassVar[dict[str, Any]] = {"remove_unused_columns": False}
-    column = "image"
 
     def _longest(self) -> int:
         return self.data.max_length  # an image has no length
@@ -58,11 +58,30 @@ class ImageClassification(Task):
         return self.data.classes or []
 
     @property
+    def column(self) -> str:
+        return self.data.text if isinstance(self.data.text, str) else "image"
+
+    @property
     def label(self) -> str:
         return self.data.label or LABEL_COLUMNS[0]
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(self.column, *([self.label] if labelled else []))
+        rows = range(len(split.records))
+        columns: dict[str, Any] = {ROW: list(rows), LENGTH: [1] * len(rows)}
+        if isinstance(
+            split.records.features[self.column], datasets.Image
+        ):  # a hub data set holds the images themselves
+            images = split.records.select_columns([self.column])
+        else:
+            images = Dataset.from_dict({self.column: self._paths(split)})
+        if labelled:
+            columns["labels"] = label_ids(split, self.label, self.names)
+            self.notes.append(label_counts(split, columns["labels"], self.names))
+        return concatenate_datasets([images, Dataset.from_dict(columns)], axis=1)
+
+    def _paths(self, split: Split) -> list[str]:
+        """Return the paths of the images, each of which can be opened."""
         paths = split.texts(self.column)
         if not Path(split.source).is_dir():  # a table: paths as they are seen from it
             paths = [str(Path(split.source).parent / path) for path in paths]
@@ -72,11 +91,7 @@ class ImageClassification(Task):
                     image.verify()
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
                 raise InputError(f"{split.at(record)}: cannot read the image {path}: {error}") from None
-        columns: dict[str, Any] = {self.column: paths, ROW: list(range(len(paths))), LENGTH: [1] * len(paths)}
-        if labelled:
-            columns["labels"] = label_ids(split, self.label, self.names)
-            self.notes.append(label_counts(split, columns["labels"], self.names))
-        return Dataset.from_dict(columns)
+        return paths
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         processor: Any = self.tokenizer
@@ -100,9 +115,11 @@ class ImageClassification(Task):
         return str(item[self.column])
 
 
-def _pixels(path: str) -> Image.Image:
+def _pixels(value: str | Image.Image) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
     try:
-        with Image.open(path) as image:
+        with Image.open(value) as image:
             return image.convert("RGB")
     except OSError as error:  # a cut JPEG has a sound header
-        raise InputError(f"cannot read the image {path}: {error}") from None
+        raise InputError(f"cannot read the image {value}: {error}") from None

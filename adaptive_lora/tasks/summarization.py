@@ -41,8 +41,10 @@ class Summarization(WritingTask):
         prompt = self.data.prompt or (f"{{{column}}}" if self.seq2seq else f"{{{column}}}\n\nSummary:\n")
         if template_columns(prompt) != [column]:
             raise InputError(f"data.prompt {prompt!r}: expected the column {{{column}}} once, and no other")
-        self.before, self.after = (part.format() for part in prompt.split(f"{{{column}}}"))
-        self._opening, self._closing = self._special_ids()
+        before, after = (part.format() for part in prompt.split(f"{{{column}}}"))
+        opening, closing = self._special_ids()
+        self._before = [*opening, *(self._text_ids(before) if before else [])]
+        self._after = [*(self._text_ids(after) if after else []), *closing]
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(self.column, *([self.data.summary] if labelled else []))
@@ -91,7 +93,8 @@ class Summarization(WritingTask):
 
     def _room(self) -> int:
         """Return the tokens of a text that fit."""
-        fixed = len(self._prompt([])) + (0 if self.seq2seq else self.data.max_target_length)
+        around = len(self._before) + len(self._after)
+        fixed = around + (0 if self.seq2seq else self.data.max_target_length)
         if self.longest - fixed < 1:
             raise InputError(
                 f"inputs of {self.longest} tokens leave no room for a text: {fixed} are taken by the template"
@@ -100,9 +103,7 @@ class Summarization(WritingTask):
         return self.longest - fixed
 
     def _prompt(self, text: list[int]) -> list[int]:
-        room = self._room() if text else 0
-        before, after = (self._text_ids(part) if part else [] for part in (self.before, self.after))
-        return [*self._opening, *before, *text[:room], *after, *self._closing]
+        return [*self._before, *text[: self._room()], *self._after]
 
     def _target(self, summary: str) -> list[int]:
         if self.seq2seq:
