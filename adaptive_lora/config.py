@@ -75,7 +75,10 @@ class GenerationConfig(_Strict):
     """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always greedy or beam search."""
 
     max_new_tokens: Positive = 128
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
     num_beams: Positive = 1
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # of beams; above 0 favours longer texts
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0  # no run of so many tokens twice; 0: no such rule
     batch_size: Positive = 16
     rows: Positive | None = None  # how many evaluation records are generated for at each evaluation; None: all
 

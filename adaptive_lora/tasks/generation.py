@@ -40,7 +40,9 @@ def generate(
     config = copy.deepcopy(base.generation_config)
     config.update(
         do_sample=False, num_beams=settings.num_beams, temperature=None, top_p=None, top_k=None, max_length=None,
-        early_stopping=settings.num_beams > 1, pad_token_id=tokenizer.pad_token_id,
+        early_stopping=settings.num_beams > 1, min_new_tokens=settings.min_new_tokens or None,
+        length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size or None, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
