@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PydanticSchemaGenerationError,
@@ -29,6 +30,15 @@ from adaptive_lora.presets import expand
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
 Location = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~ is the home folder, or a hub name
+
+
+def _class_name(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise InputError(f"data.classes holds {value}: YAML reads a bare yes, no, on or off so; put it in quotes")
+    return str(value) if isinstance(value, int | float) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_class_name)]
 
 
 class _Strict(BaseModel):
@@ -55,7 +65,12 @@ class DataConfig(_Strict):
     too_long: Literal["cut", "drop", "refuse"] = "cut"  # what becomes of a longer one; counted and printed
     text: str | list[str] | None = None  # what is read: one column, or a pair (classification, regression)
     label: str | None = None  # classification, regression
-    classes: list[str] | None = None  # classification: names of the classes; None reads them off the training split
+    classes: list[ClassName] | None = (
+        None  # classification: names of the classes; None reads them off the training split
+    )
+    class_numbers: bool = (
+        False  # whether a label may be the number of a class; turned on by giving classes without numbers
+    )
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
     output: str = "output"  # causal_lm: what is learned, after the prompt

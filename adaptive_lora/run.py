@@ -35,7 +35,13 @@ from adaptive_lora.tasks import Task
 from adaptive_lora.trainer import MetricsFile, finite, use_progress
 
 METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
-LEARNED = {"text", "label", "classes", "unanswerable"}  # keys of `data` that the training records may complete
+LEARNED = {
+    "text",
+    "label",
+    "classes",
+    "class_numbers",
+    "unanswerable",
+}  # keys of `data` that the training records may complete
 WIDTH = 100  # columns of the terminal
 
 
@@ -108,13 +114,15 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
             on_non_finite=config.on_non_finite,
             max_skipped=config.max_skipped,
         )
+        main_process = trainer.is_world_process_zero()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        if main_process:
+            (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"training: {error}") from error
-    for note in [*task.notes, *notes, _describe(model, method)]:
+    for note in [*task.notes, *notes, _describe(model, method)] if main_process else []:
         print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
     use_progress(trainer)
 
@@ -126,8 +134,9 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         metrics = _final_metrics(trainer)
         for name, features in extra.items():
             metrics |= trainer.evaluate(features, metric_key_prefix=f"eval_{name}")
-        save(model, folder / ADAPTER_FOLDER)
-        task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+        if main_process:
+            save(model, folder / ADAPTER_FOLDER)
+            task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
     except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
         good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
@@ -135,7 +144,8 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         if isinstance(error, DivergedError):
             failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
-        _write_result(folder, {**failure, **_facts(config, model, method, initial_ranks), "metrics": {}})
+        if main_process:
+            _write_result(folder, {**failure, **_facts(config, model, method, initial_ranks), "metrics": {}})
         raise
     result = {
         "status": "ok",
@@ -148,7 +158,8 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         "skipped_steps": trainer.skipped_steps,
         "train_seconds": seconds,
     }
-    _write_result(folder, result)
+    if main_process:
+        _write_result(folder, result)
     return result
 
 

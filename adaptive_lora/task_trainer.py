@@ -61,6 +61,7 @@ class TaskTrainer(AdaptiveTrainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        vars(self).pop("_eval_dataloaders", None)  # kept under one name for all sets, with persistent workers
         return super().get_eval_dataloader(self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

@@ -294,15 +294,18 @@ def finite(value: Any) -> Any:
     return value
 
 
-_SHOWN = {
-    "loss", "accuracy", "f1", "matthews", "pearson", "rougeLsum", "match", "perplexity", "byte", "norm", "rate"
-}  # fmt: skip
+_SHOWN = (
+    "loss", "grad_norm", "learning_rate", "accuracy", "f1", "matthews", "pearson", "rougeLsum", "exact_match", "perplexity",
+    "bits_per_byte",
+)  # fmt: skip
 
 
 def log_line(state: Any, logs: dict[str, Any]) -> str:
     """Return what a person wants of a log row in one line, "" when there is nothing."""
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k.split("_")[-1] in _SHOWN)
-    return f"step {state.global_step:>6}/{state.max_steps}  {shown}" if shown else ""
+    wanted = [k for k in logs if k.endswith(tuple(f"_{name}" for name in _SHOWN)) or k in _SHOWN]
+    shown = "  ".join(f"{k.removeprefix('eval_')} {logs[k]:.4g}" for k in wanted if not k.endswith("token_loss"))
+    what = "eval  " if any(k.startswith("eval_") for k in wanted) else ""
+    return f"step {state.global_step:>6}/{state.max_steps}  {what}{shown}" if shown else ""
 
 
 class PlainProgress(TrainerCallback):

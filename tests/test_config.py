@@ -97,7 +97,7 @@ def test_yaml_exponents_are_numbers_in_every_float_field_of_training(tmp_path: P
         ("training=3", "training is 3"),
         ("data=x.csv", "data is 'x.csv'"),
         ("data.text=3", "data.text is 3"),
-        ("data.classes=[0, 1]", "data.classes is 0"),
+        ("data.classes=[yes, no]", "data.classes holds True"),
         ("data.eval_size=0", "data.eval_size is 0"),
         ("data.eval_size=2.5", "data.eval_size is 2.5"),
         ("data.max_length=-1", "data.max_length is -1"),

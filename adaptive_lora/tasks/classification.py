@@ -1,7 +1,8 @@
-"""Sequence classification: one text or a pair of texts, one label."""
+"""Classes: of one text or a pair of texts (sequence classification), and what every task with classes shares."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -12,106 +13,129 @@ from torch import nn
 from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import ROW, by_record
-from adaptive_lora.tasks.text import TextTask
-
-METRICS = ("accuracy", "f1", "f1_macro", "matthews")
+from adaptive_lora.tasks.base import ROW, Task, by_record
+from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 
 
-class Classification(TextTask):
-    """Accuracy, F1 and Matthews' correlation over the classes seen in training, or those the recipe names."""
+class ClassTask(Task):
+    """A task whose label is one of several classes: those seen in training, or those the recipe names.
 
-    metrics: tuple[str, ...] = METRICS
+    A label is a class by its text (1, 1.0 and "1" are one class). Where the recipe names the classes, and none of the names is
+    a number, it may also be the number of a class, from 0; in a `ClassLabel` column, as hub data sets have, it always is.
+    """
+
+    metrics: tuple[str, ...] = ("accuracy", "f1", "f1_macro", "matthews")
 
     def learn(self, split: Split) -> None:
-        super().learn(split)
-        self.learned(classes=class_names(split, self.label, self.data.classes))
-        self.metrics = metrics_of(self.names)
-        self.notes.append(
-            f"classification of {' + '.join(self.columns)} into {len(self.names)} classes ({', '.join(self.names):.60})"
-        )
-
-    def model_arguments(self) -> dict[str, Any]:
-        return head_arguments(self.names)
+        label = label_column(split, self.data.label)
+        given = self.data.classes
+        names = given if given is not None else _names(split, label)
+        if len(set(names)) < len(names):
+            raise InputError(f"data.classes names a class twice: {names}")
+        self.learned(label=label, classes=names, class_numbers=given is not None and not any(map(_is_number, names)))
+        present = sorted({names[index] for index in self._ids(split)})
+        if len(present) < 2:
+            raise InputError(f"{split.source}: column {label!r} holds one class only, {present}; nothing to classify")
+        if len(names) != 2:  # F1 of "the positive class" needs two
+            self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
 
     @property
     def names(self) -> list[str]:
         return self.data.classes or []
 
+    @property
+    def label(self) -> str:
+        return self.data.label or LABEL_COLUMNS[0]
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.names),
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: index for index, name in enumerate(self.names)},
+        }
+
     def labels(self, split: Split) -> list[int]:
-        ids = label_ids(split, self.label, self.names)
-        self.notes.append(label_counts(split, ids, self.names))
+        """Return the class number of each record. Raises `InputError` at the first label outside the classes."""
+        ids = self._ids(split)
+        counts = Counter(ids)
+        shown = ", ".join(f"{self.names[index]:.30} {count:,}" for index, count in counts.most_common(8))
+        more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
+        self.notes.append(f"{split.part}: {shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}")
         return ids
 
     def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
         return metrics.classification(outputs, labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
-        return by_record(features[ROW], class_rows(outputs, self.names))
+        shifted = np.exp(outputs - np.max(outputs, axis=-1, keepdims=True))
+        probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
+        best = probabilities.argmax(axis=-1)
+        rows = [
+            {"prediction": self.names[index], "probability": float(row[index])}
+            for index, row in zip(best, probabilities, strict=True)
+        ]
+        return by_record(features[ROW], rows)
+
+    def _listed(self) -> str:
+        shown = ", ".join(f"{name:.30}" for name in self.names[:6])
+        return f"{len(self.names)} classes ({shown}{', ...' if len(self.names) > 6 else ''})"
+
+    def _ids(self, split: Split) -> list[int]:
+        by_name = {name: index for index, name in enumerate(self.names)}
+        numbered = isinstance(split.records.features[self.label], ClassLabel)
+        ids = []
+        for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
+            name = _name(split, record, self.label, value)
+            index = None if numbered else by_name.get(name)
+            if (
+                index is None
+                and (numbered or self.data.class_numbers)
+                and name.isdecimal()
+                and int(name) < len(self.names)
+            ):
+                index = int(name)
+            if index is None:
+                unseen = "" if split.part == "training" else (
+                    " of the training records; name all classes with data.classes, or give evaluation records of your own"
+                )  # fmt: skip
+                raise InputError(
+                    f"{split.at(record)}: label {value!r} in column {self.label!r} is outside the classes {self.names}{unseen}"
+                )
+            ids.append(index)
+        return ids
 
 
-def class_names(split: Split, label: str, given: list[str] | None) -> list[str]:
-    """Return the recipe's classes, or those of the training records; integers sort as numbers. One alone is an error."""
+class Classification(ClassTask, TextTask):
+    """Accuracy, F1 and Matthews' correlation of classes of texts."""
+
+    def learn(self, split: Split) -> None:
+        TextTask.learn(self, split)
+        ClassTask.learn(self, split)
+        self.notes.append(f"classification of {' + '.join(self.columns)} into {self._listed()}")
+
+
+def _names(split: Split, label: str) -> list[str]:
+    """Return the classes of the training records; numbers sort as numbers, so that class 10 comes after class 9."""
     feature = split.records.features[label]
-    values = list(split.records[label])
-    if given is not None:
-        if len(set(given)) < len(given):
-            raise InputError(f"data.classes names a class twice: {given}")
-        names = given
-    elif isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    else:
-        for record, value in zip(split.records[RECORD], values, strict=True):
-            if value is None or isinstance(value, list | dict):
-                raise InputError(f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number")
-        names = [str(value) for value in sorted(set(values))]
-    if len(names) < 2 or len(set(values)) < 2:
-        present = names if len(names) < 2 else sorted({str(value) for value in values})
-        raise InputError(f"{split.source}: column {label!r} holds one class only, {present}; nothing to classify")
-    return names
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    found = {_name(split, n, label, v) for n, v in zip(split.records[RECORD], split.records[label], strict=True)}
+    return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
 
 
-def label_ids(split: Split, label: str, names: list[str]) -> list[int]:
-    """Return the class number of each record. Raises `InputError` at the first label outside the classes."""
-    by_name = {name: index for index, name in enumerate(names)}
-    is_class_label = isinstance(split.records.features[label], ClassLabel)
-    is_index = is_class_label or not any(name.lstrip("-").isdigit() for name in names)
-    ids = []
-    for record, value in zip(split.records[RECORD], split.records[label], strict=True):
-        index = by_name.get(str(value))
-        if index is None and is_index and isinstance(value, int) and 0 <= value < len(names):
-            index = value  # a class number beside class names: GLUE's files with data.classes given
-        if index is None:
-            raise InputError(f"{split.at(record)}: label {value!r} in column {label!r} is outside the classes {names}")
-        ids.append(index)
-    return ids
+def _name(split: Split, record: int, label: str, value: Any) -> str:
+    """Return the class a label means, as text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with gaps, or saved by pandas
+    text = str(value)
+    odd = value is None or isinstance(value, list | dict) or (isinstance(value, float) and math.isnan(value))
+    if odd or not text.strip():
+        raise InputError(f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number")
+    return text
 
 
-def label_counts(split: Split, ids: list[int], names: list[str]) -> str:
-    """Return a line that says how often each class occurs."""
-    counts = Counter(ids)
-    shown = ", ".join(f"{names[index]} {count:,}" for index, count in counts.most_common(8))
-    more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
-    return f"{split.part}: {shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}"
-
-
-def metrics_of(names: list[str]) -> tuple[str, ...]:
-    """Return the metrics for these classes: F1 of "the positive class" needs two."""
-    return tuple(metric for metric in METRICS if metric != "f1" or len(names) == 2)
-
-
-def head_arguments(names: list[str]) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained` of a model with these classes."""
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-
-
-def class_rows(logits: Any, names: list[str]) -> list[dict[str, Any]]:
-    """Return the class and its probability for each row of logits (N, C)."""
-    shifted = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
-    best = probabilities.argmax(axis=-1)
-    return [{"prediction": names[i], "probability": float(row[i])} for i, row in zip(best, probabilities, strict=True)]
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False

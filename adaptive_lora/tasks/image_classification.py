@@ -10,33 +10,21 @@ import datasets
 import torch
 from datasets import Dataset, concatenate_datasets
 from PIL import Image, UnidentifiedImageError
-from torch import nn
 from transformers import AutoModelForImageClassification
 
 from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import LENGTH, ROW, Task, by_record
-from adaptive_lora.tasks.classification import (
-    METRICS,
-    class_names,
-    class_rows,
-    head_arguments,
-    label_counts,
-    label_ids,
-    metrics_of,
-)
-from adaptive_lora.tasks.text import LABEL_COLUMNS, label_column
+from adaptive_lora.tasks.base import LENGTH, ROW
+from adaptive_lora.tasks.classification import ClassTask
 
 
-class ImageClassification(Task):
+class ImageClassification(ClassTask):
     """Accuracy, F1 and Matthews' correlation. Images are read when their batch is made, and checked before training.
 
     Args: as `Task`; `tokenizer` is the model's image processor, which resizes and normalises.
     """
 
     auto_class = AutoModelForImageClassification
-    metrics: tuple[str, ...] = METRICS
     # The collator turns the path of an image into its pixels.
     training: ClassVar[dict[str, Any]] = {"remove_unused_columns": False}
 
@@ -45,25 +33,12 @@ class ImageClassification(Task):
 
     def learn(self, split: Split) -> None:
         split.require(self.column)
-        label = label_column(split, self.data.label)
-        self.learned(label=label, classes=class_names(split, label, self.data.classes))
-        self.metrics = metrics_of(self.names)
-        self.notes.append(f"classification of images into {len(self.names)} classes ({', '.join(self.names):.60})")
-
-    def model_arguments(self) -> dict[str, Any]:
-        return head_arguments(self.names)
-
-    @property
-    def names(self) -> list[str]:
-        return self.data.classes or []
+        super().learn(split)
+        self.notes.append(f"classification of images into {self._listed()}")
 
     @property
     def column(self) -> str:
         return self.data.text if isinstance(self.data.text, str) else "image"
-
-    @property
-    def label(self) -> str:
-        return self.data.label or LABEL_COLUMNS[0]
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(self.column, *([self.label] if labelled else []))
@@ -76,8 +51,7 @@ class ImageClassification(Task):
         else:
             images = Dataset.from_dict({self.column: self._paths(split)})
         if labelled:
-            columns["labels"] = label_ids(split, self.label, self.names)
-            self.notes.append(label_counts(split, columns["labels"], self.names))
+            columns["labels"] = self.labels(split)
         return concatenate_datasets([images, Dataset.from_dict(columns)], axis=1)
 
     def _paths(self, split: Split) -> list[str]:
@@ -105,14 +79,9 @@ class ImageClassification(Task):
 
         return collate
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
-        return metrics.classification(outputs, labels)
-
-    def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
-        return by_record(features[ROW], class_rows(outputs, self.names))
-
     def show(self, item: dict[str, Any]) -> str:
-        return str(item[self.column])
+        value = item[self.column]
+        return str(value) if isinstance(value, str) else f"an image of {value.width} x {value.height}, {value.mode}"
 
 
 def _pixels(value: str | Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -21,6 +22,8 @@ class TextTask(Task):
     auto_class = AutoModelForSequenceClassification
 
     def learn(self, split: Split) -> None:
+        if Path(split.source).is_dir():
+            raise InputError(f"{split.source} is a folder of images; use --task image_classification, or give a file of texts")
         label = label_column(split, self.data.label)
         text = self.data.text or _guess_text(split, label, self.data.id)
         columns = [text] if isinstance(text, str) else text
