@@ -83,10 +83,8 @@ def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
         for name in tensor_files:
             with safe_open(checkpoint / name, framework="pt"):
                 pass
-        for file in [
-            *checkpoint.glob("*.pt"),
-            *checkpoint.glob("*.pth"),
-        ]:  # zip archives with a checksum for every entry
+        # Zip archives, with a checksum for every entry.
+        for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("bad checksum")
