@@ -12,6 +12,7 @@ from datasets import Dataset
 from model_folders import Prepared, prepare, questions, recipe, rows_of, write_jsonl
 
 from adaptive_lora.config import parse
+from adaptive_lora.data import load_splits
 from adaptive_lora.errors import InputError
 from adaptive_lora.run import run
 from adaptive_lora.tasks.base import ROW
@@ -109,7 +110,16 @@ def unanswerable(form: Any) -> dict[str, Any]:
     return {"id": "none", "question": "the sum is", "context": "day night and film", "answers": form}
 
 
-@pytest.mark.parametrize("form", [{"text": [], "answer_start": []}, None])
+EMPTY = [
+    {"text": [], "answer_start": []},
+    None,
+    {"text": [""], "answer_start": [0]},
+    {"text": [" "], "answer_start": [0]},
+    {"text": ["", ""], "answer_start": [-1, -1]},
+]
+
+
+@pytest.mark.parametrize("form", EMPTY)
 def test_a_record_without_an_answer_teaches_to_answer_nothing(form: Any, bert_folder: str, tmp_path: Path) -> None:
     prepared = prepared_questions(bert_folder, tmp_path, [*questions(9), unanswerable(form)])
     assert prepared.task.data.unanswerable
@@ -147,7 +157,7 @@ def test_answering_nothing_is_not_learned_from_records_that_all_have_answers(ber
         (
             {"answers": {"text": ["one"], "answer_start": [2]}},
             {},
-            r"record 4: the answer 'one' is not in the context at character \[2\]",
+            r"record 4: the answer 'one' is not in the context at character 2;",
         ),
         (
             {"answers": {"text": ["poor"], "answer_start": None}},
@@ -157,6 +167,17 @@ def test_answering_nothing_is_not_learned_from_records_that_all_have_answers(ber
         ({"answers": {"text": ["one"], "answer_start": []}}, {}, "record 4: 1 answers and 0 values of 'answer_start'"),
         ({"question": "the sum " * 9}, {}, "record 4: a question of 18 tokens leaves 0 of 20 for the context"),
         ({"question": "the sum " * 7}, {}, "record 4: a question of 14 tokens leaves 3 of 20 .* data.stride 4"),
+        ({"question": "the sum " * 9}, {"too_long": "refuse"}, "record 4: a question of 18 tokens leaves 0"),
+        (
+            {"answers": {"text": ["one"], "answer_start": [2.5]}},
+            {},
+            "record 4: the answer 'one' is not .* character 2.5;",
+        ),
+        (
+            {"answers": {"text": [None], "answer_start": [2]}},
+            {},
+            "record 4: the answer is None; expected text, a whole",
+        ),
         ({"question": " "}, {}, "record 4: column 'question' is ' '"),
         ({"context": ""}, {}, "record 4: column 'context' is ''"),
         ({}, {"context": "contxt"}, r"no column 'contxt'\. Did you mean 'context'\?"),
@@ -177,6 +198,93 @@ def test_records_without_any_answer_are_refused(bert_folder: str, tmp_path: Path
         prepared_questions(
             bert_folder, tmp_path, [unanswerable({"text": [], "answer_start": []})] * 3, duplicate_ids="keep"
         )
+
+
+CONTEXTS = {"spaces": "day and three is one", "years": "day 1999 and one"}
+
+
+def one_of_each(**change: Any) -> list[dict[str, Any]]:
+    return [{"question": "the sum is", "context": CONTEXTS["spaces"]} | change] * 3
+
+
+@pytest.mark.parametrize("start", [7, None])
+@pytest.mark.parametrize("text", [" three", " three ", "three ", "\tthree"])
+def test_white_space_around_an_answer_is_not_part_of_it(
+    text: str, start: int | None, bert_folder: str, tmp_path: Path
+) -> None:
+    at = start if start is None or text[0].isspace() else start + 1
+    records = one_of_each(answers={"text": [text], "answer_start": [at]})
+    prepared = prepared_questions(bert_folder, tmp_path, records, longest=48)
+    item = prepared.train[0]
+    assert item[CONTEXT][item[SPANS][item["start_positions"]][0] : item[SPANS][item["end_positions"]][1]] == "three"
+    assert item[ANSWERS] == ["three"]
+    assert not prepared.task.data.unanswerable
+
+
+@pytest.mark.parametrize(
+    ("answers", "text", "first"),
+    [
+        ([{"text": "one", "answer_start": 17}], ["one"], 17),
+        ([{"text": "three", "answer_start": 8}, {"text": "one", "answer_start": 17}], ["three", "one"], 8),
+        ([{"text": "one"}], ["one"], 17),
+        ({"text": ["one"], "answer_start": [17.0]}, ["one"], 17),
+        (["", "one"], ["one"], 17),
+    ],
+)
+def test_answers_are_read_in_the_forms_they_come_in(
+    answers: Any, text: list[str], first: int, bert_folder: str, tmp_path: Path
+) -> None:
+    item = prepared_questions(bert_folder, tmp_path, one_of_each(answers=answers), longest=48).train[0]
+    assert item[ANSWERS] == text
+    assert item[SPANS][item["start_positions"]][0] == first
+
+
+@pytest.mark.parametrize("answer", [1999, 1999.0, [1999], "1999"])
+def test_a_whole_number_is_the_text_of_it(answer: Any, bert_folder: str, tmp_path: Path) -> None:
+    records = one_of_each(context=CONTEXTS["years"], answers=answer)
+    item = prepared_questions(bert_folder, tmp_path, records, longest=48).train[0]
+    assert (item[ANSWERS], item[SPANS][item["start_positions"]]) == (["1999"], [4, 8])
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [(2.5, "2.5"), (True, "True"), ([None], "None"), ({"text": [True]}, "True"), ([["one"]], r"\['one'\]")],
+)
+def test_an_answer_that_is_no_text_is_named(answer: Any, shown: str, bert_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"x\.jsonl, record 1: the answer is {shown}; expected text, a whole number"):
+        prepared_questions(bert_folder, tmp_path, one_of_each(answers=answer))
+
+
+def test_an_empty_text_in_a_list_is_no_answer(bert_folder: str, tmp_path: Path) -> None:
+    records = [*one_of_each(answers=["one"]), *one_of_each(answers=[""])]
+    prepared = prepared_questions(bert_folder, tmp_path, records, longest=48)
+    assert prepared.task.data.unanswerable
+    assert (prepared.train[-1]["start_positions"], prepared.train[-1][ANSWERS]) == (0, [])
+
+
+def test_records_whose_answer_is_in_no_window_are_counted(bert_folder: str, tmp_path: Path) -> None:
+    """A window of 20 tokens has room for 14 of the context: an answer of 16 words is never whole."""
+    answers = {"text": [" ".join(["day"] * 16)], "answer_start": [0]}
+    long = one_of_each(context="day " * 20 + "one", answers=answers)[:1]
+    prepared = prepared_questions(bert_folder, tmp_path, [*long, *questions(8), unanswerable(None)])
+    assert any("; 1 records have an answer that no window holds" in note for note in prepared.task.notes)
+
+
+def test_records_with_too_long_a_question_can_be_dropped(bert_folder: str, tmp_path: Path) -> None:
+    records = questions(8)
+    records[3]["question"] = "the sum " * 9
+    prepared = prepared_questions(bert_folder, tmp_path, records, too_long="drop")
+    assert sorted(set(prepared.train[ROW])) == [0, 1, 2, 4, 5, 6, 7]
+    assert all(item[CONTEXT] == records[item[ROW]]["context"] for item in prepared.train)
+    assert any(note.startswith("training: 1 records dropped (the question") for note in prepared.task.notes)
+    assert any(note.startswith("training: 7 records in ") for note in prepared.task.notes)
+    outputs = logits_on_the_labels(prepared.train)
+    assert prepared.task.score(outputs, None, prepared.train, None)["exact_match"] == 100.0
+    split = load_splits(prepared.task.data).eval
+    with pytest.raises(InputError, match="record 4: a question of 18 tokens"):  # each is there for an answer
+        prepared.task.features(split, labelled=False)
+    with pytest.raises(InputError, match=r"record 1: a question .*\(8 such records\)"):
+        prepared_questions(bert_folder, tmp_path, [r | {"question": "the " * 18} for r in records], too_long="drop")
 
 
 def test_a_run_learns_to_find_the_answer(bert_folder: str, tmp_path: Path) -> None:

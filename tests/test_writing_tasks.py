@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ import pytest
 import torch
 from conftest import make_gpt2
 from model_folders import VOCABULARY, articles, instructions, prepare, recipe, reviews, rows_of, write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from adaptive_lora.config import GenerationConfig, parse
 from adaptive_lora.data import load_splits
@@ -246,3 +256,83 @@ def test_a_causal_summary_of_reviews_needs_no_template(llama_folder: str, tmp_pa
     )
     assert "Summary" not in VOCABULARY  # so the heading is an unknown token here; a real vocabulary has it
     assert prepared.task.show(prepared.train[0]).endswith("]")
+
+
+@pytest.mark.parametrize(("task", "instead"), [("causal_lm", ""), ("summarization", " or an encoder-decoder")])
+def test_an_encoder_is_no_causal_model(task: str, instead: str, bert_folder: str, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", articles(12))
+    config = parse(recipe(bert_folder, file, "never-made", task=task))
+    with pytest.raises(
+        InputError, match=rf"is an encoder \(bert\).*; {task} expects a causal model[^;]*{instead}.*; give"
+    ):
+        load_task(config)
+
+
+def test_a_decoder_of_an_encoders_kind_is_a_causal_model(bert_folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(bert_folder, tmp_path / "bert")
+    values = json.loads((copy / "config.json").read_text()) | {"is_decoder": True}
+    (copy / "config.json").write_text(json.dumps(values))
+    load_task(parse(recipe(str(copy), write_jsonl(tmp_path / "x.jsonl", articles(12)), "never-made", task="causal_lm")))
+
+
+@pytest.fixture(scope="session")
+def bart_folder(tmp_path_factory: pytest.TempPathFactory, t5_folder: str) -> str:
+    """Return a folder with an encoder-decoder that has 16 positions."""
+    folder = tmp_path_factory.mktemp("models") / "bart"
+    AutoTokenizer.from_pretrained(t5_folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(VOCABULARY), d_model=16, max_position_embeddings=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, init_std=0.5,
+        pad_token_id=VOCABULARY["[PAD]"], bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"],
+        decoder_start_token_id=VOCABULARY["</s>"], forced_eos_token_id=None,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_summary_is_no_longer_than_the_positions_of_the_decoder(bart_folder: str, tmp_path: Path) -> None:
+    """Summaries of 50 words for 16 positions: cut, counted, trained on, and no more than that written."""
+    records = [record | {"summary": "good day " * 25} for record in articles(20)]
+    file = write_jsonl(tmp_path / "x.jsonl", records)
+    prepared = prepare(bart_folder, file, task="summarization", eval=file, max_target_length=100)
+    assert {len(labels) for labels in prepared.train["labels"]} == {16}
+    assert any("20 summaries longer than 16 tokens and cut" in note for note in prepared.task.notes)
+    values = recipe(bart_folder, file, tmp_path / "run", task="summarization", generation={"max_new_tokens": 99})
+    values["training"] |= {"num_train_epochs": 1, "save_strategy": "no"}
+    run(parse(values))
+
+
+@pytest.mark.parametrize("folder", ["bart_folder", "t5_folder"])
+def test_label_smoothing_leaves_a_decoder_its_inputs(
+    folder: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """They are those the model itself makes of the labels: the same logits."""
+    path = request.getfixturevalue(folder)
+    file = write_jsonl(tmp_path / "x.jsonl", articles(20))
+    values = recipe(path, file, tmp_path / "run", task="summarization", training={"label_smoothing_factor": 0.1})
+    values["training"] |= {"num_train_epochs": 1, "save_strategy": "no"}
+    task = load_task(parse(values))
+    features = task.features(load_splits(task.data).train)
+    batch = task.collator()([features[0], features[5]])
+    model = AutoModelForSeq2SeqLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = model(**{key: value for key, value in batch.items() if key != "decoder_input_ids"}).logits
+        got = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    assert torch.equal(got, expected)
+    run(parse(values))
+
+
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_not_its_logits(llama_folder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, max_position_embeddings=48, initializer_range=0.3,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    file = write_jsonl(tmp_path / "x.jsonl", instructions(8))
+    scores = evaluate(model, llama_folder, file, tmp_path / "out", "causal_lm", data={"max_length": 48})[2]
+    model.config.output_router_logits = False
+    plain = evaluate(model, llama_folder, file, tmp_path / "out", "causal_lm", data={"max_length": 48})[2]
+    assert scores["eval_token_loss"] == plain["eval_token_loss"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from adaptive_lora.data import Split
+from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, fill
+from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, fill, fill_each, template_columns
 
 
 def prompt_of(instruction: str, context: str) -> str:
@@ -30,7 +32,9 @@ class CausalLanguageModelling(WritingTask):
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         prompts = self._prompts(split, labelled)
         starts = [self._start_ids(prompt) for prompt in prompts]
-        completions = self._completions(split) if labelled else [""] * len(prompts)
+        if not labelled:
+            return self._checked(Dataset.from_list(self._to_answer(split, starts)), split)
+        completions = self._completions(split)
         # An empty answer teaches nothing but to stop.
         ends = [self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
@@ -38,16 +42,18 @@ class CausalLanguageModelling(WritingTask):
         kept = self._fit(split, lengths, labelled)
         for row in kept:
             start, ids = starts[row], (starts[row] + ends[row])[: self.longest]
-            learned = len(ids) - max(len(start), 1)  # nothing predicts a first token
-            if labelled and learned < 1:
+            first = max(len(start), 1)  # nothing predicts a first token
+            if len(ids) <= first:
                 continue
+            unpredicted = self._byte_count("", ids[len(start) : first], cut=True)
+            count = self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids))
             rows.append(
                 {
                     "input_ids": ids,
                     "attention_mask": [1] * len(ids),
-                    "labels": [IGNORED] * len(start) + ids[len(start) :],
-                    PROMPT: start[: self.longest],
-                    BYTES: self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids)),
+                    "labels": [IGNORED] * first + ids[first:],
+                    PROMPT: start,
+                    BYTES: max(count - unpredicted, 0),
                     ROW: row,
                 }
             )
@@ -59,9 +65,29 @@ class CausalLanguageModelling(WritingTask):
         if len(rows) < len(kept):
             self.notes.append(f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)")
         features = Dataset.from_list(rows)
-        if labelled:
-            self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
+        self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
         return self._checked(features, split)
+
+    def _to_answer(self, split: Split, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """Return the rows of records to be answered. A prompt too long loses its middle: its end says what to write."""
+        allowed = self.longest
+        if self.positions is not None:
+            allowed = min(allowed, self.positions - min(self.generation.max_new_tokens, self.positions // 2))
+        for record, ids in zip(split.records[RECORD], prompts, strict=True):
+            if not ids:
+                raise InputError(
+                    f"{split.at(record)}: the prompt is empty, and the tokenizer has no opening token to go on from; "
+                    "expected text; fill it in or remove the record"
+                )
+        self._fit(split, [len(ids) for ids in prompts], False, allowed)
+        long = sum(len(ids) > allowed for ids in prompts)
+        if long:
+            self.notes.append(f"{split.part}: {long:,} prompts are cut in their middle, to {allowed:,} tokens")
+        end = allowed // 2
+        cut = [ids if len(ids) <= allowed else ids[: allowed - end] + ids[len(ids) - end :] for ids in prompts]
+        return [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), PROMPT: ids, ROW: row} for row, ids in enumerate(cut)
+        ]
 
     def _prompts(self, split: Split, labelled: bool) -> list[str]:
         data = self.data
@@ -72,7 +98,7 @@ class CausalLanguageModelling(WritingTask):
             # Plain text is a completion without a prompt; a text to go on with is all prompt.
             return [""] * len(split.records) if labelled else split.texts(data.text)
         if data.prompt is not None:
-            return fill(data.prompt, split)
+            return fill_each(data.prompt, split)
         split.require(data.instruction)
         has_input = data.input in split.records.column_names
         contexts = split.records[data.input] if has_input else [""] * len(split.records)
@@ -85,6 +111,15 @@ class CausalLanguageModelling(WritingTask):
         return split.texts(column, blank=True)
 
     def prompt_ids(self, text: str) -> list[int]:
-        if self.data.text is None:
-            text = prompt_of(text, "") if self.data.prompt is None else text
-        return self._start_ids(text)
+        template = self.data.prompt
+        if self.data.text is not None:
+            return self._start_ids(text)
+        if template is None:
+            return self._start_ids(prompt_of(text, ""))
+        columns = dict.fromkeys(template_columns(template))
+        if len(columns) > 1:
+            raise InputError(
+                f"data.prompt {template!r} has the columns {', '.join(columns)}; one prompt fills only one: use predict "
+                "with a file that has these columns"
+            )
+        return self._start_ids(fill(template, dict.fromkeys(columns, text)))

@@ -31,7 +31,8 @@ def generate(
     Args:
         model: causal or encoder-decoder, with or without adapters; its training mode is restored.
         prompts: token ids, special tokens included, none empty.
-        limit: positions of a causal model; what is written stops there.
+        limit: positions of the model, for prompt and text (causal) or for the text (encoder-decoder); what is written
+            stops there.
 
     Raises `InputError` when a prompt leaves no position to write to.
     """
@@ -47,8 +48,9 @@ def generate(
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     texts = [""] * len(prompts)
-    end = sys.maxsize if limit is None or seq2seq else limit
-    rooms = [min(settings.max_new_tokens, end - len(ids)) for ids in prompts]
+    end = sys.maxsize if limit is None else limit
+    # A decoder of an encoder-decoder starts from one token, whatever the prompt.
+    rooms = [min(settings.max_new_tokens, end - (1 if seq2seq else len(ids))) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     if rooms and min(rooms) < 1:
         raise InputError(

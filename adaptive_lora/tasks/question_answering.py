@@ -24,7 +24,8 @@ class QuestionAnswering(Task):
     """Exact match and F1 of the SQuAD evaluation.
 
     A context too long for one window is read in several, which overlap by `data.stride` tokens; where a window does not
-    hold the answer, its label is the first token ([CLS]). The answer to a record is the span of largest start + end
+    hold the answer, its label is the first token ([CLS]). `data.too_long` is about questions that leave a window no room:
+    they cannot be cut, only dropped or refused. The answer to a record is the span of largest start + end
     logit over its windows; "" if the training records have unanswerable ones and the first token scores higher.
     Source: Devlin et al. 2019, arXiv 1810.04805, sections 4.2 and 4.3.
     """
@@ -41,17 +42,17 @@ class QuestionAnswering(Task):
             )
         questions, contexts = split.texts(data.question), split.texts(data.context)
         answers = [self._answers(split, row, contexts[row]) if labelled else [] for row in range(len(questions))]
-        self._check_questions(split, questions)
+        kept = self._readable(split, questions, labelled)
         encoded = self.tokenizer(
-            questions,
-            contexts,
+            [questions[row] for row in kept],
+            [contexts[row] for row in kept],
             truncation="only_second",
             max_length=self.longest,
             stride=data.stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        rows = encoded.pop("overflow_to_sample_mapping")
+        rows = [kept[place] for place in encoded.pop("overflow_to_sample_mapping")]
         offsets = encoded.pop("offset_mapping")
         spans = []
         starts, ends = [], []
@@ -74,10 +75,17 @@ class QuestionAnswering(Task):
             ROW: rows,
         }
         answered = sum(start > 0 for start in starts)
-        several = len(rows) - len(questions)
+        found = {row for row, start in zip(rows, starts, strict=True) if start}
+        lost = sum(bool(answers[row]) and row not in found for row in kept)
+        several = len(rows) - len(kept)
         self.notes.append(
-            f"{split.part}: {len(questions):,} records in {len(rows):,} windows of at most {self.longest:,} tokens "
-            f"({several:,} more than records)" + (f"; {answered:,} windows hold their answer" if labelled else "")
+            f"{split.part}: {len(kept):,} records in {len(rows):,} windows of at most {self.longest:,} tokens "
+            f"({several:,} more than records)"
+            + (
+                f"; {answered:,} windows hold their answer; {lost:,} records have an answer that no window holds whole"
+                if labelled
+                else ""
+            )
         )
         if labelled and not answered:
             raise InputError(
@@ -87,7 +95,8 @@ class QuestionAnswering(Task):
 
     def learn(self, split: Split) -> None:
         split.require(self.data.answers)
-        if any(not _texts(value) for value in split.records[self.data.answers]):
+        places = zip(split.records[RECORD], split.records[self.data.answers], strict=True)
+        if any(not "".join(_texts(value, split.at(record))).strip() for record, value in places):
             self.notes.append("some records have no answer: the model may answer nothing")
             self.learned(unanswerable=True)
 
@@ -137,47 +146,74 @@ class QuestionAnswering(Task):
         """Return (first character, text) of each answer. Raises `InputError` where one is not in the context."""
         record = split.records[row]
         value, begin = record[self.data.answers], record.get(self.data.answer_start)
-        if isinstance(value, dict):
+        place = split.at(record[RECORD])
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            begin = [one.get("answer_start") for one in value]
+        elif isinstance(value, dict):
             begin = value.get("answer_start", begin)
-        texts = _texts(value)
+        texts = _texts(value, place)
         begins = begin if isinstance(begin, list) else [begin] * len(texts)
         if len(begins) != len(texts):
-            raise InputError(
-                f"{split.at(record[RECORD])}: {len(texts)} answers and {len(begins)} values of {self.data.answer_start!r}"
-            )
+            raise InputError(f"{place}: {len(texts)} answers and {len(begins)} values of {self.data.answer_start!r}")
         found = []
-        for text, at in zip(texts, begins, strict=True):
-            if not isinstance(at, int) or context[at : at + len(text)] != text:
-                at = context.find(text) if at is None else -1
-            if at < 0:
+        for written, given in zip(texts, begins, strict=True):
+            text = written.strip()  # tokens have no white space around them
+            if not text:
+                continue
+            at = context.find(text)
+            if given is not None:
+                integral = isinstance(given, int) or (isinstance(given, float) and given.is_integer())
+                at = int(given) + len(written) - len(written.lstrip()) if integral else -1
+            if at < 0 or not context.startswith(text, at):
                 raise InputError(
-                    f"{split.at(record[RECORD])}: the answer {text!r:.60} is not in the context"
-                    + (f" at character {begin}" if begin is not None else "")
+                    f"{place}: the answer {text!r:.60} is not in the context"
+                    + (f" at character {given}" if given is not None else "")
                     + "; an extractive model can only copy"
                 )
             found.append((at, text))
         return found
 
-    def _check_questions(self, split: Split, questions: list[str]) -> None:
-        """Raise `InputError` where a question leaves its windows no more than the stride for the context."""
+    def _readable(self, split: Split, questions: list[str], labelled: bool) -> list[int]:
+        """Return the rows whose question leaves its windows more than the stride for the context. The others are dropped
+        or refused."""
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         lengths = [len(ids) for ids in self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]]
-        for record, length in zip(split.records[RECORD], lengths, strict=True):
-            if self.longest - special - length <= self.data.stride:
-                raise InputError(
-                    f"{split.at(record)}: a question of {length:,} tokens leaves {max(self.longest - special - length, 0)} of "
-                    f"{self.longest} for the context, no more than data.stride {self.data.stride}; raise data.max_length, "
-                    "lower data.stride, or shorten the question"
-                )
+        rooms = [self.longest - special - length for length in lengths]
+        kept = [row for row, room in enumerate(rooms) if room > self.data.stride]
+        long = [row for row, room in enumerate(rooms) if room <= self.data.stride]
+        if long and not (self.data.too_long == "drop" and labelled and kept):
+            record, length, room = split.records[RECORD][long[0]], lengths[long[0]], max(rooms[long[0]], 0)
+            raise InputError(
+                f"{split.at(record)}: a question of {length:,} tokens leaves {room} of {self.longest} for the context, no "
+                f"more than data.stride {self.data.stride} ({len(long):,} such records); raise data.max_length, lower "
+                "data.stride, shorten the question, or to train without such records set data.too_long: drop"
+            )
+        if long:
+            self.notes.append(
+                f"{split.part}: {len(long):,} records dropped (the question leaves no room for the context)"
+            )
+        return kept
 
 
-def _texts(value: Any) -> list[str]:
-    """Return the answers of a record: a text, a list of texts, or SQuAD's {"text": [...]}; an empty text is none."""
+def _texts(value: Any, place: str) -> list[str]:
+    """Return the answers of the record at `place`: a text, a list of texts, SQuAD's {"text": [...]}, or a list of
+    {"text": ...}. A text may be a whole number; an empty one is no answer."""
     if isinstance(value, dict):
         value = value.get("text")
     if value is None or value == "":
         return []
-    return [value] if isinstance(value, str) else list(value)
+    texts = []
+    for given in value if isinstance(value, list) else [value]:
+        one = given.get("text") if isinstance(given, dict) else given
+        if isinstance(one, float) and one.is_integer():
+            one = int(one)
+        if isinstance(one, bool) or not isinstance(one, str | int):
+            raise InputError(
+                f"{place}: the answer is {given!r:.60}; expected text, a whole number, or a list of them; write it as the "
+                "text that is in the context, or leave the answer empty if there is none"
+            )
+        texts.append(str(one))
+    return texts
 
 
 def _locate(spans: list[list[int]], answers: list[tuple[int, str]]) -> tuple[int, int]:

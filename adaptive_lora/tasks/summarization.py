@@ -13,7 +13,7 @@ from adaptive_lora.data import Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, template_columns
+from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, template_columns, template_parts
 
 REFERENCE = "reference"
 
@@ -38,10 +38,11 @@ class Summarization(WritingTask):
         if not isinstance(column, str):
             raise InputError(f"data.text is {column}; summarization reads one column")
         self.column = column
-        prompt = self.data.prompt or (f"{{{column}}}" if self.seq2seq else f"{{{column}}}\n\nSummary:\n")
-        if template_columns(prompt) != [column]:
-            raise InputError(f"data.prompt {prompt!r}: expected the column {{{column}}} once, and no other")
-        before, after = (part.format() for part in prompt.split(f"{{{column}}}"))
+        usual = ("", "" if self.seq2seq else "\n\nSummary:\n")
+        before, after = _around(self.data.prompt, column) if self.data.prompt else usual
+        self._longest_target = self.data.max_target_length
+        if self.seq2seq and self.positions is not None:
+            self._longest_target = min(self._longest_target, self.positions)
         opening, closing = self._special_ids()
         self._before = [*opening, *(self._text_ids(before) if before else [])]
         self._after = [*(self._text_ids(after) if after else []), *closing]
@@ -57,8 +58,8 @@ class Summarization(WritingTask):
         for row in kept:
             prompt = self._prompt(texts[row])
             target = self._target(summaries[row]) if labelled else []
-            cut = len(target) > self.data.max_target_length
-            target = target[: self.data.max_target_length]
+            cut = len(target) > self._longest_target
+            target = target[: self._longest_target]
             shortened += cut
             ids = prompt if self.seq2seq else prompt + target
             rows.append(
@@ -76,7 +77,7 @@ class Summarization(WritingTask):
         if labelled:
             self.notes.append(
                 f"{split.part}: {self.bears_loss(features):,} tokens bear loss; {shortened:,} summaries longer than "
-                f"{self.data.max_target_length:,} tokens and cut"
+                f"{self._longest_target:,} tokens and cut"
             )
         else:
             features = features.remove_columns("labels")
@@ -89,7 +90,13 @@ class Summarization(WritingTask):
         return {**metrics.rouge(written, list(some[REFERENCE])), **super().score(outputs, labels, features, model)}
 
     def prompt_ids(self, text: str) -> list[int]:
-        return self._prompt(self._text_ids(text))
+        ids, room = self._text_ids(text), self._room()
+        if len(ids) > room:
+            raise InputError(
+                f"a text of {len(ids):,} tokens is more than the {room:,} there is room for; shorten it, or use predict "
+                "with a file, which cuts it"
+            )
+        return self._prompt(ids)
 
     def _room(self) -> int:
         """Return the tokens of a text that fit."""
@@ -116,3 +123,12 @@ class Summarization(WritingTask):
         whole = self.tokenizer("a")["input_ids"]
         at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[:at], whole[at + len(bare) :] if self.seq2seq else []
+
+
+def _around(template: str, column: str) -> tuple[str, str]:
+    """Return what a template has before and after its only column."""
+    if template_columns(template) != [column]:
+        raise InputError(f"data.prompt {template!r}: expected the column {{{column}}} once, and no other")
+    parts = template_parts(template)
+    at = [name for _, name in parts].index(column) + 1
+    return "".join(text for text, _ in parts[:at]), "".join(text for text, _ in parts[at:])
