@@ -89,7 +89,10 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Fine-tune a model. Writes adapter, metrics and result to the output folder."""
-    resolved = _resolve(locals(), locate=not print_config)
+    flags = locals()
+    if dry_run and resume:
+        raise InputError("--dry-run keeps nothing and --resume goes on with what was kept; give one of them")
+    resolved = _resolve(flags, locate=not print_config)
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
@@ -97,13 +100,18 @@ def train(
     from adaptive_lora.run import run
 
     quiet()
+    main_process = os.environ.get("RANK", "0") == "0"  # of those torchrun starts
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             result = run(resolved.model_copy(update={"output": f"{folder}/run"}), dry_run=True)
+        if not main_process:
+            return
         parameters = f"{result['lora_parameters']:,} LoRA parameters on {result['total_parameters']:,}"
         typer.echo(f"dry run of {result['steps']} steps on random weights: ok, {parameters}; nothing is kept")
         return
     run(resolved, resume=resume)
+    if not main_process:
+        return
     for figure in report(resolved.output):
         typer.echo(f"figure: {figure}")
     typer.echo(f"adapter: {Path(resolved.output) / 'adapter'}")
@@ -154,10 +162,14 @@ def evaluate(
     """Score a run's saved adapter on any file."""
     if output is not None and output.exists():
         raise InputError(f"output {output} exists; give another name or remove it")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"the folder of output {output} does not exist; make it, or give another name")
     quiet()
     from adaptive_lora import use
 
-    metrics = use.evaluate(use.open_run(folder, model=model), data)
+    opened = use.open_run(folder, model=model)
+    metrics = use.evaluate(opened, data)
+    _echo_notes(opened.task.notes)
     for name, value in metrics.items():
         typer.echo(f"{name:<28}{value:.6g}")
     if output is not None:
@@ -176,7 +188,9 @@ def predict(
     quiet()
     from adaptive_lora import use
 
-    count = use.predict(use.open_run(folder, model=model, max_new_tokens=max_new_tokens), input_, output)
+    opened = use.open_run(folder, model=model, max_new_tokens=max_new_tokens)
+    count = use.predict(opened, input_, output)
+    _echo_notes(opened.task.notes)
     typer.echo(f"{count:,} predictions: {output}")
 
 
@@ -191,8 +205,18 @@ def generate(
     quiet()
     from adaptive_lora import use
 
-    for text in use.generate(use.open_run(folder, model=model, max_new_tokens=max_new_tokens), prompt):
+    written = use.generate(use.open_run(folder, model=model, max_new_tokens=max_new_tokens), prompt)
+    for number, text in enumerate(written, start=1):
+        if len(written) > 1:
+            typer.echo(f"--- prompt {number}")
         typer.echo(text)
+
+
+def _echo_notes(notes: list[str]) -> None:
+    from adaptive_lora.run import WIDTH
+
+    for note in notes:
+        typer.echo(textwrap.fill(note, WIDTH, subsequent_indent="    "))
 
 
 @data_app.command()

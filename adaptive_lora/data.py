@@ -1,140 +1,19 @@
-"""Tables of records: from a local file or the hub, with a seeded split. What the records mean is the task's business."""
+"""Records for a run: what of which table is trained and evaluated on. What the records mean is the task's business."""
 
 from __future__ import annotations
 
-import json
+import string
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from adaptive_lora.config import DataConfig
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.hub import explain_missing, is_local, reachable
+from adaptive_lora.tables import read_table
 
-READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 RECORD = "(record)"  # column of `load_splits`: the record's place in its source, from 1, whatever the split did to it
-
-
-def read_table(source: str, *, config: str | None = None, split: str = "train") -> Dataset:
-    """Return the records of a local CSV / TSV / JSON / JSONL / parquet file, or of a hub data set.
-
-    Args:
-        source: a file, or a data set name on the hub such as "nyu-mll/glue".
-        config: the hub data set's configuration, such as "sst2". Files have none.
-        split: the hub data set's split. Files have none.
-
-    Raises `InputError` naming the file, and the line where there is one.
-    """
-    path = Path(source)
-    if is_local(source) or path.suffix.lower() in READERS:
-        return _read_file(path)
-    if not reachable():
-        raise InputError(explain_missing("data set", source, tried=[f"local file {path.resolve()}"]))
-    try:
-        return load_dataset(source, config, split=split)
-    except Exception as error:  # the hub client has dozens of kinds; the message is what helps
-        raise InputError(f"cannot load data set {source!r} (config {config!r}, split {split!r}): {error}") from error
-
-
-def _read_file(path: Path) -> Dataset:
-    if path.is_dir():
-        return _read_images(path)
-    if not path.is_file():
-        raise InputError(f"data file {path} does not exist; give a {', '.join(READERS)} file or a hub data set name")
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        elif suffix in (".csv", ".tsv"):
-            table = pyarrow.csv.read_csv(
-                pa.BufferReader(_read_text(path).encode()),
-                parse_options=pyarrow.csv.ParseOptions(
-                    delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
-                ),
-                # A record longer than a block would be an error: let the file be one block.
-                read_options=pyarrow.csv.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), 2**31 - 1)),
-            )
-        elif suffix in (".json", ".jsonl"):
-            table = _table(_read_json(path), path)
-        else:
-            raise InputError(f"data file {path} has the ending {suffix!r}; expected one of {', '.join(READERS)}")
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if table.num_rows == 0:
-        raise InputError(f"{path} has no records")
-    if len(set(table.column_names)) < table.num_columns:
-        raise InputError(f"{path} has two columns of one name; its columns: {', '.join(table.column_names)}")
-    return Dataset(table)
-
-
-def _read_images(folder: Path) -> Dataset:
-    """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder for each class."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
-    if not files:
-        raise InputError(
-            f"data file {folder} is a folder without images ({', '.join(IMAGES)}); give a {', '.join(READERS)} file, a "
-            "folder that holds one folder of images for each class, or a hub data set name"
-        )
-    columns = {"image": [str(path) for path in files]}
-    if all(path.parent != folder for path in files):
-        columns["label"] = [path.relative_to(folder).parts[0] for path in files]
-    return Dataset.from_dict(columns)
-
-
-def _read_text(path: Path) -> str:
-    """Return the text of a file, without a byte order mark."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
-
-
-def _table(records: list[dict[str, Any]], path: Path) -> pa.Table:
-    """Return a column for every key of any record; a record without it has None there."""
-    columns = {}
-    for name in dict.fromkeys(key for record in records for key in record):
-        try:
-            columns[name] = pa.array([record.get(name) for record in records])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise InputError(f"{path}: the values of {name!r} do not fit one type: {error}") from None
-    return pa.table(columns)
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = _read_text(path)
-    if path.suffix.lower() == ".json":
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-            ) from None
-        if not isinstance(records, list):
-            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of records")
-        lines = list(enumerate(records, start=1))
-    else:
-        lines = []
-        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits at U+2028, inside a string
-            if line.strip():
-                try:
-                    lines.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}"
-                    ) from None
-    for number, record in lines:
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, record {number}: expected an object, got {record!r:.60}")
-    return [record for _, record in lines]
 
 
 @dataclass(frozen=True)
@@ -210,7 +89,7 @@ def load_splits(data: DataConfig) -> Splits:
 
 
 def _read(data: DataConfig, source: str, split: str) -> Dataset:
-    table = numbered(read_table(source, config=data.config, split=split))
+    table = numbered(read_table(source, config=data.config, split=split, texts=text_columns(data)), source)
     if len(table) == 0:
         raise InputError(f"split {split!r} of {source} is empty")
     if data.duplicate_ids == "refuse" and data.id in table.column_names:
@@ -226,8 +105,21 @@ def _read(data: DataConfig, source: str, split: str) -> Dataset:
     return table
 
 
-def numbered(table: Dataset) -> Dataset:
-    """Return the table with the column `RECORD`."""
+def text_columns(data: DataConfig) -> set[str]:
+    """Return the columns that a recipe reads as text, by whatever task; there need be none of them in its files."""
+    text = [data.text] if isinstance(data.text, str) else data.text or []
+    try:
+        prompt = {name for _, name, _, _ in string.Formatter().parse(data.prompt or "") if name}
+    except ValueError:  # a broken template, of which the task says more
+        prompt = set()
+    named = {data.instruction, data.input, data.output, data.summary, data.question, data.context, data.answers}
+    return {*text, *named, *prompt} - {data.label}
+
+
+def numbered(table: Dataset, source: str) -> Dataset:
+    """Return the table with the column `RECORD`. Raises `InputError` when the source has one of that name."""
+    if RECORD in table.column_names:
+        raise InputError(f"{source} has a column {RECORD!r}, the name of our number of each record; rename it")
     return table.add_column(RECORD, np.arange(1, len(table) + 1))
 
 

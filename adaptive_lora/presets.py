@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with what its preset says filled in. Raises `InputError` on an unknown preset.
+    """Return a recipe with what its preset says filled in. Raises `InputError` on an unknown preset, or one for another task.
 
     >>> expand({"preset": "cola", "data": {"train": "mine.csv", "max_length": 32}})["data"]["max_length"]
     32
@@ -82,6 +82,10 @@ def expand(values: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         raise InputError(f"unknown preset {name!r}.{nearest(str(name), PRESETS)} Known: {', '.join(PRESETS)}")
+    if values.get("task") not in (None, preset["task"]):
+        raise InputError(
+            f"preset {name!r} is for the task {preset['task']}; got the task {values['task']!r}. Leave one of them out"
+        )
     data = values.get("data") or {}
     if not isinstance(data, Mapping):
         return dict(values)  # not a mapping: the recipe's check says so

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import os
 import tempfile
 import warnings
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,18 @@ from peft import PeftModel
 
 from adaptive_lora.adapters import load
 from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.data import Split, columns_of, load_splits, numbered, read_table
+from adaptive_lora.data import Split, columns_of, load_splits, numbered, text_columns
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.loading import load_model, load_task
 from adaptive_lora.recipe import read_file, read_recipe
 from adaptive_lora.resuming import CONFIG_FILE
 from adaptive_lora.run import ADAPTER_FOLDER, RESULT_FILE
+from adaptive_lora.tables import read_table
 from adaptive_lora.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
+from adaptive_lora.tasks.base import ROW
 from adaptive_lora.tasks.language_model import WritingTask
-from adaptive_lora.trainer import use_progress
+from adaptive_lora.trainer import finite, use_progress
 
 WRITERS = (".jsonl", ".csv", ".parquet")
 
@@ -81,13 +86,16 @@ def open_run(folder: str | Path, *, model: str | None = None, **generation: Any)
 
 
 def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:
-    """Return the metrics of the run on the records of `source`, or on the evaluation records of its recipe."""
+    """Return the metrics of the run on the records of `source`, or on the evaluation records of its recipe.
+
+    `records` is how many were scored; `run.task.notes` then says what was cut or dropped.
+    """
     split = load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
     features = run.task.features(split)
     with tempfile.TemporaryDirectory() as folder:
         metrics = _trainer(run, folder).evaluate(features)
     names = [f"eval_{name}" for name in (*run.task.metrics, "loss")]
-    return {"records": len(split.records), **{name: metrics[name] for name in names if name in metrics}}
+    return {"records": len(set(features[ROW])), **{name: metrics[name] for name in names if name in metrics}}
 
 
 def predict(run: FinishedRun, source: str, output: str | Path) -> int:
@@ -111,9 +119,16 @@ def predict(run: FinishedRun, source: str, output: str | Path) -> int:
     features = run.task.features(split, labelled=False)
     with tempfile.TemporaryDirectory() as folder:
         predictions = _trainer(run, folder).predict_rows(features)
-    records = split.records.select_columns(columns).to_list()
-    _write(output, [{**record, **found} for record, found in zip(records, predictions, strict=True)])
-    return len(records)
+    table: pa.Table = split.records.select_columns(columns).with_format("arrow")[:]
+    for name in predictions[0]:
+        table = table.append_column(name, pa.array([found[name] for found in predictions]))
+    staging = output.with_name(f".{output.name}")
+    try:
+        _write(staging, table)
+        os.replace(staging, output)
+    finally:
+        staging.unlink(missing_ok=True)
+    return table.num_rows
 
 
 def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
@@ -127,7 +142,9 @@ def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
 
 
 def _records(run: FinishedRun, source: str, part: str) -> Split:
-    return Split(numbered(read_table(source, config=run.config.data.config)), source, part)
+    data = run.config.data
+    table = read_table(source, config=data.config, split=data.eval_split or "train", texts=text_columns(data))
+    return Split(numbered(table, source), source, part)
 
 
 def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:
@@ -140,15 +157,31 @@ def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:
     return trainer
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+def _write(path: Path, table: pa.Table) -> None:
+    if path.suffix.lower() == ".parquet":
+        pyarrow.parquet.write_table(table, path)
         return
     with path.open("w", encoding="utf-8", newline="") as file:
-        if suffix == ".csv":
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        if path.suffix.lower() == ".csv":
+            writer = csv.writer(file)
+            writer.writerow(table.column_names)
+            writer.writerows([_cell(value) for value in row.values()] for row in table.to_pylist())
         else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(_json(row) + "\n" for row in table.to_pylist())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return _json(value)
+    return value if value is None or isinstance(value, str | int | float) else _text(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=_text)
+
+
+def _text(value: Any) -> str:
+    """Return what JSON has no form for as text: dates and times as ISO 8601 has them, bytes in base 64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value.isoformat()) if isinstance(value, date | time) else str(value)

@@ -72,6 +72,30 @@ def test_a_run_from_flags_leaves_run_adapter_and_figures(files: dict[str, str], 
     ]
 
 
+@pytest.mark.parametrize(("rank", "reports"), [("0", True), ("1", False)])
+def test_of_several_processes_the_main_one_reports(
+    rank: str, reports: bool, files: dict[str, str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts the command several times, with RANK set."""
+    drawn = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(
+        "adaptive_lora.run.run", lambda *_, **__: {"lora_parameters": 1, "total_parameters": 2, "steps": 2}
+    )
+    monkeypatch.setattr("adaptive_lora.report.report", lambda folder: drawn.append(folder) or [])
+    ended = command(*arguments(TRAIN, files))
+    assert (ended.code, ended.err) == (0, "")
+    assert bool(drawn) == bool(ended.out) == reports
+    assert bool(command(*arguments(f"{TRAIN} --dry-run", files)).out) == reports
+
+
+def test_a_dry_run_resumes_nothing(files: dict[str, str], command: Command) -> None:
+    ended = command(*arguments(f"{TRAIN} --dry-run --resume", files))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: --dry-run keeps nothing and --resume goes on with what was kept; give one of them\n"
+    assert not Path(files["out"]).exists()
+
+
 def test_an_interrupt_is_exit_code_130_with_the_way_to_go_on(
     files: dict[str, str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

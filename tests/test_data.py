@@ -17,8 +17,9 @@ from model_folders import HEADINGS, instructions, prepare, reviews, write_jsonl
 from transformers import AutoTokenizer
 
 from adaptive_lora.config import DataConfig
-from adaptive_lora.data import READERS, load_splits, read_table
+from adaptive_lora.data import load_splits, read_table
 from adaptive_lora.errors import InputError
+from adaptive_lora.tables import READERS
 from adaptive_lora.tasks.base import IGNORED
 from adaptive_lora.tasks.causal_lm import prompt_of
 
@@ -67,15 +68,15 @@ def test_a_key_that_only_later_json_records_have_is_a_column(tmp_path: Path) -> 
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text":\n', "a.jsonl, line 3, column 9: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "a.jsonl, record 2: expected an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "a.jsonl: the values of 'text' do not fit one type"),
-        ("a.jsonl", b'{"text": 1%s}\n' % (b"0" * 30), "a.jsonl: the values of 'text' do not fit one type"),
-        ("a.json", b'[{"text": "a"},\n{]', "a.json is not valid JSON: line 2, column 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "a.jsonl, record 2: the values of 'text' do not fit one type"),
+        ("a.jsonl", b'{"text": 1%s}\n' % (b"0" * 30), "a.jsonl, record 1: the values of 'text' do not fit one type"),
+        ("a.json", b'[{"text": "a"},\n{]', "a.json, line 2, column 2: not valid JSON"),
         ("a.json", b'{"text": "a"}', "a.json holds a dict; expected a list of records"),
         ("a.jsonl", '{"text": "a"}\n{"text": "ä"}\n'.encode("latin-1"), "a.jsonl, line 2: not UTF-8"),
         ("a.csv", "text,label\na,b\nä,b\n".encode("latin-1"), "a.csv, line 3: not UTF-8"),
         ("a.csv", "täxt,label\na,b\n".encode("latin-1"), "a.csv, line 1: not UTF-8"),
         ("a.csv", "text,label\na,b\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
-        ("a.csv", b"text,label\na,b,c\n", "a.csv: CSV parse error: Expected 2 columns, got 3"),
+        ("a.csv", b"text,label\na,b,c\n", "a.csv, record 1 (line 2): 3 values where the header names 2 columns"),
         ("a.csv", b"text,text\na,b\n", "a.csv has two columns of one name"),
         ("a.parquet", b"hello", "cannot read"),
         ("a.txt", b"hello", "a.txt has the ending '.txt'; expected one of .csv"),
@@ -150,7 +151,7 @@ def test_a_split_without_records_is_refused(data: dict[str, Any], message: str, 
         ({}, {"label": "lable"}, "has no column 'lable'. Did you mean 'label'? Its columns: text, label"),
         ({}, {"classes": ["negative", "neutral"]}, "label 'positive' in column 'label' is outside the classes"),
         ({}, {"classes": ["positive", "negative", "positive"]}, "data.classes names a class twice"),
-        ({"label": ""}, {"classes": ["negative", "positive"]}, ", record 38: label '' in column 'label' is outside"),
+        ({"label": ""}, {"classes": ["negative", "positive"]}, ", record 38: column 'label' is ''; expected a text"),
         ({"label": None}, {}, ", record 38: column 'label' is None"),
         ({"text": " "}, {}, ", record 38: column 'text' is ' '; expected text"),
         ({"text": None}, {}, ", record 38: column 'text' is None; expected text"),

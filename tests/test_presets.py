@@ -132,6 +132,17 @@ def test_an_unknown_preset_is_refused_with_the_nearest(preset: Any, message: str
         assert (ended.code, message in ended.err) == (2, True)
 
 
+def test_a_task_other_than_the_presets_is_refused_and_the_same_is_not(command: Command) -> None:
+    for task in PRESETS["squad"]["task"], None:
+        values = {"preset": "squad", "model": "m", "output": "o"} | ({"task": task} if task else {})
+        assert parse(values).task == "question_answering"
+    flags = ["--preset", "squad", "--task", "classification", "--model", "m", "--output", "o", "--print-config"]
+    ended = command("train", *flags)
+    assert (ended.code, ended.out) == (2, "")
+    assert "preset 'squad' is for the task question_answering; got the task 'classification'" in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def test_a_preset_with_data_that_is_no_mapping_is_named() -> None:
     with pytest.raises(InputError, match=r"data is 'x\.csv'"):
         parse({"preset": "sst2", "model": "m", "output": "o", "data": "x.csv"})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
+from datasets import Dataset
 from model_folders import (
     Command,
     articles,
@@ -172,7 +177,8 @@ def test_a_model_writes_on_from_a_prompt_in_the_form_of_its_training(
     line = ["generate", causal_run, "--prompt", instruction, "--prompt", "a good day", "--max-new-tokens", 5]
     ended = command(*line)
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out.splitlines() == written
+    assert ended.out.splitlines() == ["--- prompt 1", written[0], "--- prompt 2", written[1]]
+    assert command(*line[:4], "--max-new-tokens", 5).out.splitlines() == written[:1]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +208,127 @@ def test_evaluating_on_a_file_says_how_many_records_and_writes_strict_json(
     assert f"eval_mse                    {found['eval_mse']:.6g}\n" in ended.out
     again = command("evaluate", regression_run, "--data", file, "--output", tmp_path / "m.json")
     assert (again.code, "m.json exists" in again.err) == (2, True)
+
+
+def test_a_folder_for_the_metrics_that_is_missing_is_found_before_evaluating(
+    regression_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(use, "evaluate", lambda *_: pytest.fail("evaluated"))
+    ended = command("evaluate", regression_run, "--output", tmp_path / "no" / "m.json")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"the folder of output {tmp_path}/no/m.json does not exist" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuts_and_drops_are_printed_and_only_scored_records_counted(
+    causal_run: Path, tmp_path: Path, command: Command
+) -> None:
+    """Outputs without text teach nothing; a prediction is made for every record."""
+    records = [record | {"output": record["output"] * (i > 2)} for i, record in enumerate(instructions(10))]
+    file = write_jsonl(tmp_path / "x.jsonl", records)
+    ended = command("evaluate", causal_run, "--data", file)
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"^evaluation: 10 records of", ended.out, re.MULTILINE)
+    assert "3 records dropped" in ended.out
+    assert re.search(r"^records +7$", ended.out, re.MULTILINE)
+    assert max(map(len, ended.out.splitlines())) <= 100
+    line = ["predict", causal_run, "--input", file, "--output", tmp_path / "o.csv", "--max-new-tokens", 1]
+    ended = command(*line)
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"^input: 10 records of ", ended.out, re.MULTILINE)
+    assert ended.out.endswith(f"10 predictions: {tmp_path}/o.csv\n")
+
+
+def test_a_hub_set_is_read_as_the_recipe_reads_it_for_evaluation(
+    classification_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load(name: str, config: str | None, *, split: str) -> Dataset:
+        asked.append((name, config, split))
+        return Dataset.from_list(reviews(4))
+
+    monkeypatch.setattr("adaptive_lora.tables.reachable", lambda: True)
+    monkeypatch.setattr("adaptive_lora.tables.load_dataset", load)
+    folder = Path(shutil.copytree(classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["data"] |= {"config": "sst2", "eval_split": "validation"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert use.evaluate(use.open_run(folder), "some/set")["records"] == 4
+    assert use.evaluate(use.open_run(classification_run), "some/set")["records"] == 4
+    assert asked == [("some/set", "sst2", "validation"), ("some/set", None, "train")]
+
+
+ODD = pa.table(
+    {
+        "text": ["a good day", "a bad night"],
+        "small": pa.array([1, -2], pa.int8()),
+        "day": [datetime.date(2024, 1, 2), None],
+        "at": pa.array([datetime.datetime(2024, 1, 2, 3, 4)] * 2, pa.timestamp("ms")),
+        "hour": [datetime.time(5, 6)] * 2,
+        "price": [Decimal("1.50")] * 2,
+        "raw": [b"\xff\x00"] * 2,
+        "rate": [float("nan"), float("inf")],
+        "list": [[1.5, float("nan")], []],
+        "struct": [{"day": datetime.date(2024, 1, 2), "é": "x"}] * 2,
+    }
+)
+
+
+def test_values_that_json_does_not_know_are_written_as_text_and_parquet_keeps_types(
+    classification_run: Path, tmp_path: Path
+) -> None:
+    pyarrow.parquet.write_table(ODD, tmp_path / "in.parquet")
+    opened = use.open_run(classification_run)
+    for suffix in ("jsonl", "csv", "parquet"):
+        use.predict(opened, str(tmp_path / "in.parquet"), tmp_path / f"out.{suffix}")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.jsonl", "out.csv", "out.parquet"}
+    written = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert written.column_names == [*ODD.column_names, "prediction", "probability"]
+    assert written.select(ODD.column_names).schema.remove_metadata() == ODD.schema
+    assert [row["small"] for row in written.to_pylist()] == [1, -2]
+    first, second = map(strict_json, (tmp_path / "out.jsonl").read_text("utf-8").splitlines())
+    expected = {
+        "text": "a good day",
+        "small": 1,
+        "day": "2024-01-02",
+        "at": "2024-01-02T03:04:00",
+        "hour": "05:06:00",
+        "price": "1.50",
+        "raw": "/wA=",
+        "rate": None,
+        "list": [1.5, None],
+        "struct": {"day": "2024-01-02", "é": "x"},
+    }
+    assert {name: first[name] for name in expected} == expected
+    assert (second["day"], second["rate"]) == (None, None)
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as table:
+        row = next(csv.DictReader(table))
+    assert (row["day"], row["at"], row["raw"]) == ("2024-01-02", "2024-01-02T03:04:00", "/wA=")
+    assert strict_json(row["list"]) == expected["list"]
+    assert strict_json(row["struct"]) == expected["struct"]
+
+
+def test_dates_of_a_csv_come_through(classification_run: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "in.csv").write_text("text,day\na good day,2024-01-02\n")
+    ended = command("predict", classification_run, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
+    assert (ended.code, ended.err) == (0, "")
+    assert strict_json((tmp_path / "out.jsonl").read_text())["day"] == "2024-01-02"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_writing_that_fails_leaves_nothing(
+    suffix: str, classification_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, table: pa.Table) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    file = write_jsonl(tmp_path / "in.jsonl", reviews(2))
+    monkeypatch.setattr(use, "_write", fail)
+    with pytest.raises(OSError, match="disk full"):
+        use.predict(use.open_run(classification_run), file, tmp_path / f"out.{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_labels_outside_the_classes_of_the_training_are_refused(
