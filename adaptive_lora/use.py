@@ -126,6 +126,8 @@ def predict(run: FinishedRun, source: str, output: str | Path) -> int:
     try:
         _write(staging, table)
         os.replace(staging, output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}") from error
     finally:
         staging.unlink(missing_ok=True)
     return table.num_rows
