@@ -96,7 +96,7 @@ def figures(name: str, config: RunConfig) -> list[dict[str, Any]]:
     wanted = {
         "classification": ["accuracy", *(["matthews"] if config.metric == "matthews" else [])],
         "question_answering": ["exact_match", "f1"],
-        "causal_lm": ["loss", "perplexity", "bits_per_byte"],
+        "causal_lm": ["token_loss", "perplexity", "bits_per_byte"],
         "summarization": ["rouge1", "rouge2", "rougeL", "rougeLsum", "bits_per_byte"],
     }[config.task]
     return [
@@ -123,7 +123,7 @@ def half_width(p: float, n: int) -> float:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    reference = "-" if row["reference"] is None else f"{row['reference']:.3f} ({row['reference_is']})"
+    reference = "-" if row["reference"] is None else f"{row['reference']:.3f}"
     trained = f"{row['trained']:.3f}" + (f" ± {row['half_width']:.3f}" if row["half_width"] else "")
     return [
         row["task"], row["model"], f"{row['train']:,} / {row['eval']:,}", row["metric"], reference, trained,
@@ -132,7 +132,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(title="every task once; one seed, 95 % intervals of a proportion")
+    made = Table(title="reference: majority class, or before training; one seed, 95 % interval of a proportion")
     for column in COLUMNS:
         made.add_column(column)
     for row in rows:
@@ -173,7 +173,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         names = [r["metric"].replace("_", " ") if several else r["task"].replace("_", "\n") for r in found]
         references = [factor * (r["reference"] or 0.0) for r in found]
         trained = [factor * r["trained"] for r in found]
-        errors = [factor * (r["half_width"] or 0.0) for r in found]
+        errors = [factor * r["half_width"] for r in found if r["half_width"]] or None  # no interval where none is known
         place = range(len(found))
         axis.bar([i - 0.2 for i in place], references, 0.38, color="#b8b8b8", label="majority class / untrained")
         axis.bar([i + 0.2 for i in place], trained, 0.38, yerr=errors, capsize=3, color="#2a6f97", label="trained")

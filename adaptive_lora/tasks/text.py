@@ -23,7 +23,9 @@ class TextTask(Task):
 
     def learn(self, split: Split) -> None:
         if Path(split.source).is_dir():
-            raise InputError(f"{split.source} is a folder of images; use --task image_classification, or give a file of texts")
+            raise InputError(
+                f"{split.source} is a folder of images; use --task image_classification, or give a file of texts"
+            )
         label = label_column(split, self.data.label)
         text = self.data.text or _guess_text(split, label, self.data.id)
         columns = [text] if isinstance(text, str) else text
