@@ -326,7 +326,7 @@ def test_a_writing_that_fails_leaves_nothing(
 
     file = write_jsonl(tmp_path / "in.jsonl", reviews(2))
     monkeypatch.setattr(use, "_write", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"cannot write .*: disk full"):
         use.predict(use.open_run(classification_run), file, tmp_path / f"out.{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
