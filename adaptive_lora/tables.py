@@ -20,9 +20,8 @@ from adaptive_lora.hub import explain_missing, is_local, reachable
 READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-SURROGATE = re.compile(
-    r"\\u[dD][89a-fA-F]"
-)  # as JSON escapes half of a character beyond U+FFFF; whole ones are two of these
+# Half of a character beyond U+FFFF, as JSON escapes it; whole characters are two of these.
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_table(source: str, *, config: str | None = None, split: str = "train", texts: Collection[str] = ()) -> Dataset:
