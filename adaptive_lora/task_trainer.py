@@ -79,7 +79,8 @@ class TaskTrainer(AdaptiveTrainer):
             return super()._get_train_sampler(train_dataset)
         features: Any = self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return GroupedByLength(list(features[LENGTH]), batch, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(list(features[LENGTH]), batch, seed)
 
 
 class GroupedByLength(Sampler[int]):

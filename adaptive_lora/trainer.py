@@ -34,7 +34,7 @@ class AdaptiveTrainerMixin(_Base):
 
     A loss or gradient that is NaN or infinite never reaches the optimizer; nothing is logged as 0.0 and clipping cannot
     spread it. An adapter that learned nothing is an error at the end of `train()`. With finite numbers this is the
-    `Trainer`, bit for bit, but for two things: batch 8 equals batch 4 x accumulation 2 for classification too, and training
+    `Trainer`, bit for bit, but for two things: batch 8 equals batch 4 x accumulation 2 for all but decoders too, and training
     resumed after its last step makes no step more.
 
     Args:

@@ -72,6 +72,11 @@ def test_classes_read_off_the_records_have_no_numbers(bert_folder: str, tmp_path
         prepare(bert_folder, train, eval=held_out)
 
 
+def test_a_recipe_may_say_that_labels_are_numbers_of_classes(bert_folder: str, tmp_path: Path) -> None:
+    train, held_out = table(tmp_path / "a.parquet", ["p", "n"] * 4), table(tmp_path / "b.parquet", [0, 1] * 4)
+    assert trained_on(bert_folder, train, held_out, class_numbers=True)[1] == ["n", "p"] * 4
+
+
 def test_numbers_outside_the_classes_are_refused(bert_folder: str, tmp_path: Path) -> None:
     for bad in (2, -1, "2"):
         file = table(tmp_path / "x.parquet", [type(bad)(v) for v in (0, 1, 0, 1)] + [bad])

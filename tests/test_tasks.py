@@ -254,6 +254,16 @@ def test_training_sees_every_record_once_an_epoch_in_an_order_of_its_own(bert_fo
     assert strip[0] != strip[1]
 
 
+def test_the_order_of_the_records_has_a_seed_of_its_own_where_one_is_given(bert_folder: str, tmp_path: Path) -> None:
+    prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", reviews(40)))
+    trainer = trainer_of(prepared.task, train_dataset=prepared.train, output=tmp_path)
+    orders = []
+    for seed, data_seed in ((1, None), (1, 7), (2, 7)):
+        trainer.args.seed, trainer.args.data_seed = seed, data_seed
+        orders.append(list(trainer._get_train_sampler()))
+    assert orders[0] != orders[1] == orders[2]
+
+
 def trainer_of(task: Any, output: Path, **kwargs: Any) -> TaskTrainer:
     model = BertForSequenceClassification(BertConfig(**SMALL, vocab_size=len(VOCABULARY)))
     config = parse(recipe("m", "d", output))

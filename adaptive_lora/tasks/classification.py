@@ -32,7 +32,8 @@ class ClassTask(Task):
         names = given if given is not None else _names(split, label)
         if len(set(names)) < len(names):
             raise InputError(f"data.classes names a class twice: {names}")
-        self.learned(label=label, classes=names, class_numbers=given is not None and not any(map(_is_number, names)))
+        numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
+        self.learned(label=label, classes=names, class_numbers=numbers)
         present = sorted({names[index] for index in self._ids(split)})
         if len(present) < 2:
             raise InputError(f"{split.source}: column {label!r} holds one class only, {present}; nothing to classify")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,9 +61,9 @@ class WritingTask(Task):
         """Return what the model writes after each prompt (token ids)."""
         return generate(model, self.tokenizer, prompts, self.generation, self.positions)
 
+    @abstractmethod
     def prompt_ids(self, text: str) -> list[int]:
         """Return the token ids of a prompt for a text a person gives, as in training."""
-        raise NotImplementedError
 
     def show(self, item: dict[str, Any]) -> str:
         learned = [label for label in item["labels"] if label != IGNORED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ class TextTask(Task):
     def label(self) -> str:
         return self.data.label or LABEL_COLUMNS[0]
 
+    @abstractmethod
     def labels(self, split: Split) -> list[Any]:
         """Return a number for each record's label. Raises `InputError` at the first that is none."""
-        raise NotImplementedError
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(*self.columns, *([self.label] if labelled else []))
