@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -26,6 +27,7 @@ from transformers import TrainingArguments
 from adaptive_lora import methods
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.presets import expand
+from adaptive_lora.quantization import Precision, Quantization, compute_dtype
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
@@ -157,6 +159,12 @@ class RunConfig(_Strict):
     training: dict[str, Any] = {}
     on_non_finite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to its step
     max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
+    quantization: Quantization = (
+        "none"  # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
+    )
+    # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's files, and on a quantised
+    # base float32 on a CPU, bfloat16 (else float16) on CUDA.
+    dtype: Precision = "auto"
     seed: Seed = 42
     trust_remote_code: bool = False
 
@@ -168,6 +176,10 @@ class RunConfig(_Strict):
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
         """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own words."""
         values = {**self.training, "seed": self.seed, **overrides}
+        if self.quantization != "none" and not (values.get("bf16") or values.get("fp16")):
+            # The head is trained in float32 on what the base computes in 16 bits: autocast joins them.
+            dtype = compute_dtype(self.dtype)
+            values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         try:
             return TrainingArguments(**values)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:

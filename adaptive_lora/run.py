@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import textwrap
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,6 +26,7 @@ from adaptive_lora.dry_run import few, soon, two_steps
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
 from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.loading import load_model, load_task
+from adaptive_lora.memory import account, peak_memory, process_memory
 from adaptive_lora.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
 from adaptive_lora.targets import coverage, find_targets
 from adaptive_lora.task_trainer import TaskTrainer
@@ -89,6 +88,7 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         held_out = few(held_out, arguments)
         extra = {name: few(features, arguments) for name, features in extra.items()}
 
+    before = process_memory()
     set_seed(config.seed)  # the head and A are drawn here
     base, newly_drawn = load_model(config, task, random_weights=dry_run)
     notes = coverage(base, find_targets(base, config.adapters.targets))
@@ -145,12 +145,15 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
             failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
         if main_process:
-            _write_result(folder, {**failure, **_facts(config, model, method, initial_ranks), "metrics": {}})
+            _write_result(
+                folder,
+                {**failure, **_facts(config, model, method, initial_ranks, trainer.optimizer, before), "metrics": {}},
+            )
         raise
     result = {
         "status": "ok",
         "reason": None,
-        **_facts(config, model, method, initial_ranks),
+        **_facts(config, model, method, initial_ranks, trainer.optimizer, before),
         "metric": f"eval_{config.metric or task.metrics[0]}",
         "metrics": metrics,
         "data": task.data.model_dump(mode="json", include=LEARNED),
@@ -200,7 +203,12 @@ def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
 
 
 def _facts(
-    config: RunConfig, model: PeftModel, method: methods.Method, initial_ranks: dict[str, int]
+    config: RunConfig,
+    model: PeftModel,
+    method: methods.Method,
+    initial_ranks: dict[str, int],
+    optimizer: Any,
+    before: int,
 ) -> dict[str, Any]:
     """Return what is true of the run whether it succeeded or not, read from the model and not from the plan."""
     trainable, total = model.get_nb_trainable_parameters()
@@ -215,17 +223,11 @@ def _facts(
         "budget_parameters": method.budget_parameters(targets_of(model)),
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "memory": account(model, optimizer),
+        "process_memory_before_bytes": before,
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
-
-
-def peak_memory() -> int:
-    """Return the peak memory of this process in bytes: CUDA's allocator where there is one, else the resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
 
 
 def versions() -> dict[str, str]:

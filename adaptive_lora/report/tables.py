@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,12 +47,22 @@ def summary_table(run: RunRecord) -> Table:
     )
     if "train_seconds" in result:
         table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
+    if "memory" in result:
+        table.add_row("memory", _memory(result))
     before = next((row for row in run.metrics if row.get("step") == 0), {})  # there with training.eval_on_start
     names = [n for n in result["metrics"] if n.startswith("eval_") and not n.endswith(("runtime", "per_second"))]
     for name in sorted(names, key=lambda name: name != result.get("metric")):
         start = f"{_number(before[name])} before training, " if name in before else ""
         table.add_row(name.removeprefix("eval_"), start + _number(result["metrics"][name]))
     return table
+
+
+def _memory(result: dict[str, Any]) -> str:
+    """Return the account of the end of the training, and the measured peak beside it."""
+    parts = {name: sum(part.values()) if isinstance(part, dict) else part for name, part in result["memory"].items()}
+    shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
+    peak, before = result["peak_memory_bytes"] / 2**20, result["process_memory_before_bytes"] / 2**20
+    return f"MiB: {shown}; peak of the process {peak:,.0f}, before the model was loaded {before:,.0f}"
 
 
 def _number(value: float | None) -> str:
