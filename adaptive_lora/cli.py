@@ -42,6 +42,7 @@ _FLAGS = {
     "lr": "training.learning_rate",
     "epochs": "training.num_train_epochs",
     "batch_size": "training.per_device_train_batch_size",
+    "quantization": "quantization",
     "seed": "seed",
     "output": "output",
 }
@@ -56,6 +57,11 @@ EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluation fi
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")]
 Label = Annotated[str | None, typer.Option(help="Label column.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")]
+MethodName = Annotated[str | None, typer.Option(help="See `adaptive-lora methods`.")]
+Rank = Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")]
+Budget = Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")]
+BatchSize = Annotated[int | None, typer.Option(help="Per device.")]
+QuantizationName = Annotated[str | None, typer.Option(help="Of the base: none (default), nf4 or int8.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 BaseModel = Annotated[str | None, typer.Option("--model", help="Where the base model is now. Default: as trained.")]
@@ -73,12 +79,13 @@ def train(
     text: Text = None,
     label: Label = None,
     max_length: MaxLength = None,
-    method: Annotated[str | None, typer.Option(help="See `adaptive-lora methods`.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")] = None,
+    method: MethodName = None,
+    rank: Rank = None,
+    budget: Budget = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Training epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Per device.")] = None,
+    batch_size: BatchSize = None,
+    quantization: QuantizationName = None,
     seed: Annotated[int | None, typer.Option(help="Of the training.")] = None,
     output: Annotated[str | None, typer.Option(help="The run directory to make.")] = None,
     set_: Set = None,
@@ -240,6 +247,48 @@ def check(
 
     for line in check_data(resolved):
         typer.echo(line)
+
+
+@app.command()
+def plan(
+    config: Config = None,
+    model: Model = None,
+    preset: Preset = None,
+    task: TaskName = None,
+    max_length: MaxLength = None,
+    method: MethodName = None,
+    rank: Rank = None,
+    budget: Budget = None,
+    batch_size: BatchSize = None,
+    quantization: QuantizationName = None,
+    set_: Set = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is here.")] = None,
+    find_budget: Annotated[str | None, typer.Option(help="Print the largest budget that fits, such as 24GB.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder to make: plan.json and a figure.")] = None,
+) -> None:
+    """Say what a training will need in memory, from the model's configuration alone."""
+    flags = locals() | {"output": "unused", "text": None, "train_data": None if config else "unused"}
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"--device is {device!r}; expected cpu or cuda")
+    if output is not None and output.exists():
+        raise InputError(f"output {output} exists; give another name or remove it")
+    quiet()
+    resolved = _resolve(flags)
+    from adaptive_lora import planning
+    from adaptive_lora.report import memory
+
+    if find_budget is None:
+        found = planning.plan(resolved, device=device)
+        others = {} if found.fits(memory.SIZES["8 GB"]) else planning.alternatives(resolved, device=device)
+    else:
+        size = planning.parse_size(find_budget)
+        largest, found = planning.largest_budget(resolved, size, device=device)
+        others = {}
+        typer.echo(f"largest budget in {find_budget}: {largest:,} LoRA parameters (--budget {largest})")
+    memory.show_plan(found, others)
+    if output is not None:
+        for file in memory.write_plan(found, output):
+            typer.echo(str(file))
 
 
 @app.command()
