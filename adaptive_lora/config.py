@@ -173,6 +173,11 @@ class RunConfig(_Strict):
         self.training = _check_training({**TRAINING_DEFAULTS, **self.training})
         return self
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass, by either name that transformers gives it."""
+        return any(bool(self.training.get(f"{kind}_checkpointing")) for kind in ("activation", "gradient"))
+
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
         """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own words."""
         values = {**self.training, "seed": self.seed, **overrides}
@@ -180,6 +185,10 @@ class RunConfig(_Strict):
             # The head is trained in float32 on what the base computes in 16 bits: autocast joins them.
             dtype = compute_dtype(self.dtype)
             values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # the name before transformers 5.23
+            newer = name.replace("gradient", "activation")
+            if name in values and newer in {field.name for field in dataclasses.fields(TrainingArguments)}:
+                values.setdefault(newer, values.pop(name))
         try:
             return TrainingArguments(**values)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -134,7 +134,7 @@ def alternatives(config: RunConfig, *, device: str | None = None) -> dict[str, P
     """Return plans of the same training with one thing changed that saves memory, by what is changed."""
     batch = config.training["per_device_train_batch_size"]
     changes: dict[str, Callable[[], dict[str, Any]]] = {}
-    if not config.training.get("gradient_checkpointing"):
+    if not config.checkpointing:
         changes["training.gradient_checkpointing: true"] = lambda: _training(config, gradient_checkpointing=True)
     if config.quantization == "none":
         changes["quantization: nf4"] = lambda: {"quantization": "nf4"}
@@ -219,8 +219,8 @@ def _stage(name: str, config: RunConfig, device: str, method: methods.Method, mo
         pairs = {target: all_weights(layer) for target, layer in adapters(model).items()}
         parts["statistics"] = statistics_bytes(method.adaptation.importance.start(pairs))
     parameters = lora_parameters(model)
-    checkpointing = bool(config.training.get("gradient_checkpointing"))
-    step = step_bytes(model, _inputs(config, model), checkpointing=checkpointing, autocast=_autocast(config, device))
+    inputs, autocast = _inputs(config, model), _autocast(config, device)
+    step = step_bytes(model, inputs, checkpointing=config.checkpointing, autocast=autocast)
     return Stage(name, parameters, parts, max(step - parts["gradients"], 0))
 
 

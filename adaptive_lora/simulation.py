@@ -67,8 +67,7 @@ def step_bytes(
     """
     model.train()
     if checkpointing:
-        arguments = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)  # type: ignore[operator]
+        enable_checkpointing(model, preserve_rng_state=False)  # fake tensors have no generator
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         for module in model.modules():
@@ -86,6 +85,15 @@ def step_bytes(
         loss = model(**batch).loss
         loss.backward()
         return live.peak
+
+
+def enable_checkpointing(model: Any, **arguments: Any) -> None:
+    """Have the layers' activations computed anew in the backward pass; transformers 5.23 gave this another name."""
+    arguments = {"use_reentrant": False, **arguments}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
 class _Unpacked(torch.autograd.Function):
