@@ -164,7 +164,6 @@ def parse_size(text: str) -> int:
 def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, quantised modules replaced by stand-ins of their size."""
     where = {"trust_remote_code": config.trust_remote_code, "local_files_only": locate_model(config.model)}
-    task = TASKS[config.task]
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
@@ -181,7 +180,7 @@ def _skeleton(config: RunConfig, device: str) -> Any:
                     setattr(model_config, name, 0.0)
         with torch.device("meta"):
             code = {"trust_remote_code": config.trust_remote_code}
-            model = task.auto_class.from_config(model_config, dtype=dtype, **code)
+            model = TASKS[config.task].model_class(model_config).from_config(model_config, dtype=dtype, **code)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

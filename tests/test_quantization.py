@@ -132,7 +132,7 @@ def test_logits_after_reload_are_those_before(bert_folder: str, reviews_file: st
     assert torch.equal(answers(load(base_of_run(config), tmp_path / "adapter")), before)
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for the kill."""
 
 
@@ -142,7 +142,7 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise Stop
+            raise StopError
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -158,7 +158,7 @@ def test_killed_and_resumed_on_a_quantised_base_equals_uninterrupted(
         plain = run_module._rank_callback
         kill = lambda method, folder: [*plain(method, folder), StopAt(5)]
         patch.setattr("adaptive_lora.run._rank_callback", kill)
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             run(cut)
     run(cut, resume=True)
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
@@ -249,7 +249,7 @@ def test_processor_without_support(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
 
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
-    with pytest.raises(InputError, match="cannot run here|does not support this CPU"):
+    with pytest.raises(InputError, match=r"cannot run here|does not support this CPU"):
         quantization.check_available()
 
 

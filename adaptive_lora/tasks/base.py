@@ -47,6 +47,11 @@ class Task(ABC):
         """Complete `self.data`: with it, a task made anew reads further records as this one does."""
         self.data = self.data.model_copy(update=data)
 
+    @classmethod
+    def model_class(cls, model_config: PretrainedConfig) -> Any:
+        """Return the Auto class that gives a model of this configuration the right head."""
+        return cls.auto_class
+
     def model_arguments(self) -> dict[str, Any]:
         """Return the arguments for `from_pretrained` that shape the head."""
         return {}

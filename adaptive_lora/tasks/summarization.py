@@ -29,10 +29,14 @@ class Summarization(WritingTask):
         "rougeLsum", "rouge1", "rouge2", "rougeL", "token_loss", "perplexity", "bits_per_byte",
     )  # fmt: skip
 
+    @classmethod
+    def model_class(cls, model_config: Any) -> Any:
+        return AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+
     def __init__(self, config: Any, tokenizer: Any, model_config: Any) -> None:
         super().__init__(config, tokenizer, model_config)
         self.seq2seq = bool(model_config.is_encoder_decoder)
-        self.auto_class = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
+        self.auto_class = self.model_class(model_config)
         self.shift = 0 if self.seq2seq else 1
         column = self.data.text or "text"
         if not isinstance(column, str):
