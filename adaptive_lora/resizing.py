@@ -245,17 +245,19 @@ def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tens
 def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator) -> list[_Staged]:
     staged = []
     pair = all_weights(layer)
-    maps = rotation(pair[0].detach(), pair[1].detach()) if plan.rotated and len(pair[0]) else None
-    for parameter, dim in zip(pair, (0, 1), strict=True):
-        turned = parameter.detach() if maps is None else _turn(parameter.detach(), dim, maps[1 - dim].T)
-        value = _take(turned, dim, plan, _zero)
+    turns: tuple[_Turn | None, ...] = (None, None)
+    if plan.rotated and len(pair[0]):
+        p, n = rotation(pair[0].detach(), pair[1].detach())
+        turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
+    for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
+        value = _take(parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero)
         if dim == 0 and plan.grow:
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(-bound, bound, generator=generator)
             value[len(plan.keep) :] = fresh.to(value)
         state = {
             key: _take(
-                moment if maps is None else _turn_moment(key, moment, dim, maps),
+                moment if turn is None else turn.of_moment(key, moment, dim),
                 dim,
                 plan,
                 _mean if key in SECOND_MOMENTS else _zero,
@@ -267,15 +269,23 @@ def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: tor
     return staged
 
 
-def _turn(tensor: torch.Tensor, dim: int, by: torch.Tensor) -> torch.Tensor:
-    """Return `by` @ tensor for A, tensor @ `by`ᵀ for B: new component i is Σ_j by_ij times component j."""
-    wide = tensor.to(by.dtype)
-    return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
+@dataclass
+class _Turn:
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component j."""
 
+    weights: torch.Tensor
+    moments: torch.Tensor
 
-def _turn_moment(key: str, moment: torch.Tensor, dim: int, maps: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    by = maps[0] if dim == 0 else maps[1].T
-    return _turn(moment, dim, by.square() if key in SECOND_MOMENTS else by)
+    def of_weights(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.weights, tensor, dim)
+
+    def of_moment(self, key: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.moments.square() if key in SECOND_MOMENTS else self.moments, tensor, dim)
+
+    @staticmethod
+    def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = tensor.to(by.dtype)
+        return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
 
 
 def _is_moment(value: Any) -> bool:

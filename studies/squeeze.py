@@ -1,6 +1,6 @@
 """What should become of Adam's moments when `squeeze` turns adapters to their singular components?
 
-    python studies/squeeze.py [--steps 120] [--seeds 0 1 2] [--output FOLDER]
+    python studies/squeeze.py [--steps 100] [--seeds 0 1 2] [--output FOLDER]
 
 MiniLM (the demo's encoder) on the demo's messages, rank 8 cut in stages to the parameters of rank 2. The same decisions, and
 five ways to treat the optimizer and the split of σ between A and B; beside them the same schedule without rotation (the
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from adaptive_lora.importance import Magnitude
 from adaptive_lora.report.tables import show
 from adaptive_lora.rules import TopK
 
-RANK, FACTOR, AFTER = 2, 4.0, 8  # the probe is also reported AFTER steps after a cut
+RANK, FACTOR, PROBE, AFTER = 2, 4.0, 48, 8  # the probe is also reported AFTER steps after a cut
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]
 State = dict[str, torch.Tensor]
 Treatment = Callable[[Pair, tuple[State, State], tuple[State, State], Pair], None]
@@ -104,12 +104,19 @@ ARMS: dict[str, tuple[al.Method, Treatment]] = {
 }
 
 
+def rows_of(data: dict[str, torch.Tensor], rows: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Return these rows, without the padding that none of them needs."""
+    batch = {key: value[list(rows)] for key, value in data.items()}
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {key: value[:, :longest] if value.dim() == 2 else value for key, value in batch.items()}
+
+
 def train(method: al.Method, treat: Treatment, seed: int, steps: int, name: str) -> dict[str, Any]:
     """Return the probe loss after every step, (step, loss before, loss after) of every cut, and the final accuracy."""
     model_path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     data, test = messages("train", tokenizer, 800), messages("test", tokenizer, 360)
-    probe = {key: value[:48] for key, value in test.items()}
+    probe = rows_of(test, range(PROBE))
     set_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(
         model_path, num_labels=int(data["labels"].max()) + 1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -127,7 +134,7 @@ def train(method: al.Method, treat: Treatment, seed: int, steps: int, name: str)
     losses, cuts = [], []
     for step in track(range(1, steps + 1), description=f"{name:30} seed {seed}"):
         rows = torch.randint(0, len(data["labels"]), (16,), generator=order)
-        model(**{key: value[rows] for key, value in data.items()}).loss.backward()
+        model(**rows_of(data, rows.tolist())).loss.backward()
         controller.observe()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,7 +155,7 @@ def train(method: al.Method, treat: Treatment, seed: int, steps: int, name: str)
     controller.finish()
     model.eval()
     with torch.no_grad():
-        answers = torch.cat([model(**{k: v[i : i + 60] for k, v in test.items()}).logits for i in range(0, 360, 60)])
+        answers = torch.cat([model(**rows_of(test, range(i, i + 60))).logits for i in range(0, 360, 60)])
     right = (answers.argmax(1) == test["labels"]).float().mean()
     return {
         "loss": losses,
@@ -203,7 +210,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for step, _, _ in next(iter(results.values()))[0]["cuts"]:
         left.axvline(step, color="0.85", linewidth=0.8, zorder=0)
     left.set_xlabel("step (grey: a cut)")
-    left.set_ylabel("loss of 48 test messages, difference")
+    left.set_ylabel(f"loss of {PROBE} test messages, difference")
     left.set_title("against the moments carried over, mean over seeds", fontsize=10)
     left.legend(fontsize=7)
     right.set_yticks(range(len(results)), list(results), fontsize=8)
@@ -216,7 +223,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/squeeze"))
     options = parser.parse_args()
