@@ -34,22 +34,26 @@ UNSUPPORTED = {
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # starts that change the base weights at every load
 
 
-def check_supported(folder: Path, config: Any) -> None:
+def check_supported(adapter: str, config: Any) -> None:
     """Raise `InputError` for a kind of LoRA whose update is no sum of components, or that changes the base weights."""
     for name, (what, remedy) in UNSUPPORTED.items():
         if getattr(config, name, None):
-            raise InputError(f"the adapter in {folder} is {what}: not a sum of components of B A; {remedy}")
+            raise InputError(f"{adapter} is {what}: not a sum of components of B A; {remedy}")
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(MUTATING):
         raise InputError(
-            f"the adapter in {folder} was started with init_lora_weights={start!r}, which changes the base weights each "
+            f"{adapter} was started with init_lora_weights={start!r}, which changes the base weights each "
             "time it is loaded, by its rank. Save it as ordinary LoRA first: model.save_pretrained(FOLDER, "
             "path_initial_model_for_weight_conversion=...), or merge it: PeftModel.merge_and_unload()"
         )
 
 
-def split_tensors(folder: Path, tensors: Tensors, suffixes: Mapping[str, str]) -> tuple[dict[str, Tensors], Tensors]:
+def split_tensors(
+    folder: Path, tensors: Tensors, suffixes: Mapping[str, str], *, empty: bool = False
+) -> tuple[dict[str, Tensors], Tensors]:
     """Return ({target: {part: tensor}} for {part: end of its name}, the other tensors). The parts "a" and "b" must fit.
+
+    With `empty` a target may have rank 0.
 
     Raises `InputError` for adapters of embeddings and convolutions or when there are no parts at all, `IntegrityError`
     for a missing part or a shape that does not fit.
@@ -84,7 +88,7 @@ def split_tensors(folder: Path, tensors: Tensors, suffixes: Mapping[str, str]) -
                 f"{name!r} in {folder} is an adapter of a convolution, A {shapes['a']}, B {shapes['b']}; expected linear "
                 f"targets only. Train without it among target_modules, or {MERGE}"
             )
-        if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+        if any(len(shape) < 2 or (0 in shape and not empty) for shape in shapes.values()):
             raise IntegrityError(
                 f"{name!r} in {folder} has empty weights, A {shapes['a']}, B {shapes['b']}: the shards of ZeRO-3 or FSDP "
                 "were not gathered when it was saved"

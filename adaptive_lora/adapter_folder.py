@@ -167,7 +167,7 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
         )
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise InputError(f"{folder} holds a {config.peft_type} adapter; expected LORA")
-    check_supported(folder, config)
+    check_supported(f"the adapter in {folder}", config)
     pairs, rest = split_tensors(folder, tensors, {"a": ".lora_A.weight", "b": ".lora_B.weight"})
     check_names(folder, config, pairs, rest)
     updates = {

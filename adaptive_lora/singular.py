@@ -49,3 +49,23 @@ def rotation(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     dead = values <= values.max() * len(values) * torch.finfo(values.dtype).eps
     alpha = torch.where(dead, plain, values.sqrt())
     return v_t @ r_a / alpha[:, None], torch.linalg.pinv(r_a) @ v_t.T * alpha
+
+
+def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (A', B', σ) with B' A' = B A: row k of A' is √σ_k v_kᵀ, column k of B' √σ_k u_k, σ falling; in float64.
+
+        B' = Q_B U √Σ,  A' = √Σ Vᵀ Q_Aᵀ
+
+    The first k rows and columns are the best approximation of B A of rank k (Eckart & Young 1936). Both weights must be
+    finite. Unlike `rotation` it needs no inverse, so it is exact for any A.
+
+    >>> a, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    >>> new_a, new_b, _ = balanced(a, b)
+    >>> torch.allclose(new_b @ new_a, b @ a)
+    True
+    """
+    q_a, r_a = torch.linalg.qr(a.to(torch.float64).T)
+    q_b, r_b = torch.linalg.qr(b.to(torch.float64))
+    u, values, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = values.sqrt()
+    return root[:, None] * (v_t @ q_a.T), (q_b @ u) * root, values
