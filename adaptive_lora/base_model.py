@@ -104,7 +104,9 @@ def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]], name: st
     modules = dict(model.named_modules())
     for target, (in_features, out_features) in shapes.items():
         if target not in modules:
-            raise InputError(f"the base model {name!r} has no module {target!r}, which the adapter changes: wrong --model?")
+            raise InputError(
+                f"the base model {name!r} has no module {target!r}, which the adapter changes: wrong --model?"
+            )
         found = linear_features(modules[target])
         if found is not None and found != (in_features, out_features):
             raise InputError(

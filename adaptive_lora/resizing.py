@@ -250,7 +250,9 @@ def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: tor
         p, n = rotation(pair[0].detach(), pair[1].detach())
         turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
     for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
-        value = _take(parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero)
+        value = _take(
+            parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero
+        )
         if dim == 0 and plan.grow:
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(-bound, bound, generator=generator)

@@ -1,19 +1,20 @@
 """What should become of Adam's moments when `squeeze` turns adapters to their singular components?
 
-    python studies/squeeze.py [--steps 100] [--seeds 0 1 2] [--output FOLDER]
+    python studies/squeeze.py [--steps 80] [--seeds 0 1 2] [--output FOLDER]
 
 MiniLM (the demo's encoder) on the demo's messages, rank 8 cut in stages to the parameters of rank 2. The same decisions, and
 five ways to treat the optimizer and the split of σ between A and B; beside them the same schedule without rotation (the
-smallest |b_k| |a_k| is dropped), and uniform LoRA of the final and of the first size. Writes `squeeze.json` and `squeeze.png`.
+smallest |b_k| |a_k| is dropped), and uniform LoRA of the final size. Writes `squeeze.json` and `squeeze.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import adaptive_lora as al
+from adaptive_lora.adaptation import At
 from adaptive_lora.adapters import adapters, all_weights
 from adaptive_lora.cli import quiet
 from adaptive_lora.importance import Magnitude
 from adaptive_lora.report.tables import show
 from adaptive_lora.rules import TopK
 
-RANK, FACTOR, PROBE, AFTER = 2, 4.0, 48, 8  # the probe is also reported AFTER steps after a cut
+RANK, FACTOR, BATCH, PROBE, AFTER = 2, 4.0, 12, 24, (1, 2, 4, 7)  # the probe is read AFTER steps after a cut, too
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]
 State = dict[str, torch.Tensor]
 Treatment = Callable[[Pair, tuple[State, State], tuple[State, State], Pair], None]
@@ -51,12 +53,6 @@ def mean(now: Pair, states: tuple[State, State], before: tuple[State, State], ol
     for state in states:
         state["exp_avg"].zero_()
         state["exp_avg_sq"].fill_(float(state["exp_avg_sq"].mean()))
-
-
-def first_zero(now: Pair, states: tuple[State, State], before: tuple[State, State], old: Pair) -> None:
-    """The second moment carried over, the first zero."""
-    for state in states:
-        state["exp_avg"].zero_()
 
 
 def reset(now: Pair, states: tuple[State, State], before: tuple[State, State], old: Pair) -> None:
@@ -93,14 +89,12 @@ DROP = replace(
 )  # the same schedule, no rotation
 ARMS: dict[str, tuple[al.Method, Treatment]] = {
     "carried over (the library)": (SQUEEZE, carried),
-    "first zero, second carried": (SQUEEZE, first_zero),
     "first zero, second its mean": (SQUEEZE, mean),
     "optimizer reset": (SQUEEZE, reset),
     "left as they were": (SQUEEZE, stale),
     "carried, A keeps its length": (SQUEEZE, scale_of_a),
     "no rotation, smallest dropped": (DROP, carried),
     "lora, final size": (al.methods.lora(RANK), carried),
-    "lora, first size": (al.methods.lora(int(RANK * FACTOR)), carried),
 }
 
 
@@ -111,12 +105,36 @@ def rows_of(data: dict[str, torch.Tensor], rows: Iterable[int]) -> dict[str, tor
     return {key: value[:, :longest] if value.dim() == 2 else value for key, value in batch.items()}
 
 
-def train(method: al.Method, treat: Treatment, seed: int, steps: int, name: str) -> dict[str, Any]:
-    """Return the probe loss after every step, (step, loss before, loss after) of every cut, and the final accuracy."""
+@dataclass
+class Training:
+    """One training in mid-course; a copy of it goes on by itself."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    controller: al.RankController
+    data: dict[str, torch.Tensor]
+    test: dict[str, torch.Tensor]
+    order: torch.Generator
+
+    def step(self) -> None:
+        """Train on one batch, up to the decision."""
+        rows = torch.randint(0, len(self.data["labels"]), (BATCH,), generator=self.order)
+        self.model(**rows_of(self.data, rows.tolist())).loss.backward()
+        self.controller.observe()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Return the loss of the probe."""
+        return float(self.model(**rows_of(self.test, range(PROBE))).loss)
+
+
+def begin(method: al.Method, seed: int, steps: int) -> Training:
+    """Return a fresh training."""
     model_path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     data, test = messages("train", tokenizer, 800), messages("test", tokenizer, 360)
-    probe = rows_of(test, range(PROBE))
     set_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(
         model_path, num_labels=int(data["labels"].max()) + 1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -124,98 +142,100 @@ def train(method: al.Method, treat: Treatment, seed: int, steps: int, name: str)
     model = al.attach(base, method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     controller = al.RankController(model, optimizer, method, steps)
-    layers = adapters(model)
-    order = torch.Generator().manual_seed(seed)
+    return Training(model, optimizer, controller, data, test, torch.Generator().manual_seed(seed))
 
-    def loss_of_probe() -> float:
-        with torch.no_grad():
-            return float(model(**probe).loss)
 
-    losses, cuts = [], []
-    for step in track(range(1, steps + 1), description=f"{name:30} seed {seed}"):
-        rows = torch.randint(0, len(data["labels"]), (16,), generator=order)
-        model(**rows_of(data, rows.tolist())).loss.backward()
-        controller.observe()
-        optimizer.step()
-        optimizer.zero_grad()
-        before, decided = loss_of_probe(), len(controller.history)
-        pairs = {m: tuple(p.detach().clone() for p in all_weights(layer)) for m, layer in layers.items()}
-        states = {
-            m: tuple({k: v.clone() for k, v in optimizer.state[p].items()} for p in all_weights(layer))
-            for m, layer in layers.items()
-        }
+def until_first_cut(training: Training, steps: int) -> Training:
+    """Train to the step before the first decision: what all ways to treat the moments have in common."""
+    adaptation = training.controller.method.adaptation
+    assert adaptation is not None
+    assert isinstance(adaptation.when, At)
+    for _ in range(adaptation.when.steps(steps)[0] - 1):
+        training.step()
+        training.controller.step()
+    return training
+
+
+def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[str, Any]:
+    """Train to the end and return, for every cut, the probe's loss {steps after it: loss} (-1: right before, 0: right
+    after), and the final accuracy and loss of all test messages."""
+    layers, controller, optimizer = adapters(training.model), training.controller, training.optimizer
+    cuts: list[dict[str, Any]] = []
+    for step in track(range(controller.step_count + 1, steps + 1), description=f"{name:30}"):
+        training.step()
+        before, decided = None, len(controller.history)
+        if step in controller._decision_steps:
+            before = training.loss()
+            pairs = {m: tuple(p.detach().clone() for p in all_weights(layer)) for m, layer in layers.items()}
+            states = {
+                m: tuple({k: v.clone() for k, v in optimizer.state[p].items()} for p in all_weights(layer))
+                for m, layer in layers.items()
+            }
         controller.step()
+        for cut in cuts:
+            if step - cut["step"] in AFTER:
+                cut["loss"][step - cut["step"]] = training.loss()
         changed = {m for row in controller.history[decided:] for m in row.changes}
         for m in changed:
             now = all_weights(layers[m])
             treat(now, tuple(optimizer.state[p] for p in now), states[m], pairs[m])  # type: ignore[arg-type]
-        losses.append(loss_of_probe() if changed else before)
         if changed:
-            cuts.append((step, before, losses[-1]))
+            cuts.append({"step": step, "loss": {-1: before, 0: training.loss()}})
     controller.finish()
-    model.eval()
+    training.model.eval()
+    test = training.test
     with torch.no_grad():
-        answers = torch.cat([model(**rows_of(test, range(i, i + 60))).logits for i in range(0, 360, 60)])
-    right = (answers.argmax(1) == test["labels"]).float().mean()
+        answers = torch.cat([training.model(**rows_of(test, range(i, i + 60))).logits for i in range(0, 360, 60)])
     return {
-        "loss": losses,
         "cuts": cuts,
-        "accuracy": float(right),
+        "accuracy": float((answers.argmax(1) == test["labels"]).float().mean()),
         "test_loss": float(torch.nn.functional.cross_entropy(answers, test["labels"])),
-        "parameters": al.lora_parameters(model),
+        "parameters": al.lora_parameters(training.model),
     }
 
 
-def jumps(run: dict[str, Any]) -> tuple[float, float]:
-    """Return the mean change of the probe loss at a cut, and from before a cut to `AFTER` steps after it."""
-    at = [after - before for _, before, after in run["cuts"]]
-    later = [run["loss"][step - 1 + AFTER] - before for step, before, _ in run["cuts"]]
-    return statistics.mean(at), statistics.mean(later)
+def curve(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """Return {steps after a cut: change of the probe's loss from right before it}, the mean over cuts and seeds."""
+    cuts = [cut["loss"] for run in runs for cut in run["cuts"]]
+    return {k: statistics.mean(c[k] - c[-1] for c in cuts if k in c) for k in (0, *AFTER)} if cuts else {}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     shown = Table(title=f"squeeze: rank {RANK * FACTOR:g} -> {RANK}, {len(next(iter(results.values())))} seeds, means")
-    columns = ("moments", "parameters", "loss at a cut", f"{AFTER} steps later", "test loss", "accuracy %", "min .. max")
-    for column in columns:
+    after = [f"+{k}" if k else "at a cut" for k in (0, *AFTER)]
+    for column in ("moments", *after, "test loss", "accuracy %", "min .. max"):
         shown.add_column(column, justify="left" if column == "moments" else "right")
     for name, runs in results.items():
-        moved = [jumps(run) for run in runs if run["cuts"]]
+        changes = curve(runs)
         accuracy = [100 * run["accuracy"] for run in runs]
         shown.add_row(
             name,
-            f"{runs[0]['parameters']:,}",
-            *(f"{statistics.mean(column):+.4f}" for column in zip(*moved, strict=True)) if moved else ("", ""),
-            f"{statistics.mean(run['test_loss'] for run in runs):.4f}",
-            f"{statistics.mean(accuracy):.2f}",
+            *(f"{changes[k]:+.3f}" if changes else "" for k in (0, *AFTER)),
+            f"{statistics.mean(run['test_loss'] for run in runs):.3f}",
+            f"{statistics.mean(accuracy):.1f}",
             f"{min(accuracy):.1f} .. {max(accuracy):.1f}",
         )
     return shown
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Left: the probe loss around the cuts, mean over seeds, as a difference to the library's way. Right: test loss."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(1.5, 1))
-
-    def mean_loss(runs: list[dict[str, Any]]) -> list[float]:
-        return [statistics.mean(column) for column in zip(*(run["loss"] for run in runs), strict=True)]
-
-    library = mean_loss(next(iter(results.values())))
+    """Left: the loss of the probe around a cut, mean over cuts and seeds. Right: the final test loss of every seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, (name, runs) in enumerate(results.items()):
-        colour = f"C{number}"
-        if name not in ("lora, first size", "lora, final size"):
-            difference = [one - two for one, two in zip(mean_loss(runs), library, strict=True)]
-            left.plot(range(1, len(library) + 1), difference, color=colour, linewidth=1.2, label=name)
-        right.plot([run["test_loss"] for run in runs], [number] * len(runs), "o", color=colour, alpha=0.6)
-        right.plot([statistics.mean(run["test_loss"] for run in runs)], [number], "|", color=colour, markersize=18)
-    for step, _, _ in next(iter(results.values()))[0]["cuts"]:
-        left.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-    left.set_xlabel("step (grey: a cut)")
-    left.set_ylabel(f"loss of {PROBE} test messages, difference")
-    left.set_title("against the moments carried over, mean over seeds", fontsize=10)
+        colour, changes = f"C{number}", curve(runs)
+        if changes:
+            left.plot([-1, *changes], [0.0, *changes.values()], "o-", markersize=4, color=colour, label=name)
+        losses = [run["test_loss"] for run in runs]
+        right.plot(losses, [number] * len(runs), "o", color=colour, alpha=0.5)
+        right.plot([statistics.mean(losses)], [number], "|", color=colour, markersize=18, markeredgewidth=2)
+    left.axvline(-0.5, color="0.7", linewidth=0.8)
+    left.set_xlabel("steps after a cut (-1: right before it)")
+    left.set_ylabel(f"loss of {PROBE} test messages, change")
+    left.set_title("at a cut, and after it", fontsize=10)
     left.legend(fontsize=7)
     right.set_yticks(range(len(results)), list(results), fontsize=8)
     right.invert_yaxis()
-    right.set_xlabel("final test loss, 360 messages; bar: mean")
+    right.set_xlabel("loss of 360 test messages at the end; bar: mean")
     for axis in (left, right):
         axis.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
@@ -223,7 +243,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/squeeze"))
     options = parser.parse_args()
@@ -231,11 +251,20 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in options.seeds:
+        common = until_first_cut(begin(SQUEEZE, seed, options.steps), options.steps)
         for name, (method, treat) in ARMS.items():
-            results[name].append(train(method, treat, seed, options.steps, name))
+            start = copy.deepcopy(common) if method is SQUEEZE else begin(method, seed, options.steps)
+            results[name].append(go_on(start, treat, options.steps, f"{name}, seed {seed}"))
     show(table(results))
     draw(results, options.output / "squeeze.png")
-    settings = {"rank": RANK, "factor": FACTOR, "steps": options.steps, "seeds": options.seeds, "after": AFTER}
+    settings = {
+        "rank": RANK,
+        "factor": FACTOR,
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "batch": BATCH,
+        "probe": PROBE,
+    }
     text = json.dumps({"settings": settings, "runs": results}, indent=1, allow_nan=False)
     (options.output / "squeeze.json").write_text(text + "\n", encoding="utf-8")
 
