@@ -13,7 +13,7 @@ import torch
 from adaptive_lora.adapter_folder import Adapter, read_adapter
 from adaptive_lora.compression import choose
 from adaptive_lora.errors import InputError
-from adaptive_lora.naming import split_name
+from adaptive_lora.naming import by_kind, split_name
 from adaptive_lora.singular import singular_values
 
 FIGURES = (".png", ".pdf", ".svg")
@@ -191,11 +191,12 @@ def _some(indices: set[int]) -> str:
 
 
 def rows(inspection: Inspection) -> list[tuple[str, ...]]:
-    """Return the cells of a table, one row a target."""
+    """Return the cells of a table, one row a target, by module kind and layer."""
     return [
         (
-            name,
-            f"{facts.in_features} -> {facts.out_features}",
+            kind,
+            str(layer),
+            f"{facts.out_features}x{facts.in_features}",
             str(facts.rank),
             f"{facts.scale:.4g}",
             f"{facts.norm:.3g}",
@@ -203,7 +204,8 @@ def rows(inspection: Inspection) -> list[tuple[str, ...]]:
             str(facts.needed_99),
             str(facts.needed_999),
         )
-        for name, facts in inspection.targets.items()
+        for kind, layers in by_kind(inspection.targets).items()
+        for layer, facts in layers.items()
     ]
 
 
@@ -218,7 +220,7 @@ def summary(inspection: Inspection) -> list[str]:
         if needed is not None:
             wasted = 100 * (1 - needed / inspection.parameters)
             lines.append(
-                f"{needed:,} parameters hold {share} % of the squared singular values; the other {wasted:.1f} % are wasted: "
+                f"{needed:,} parameters hold {share} % of the squared singular values, and the other {wasted:.1f} % the rest: "
                 f"adaptive-lora compress ADAPTER --energy 0.{share.replace('.', '')} --output NEW"
             )
     return [*lines, *(f"warning: {one}" for one in inspection.warnings)]

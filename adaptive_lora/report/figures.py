@@ -212,7 +212,7 @@ def adapter_spectra(
     axes[2].set_ylabel("singular value of scale B A")
     axes[2].set_title("spectra, one line a target", fontsize=9)
     axes[2].grid(alpha=0.25)
-    axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes[2].legend(fontsize=7, loc="upper right", ncols=2)
     return _save(figure, path)
 
 

@@ -83,16 +83,17 @@ def decision_table(history: Sequence[Decision]) -> Table:
 
 
 def adapter_table(rows: Sequence[tuple[str, ...]], title: str) -> Table:
-    """One row a target of an adapter: (target, shape, rank, scale, norm, effective rank, needed for 99 % and 99.9 %)."""
+    """One row a target of an adapter: (module kind, layer, shape, rank, scale, norm, effective rank, needed for 99 % and
+    99.9 %)."""
     table = Table(title=escape(title))
-    columns = ("target", "I -> O", "rank", "scale", "norm", "effective", "99 %", "99.9 %")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "target" else "right", overflow="fold")
+    table.add_column("module kind", overflow="fold")
+    for name in ("layer", "O x I", "rank", "scale", "norm", "eff.", "99 %", "99.9 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
     table.caption = (
-        "norm: Frobenius norm of scale B A. effective: effective rank (Roy & Vetterli 2007).\n"
-        "99 %, 99.9 %: components that hold this share of its squared singular values."
+        "norm: Frobenius norm of scale B A\neff.: effective rank (Roy & Vetterli 2007)\n"
+        "99 %, 99.9 %: components that hold this share of\nthe target's squared singular values"
     )
     return table
 
@@ -108,7 +109,7 @@ def kept_table(after: dict[str, int], kept: dict[str, float]) -> Table:
         layers = sorted(row)
         percents = " ".join(_percent(shares[kind][layer]) for layer in layers)
         table.add_row(kind, " ".join(f"{row[layer]:>3}" for layer in layers), percents)
-    table.caption = "energy: the share of a target's squared singular values; 100 only when nothing is lost"
+    table.caption = "energy: the share of a target's squared singular values"
     return table
 
 
