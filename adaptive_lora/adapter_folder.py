@@ -128,11 +128,13 @@ def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
     where = folder / CONFIG_NAME
     try:
         kind = json.loads(where.read_text(encoding="utf-8"))["peft_type"]
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice for training
+            config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
         raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     if config.peft_type != kind:
-        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {config.peft_type}")
+        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {config.peft_type.value}")
     try:
         tensors = load_file(file)
     except Exception as error:  # as above, of safetensors
@@ -161,12 +163,13 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     {'encoder.layer.0.attention.self.query': (4, 4.0)}
     """
     folder, config, tensors = read_files(path)
-    if config.peft_type == "ADALORA":
+    kind = str(config.peft_type.value)
+    if kind == "ADALORA":
         raise InputError(
             f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora convert {folder} --output NEW"
         )
-    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
-        raise InputError(f"{folder} holds a {config.peft_type} adapter; expected LORA")
+    if not isinstance(config, LoraConfig) or kind != "LORA":
+        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
     check_supported(f"the adapter in {folder}", config)
     pairs, rest = split_tensors(folder, tensors, {"a": ".lora_A.weight", "b": ".lora_B.weight"})
     check_names(folder, config, pairs, rest)
