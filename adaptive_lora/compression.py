@@ -283,8 +283,8 @@ def updates_of(model: PeftModel) -> dict[str, Update]:
     """
     check_model(model)
     config = model.peft_config[model.active_adapter]
-    if config.peft_type != "LORA":
-        raise InputError(f"the model's adapter is {config.peft_type}; expected LORA")
+    if (kind := config.peft_type.value) != "LORA":
+        raise InputError(f"the model's adapter is {kind}; expected LORA")
     check_supported("the model's adapter", config)
     targets_of(model)  # refuses what is not linear
     layers = adapters(model)
