@@ -4,7 +4,8 @@
 
 MiniLM (the demo's encoder) on the demo's messages, rank 8 cut in stages to the parameters of rank 2. The same decisions, and
 five ways to treat the optimizer and the split of σ between A and B; beside them the same schedule without rotation (the
-smallest |b_k| |a_k| is dropped), and uniform LoRA of the final size. Writes `squeeze.json` and `squeeze.png`.
+smallest |b_k| |a_k| is dropped), and uniform LoRA of the final size. Writes `squeeze.json` and `squeeze.png`, and a file a
+run: started again it goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[s
 
 def curve(runs: list[dict[str, Any]]) -> dict[int, float]:
     """Return {steps after a cut: change of the probe's loss from right before it}, the mean over cuts and seeds."""
-    cuts = [cut["loss"] for run in runs for cut in run["cuts"]]
+    cuts = [{int(k): loss for k, loss in cut["loss"].items()} for run in runs for cut in run["cuts"]]
     return {k: statistics.mean(c[k] - c[-1] for c in cuts if k in c) for k in (0, *AFTER)} if cuts else {}
 
 
@@ -251,10 +252,18 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in options.seeds:
-        common = until_first_cut(begin(SQUEEZE, seed, options.steps), options.steps)
+        common: Training | None = None
         for name, (method, treat) in ARMS.items():
-            start = copy.deepcopy(common) if method is SQUEEZE else begin(method, seed, options.steps)
-            results[name].append(go_on(start, treat, options.steps, f"{name}, seed {seed}"))
+            file = options.output / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{options.steps}.json"
+            if not file.exists():
+                if method is not SQUEEZE:
+                    start = begin(method, seed, options.steps)
+                else:
+                    common = common or until_first_cut(begin(SQUEEZE, seed, options.steps), options.steps)
+                    start = copy.deepcopy(common)
+                run = go_on(start, treat, options.steps, f"{name}, seed {seed}")
+                file.write_text(json.dumps(run, allow_nan=False) + "\n", encoding="utf-8")
+            results[name].append(json.loads(file.read_text(encoding="utf-8")))
     show(table(results))
     draw(results, options.output / "squeeze.png")
     settings = {
