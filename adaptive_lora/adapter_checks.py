@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, PeftType
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from adaptive_lora.adapter_file import PREFIX
@@ -32,6 +33,11 @@ UNSUPPORTED = {
     "megatron_config": ("Megatron's parallel layers", MERGE),
 }
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # starts that change the base weights at every load
+
+
+def kind_of(config: PeftConfig) -> str:
+    """Return the kind of adapter, such as "LORA"."""
+    return str(PeftType(config.peft_type).value)
 
 
 def check_supported(adapter: str, config: Any) -> None:

@@ -27,7 +27,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from adaptive_lora.adapter_checks import Tensors, check_finite, check_names, check_supported, split_tensors
+from adaptive_lora.adapter_checks import Tensors, check_finite, check_names, check_supported, kind_of, split_tensors
 from adaptive_lora.adapter_file import PREFIX
 from adaptive_lora.adapters import scaled_config
 from adaptive_lora.allocate import RankPattern
@@ -133,8 +133,8 @@ def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
             config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
         raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-    if config.peft_type != kind:
-        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {config.peft_type.value}")
+    if kind_of(config) != kind:
+        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}")
     try:
         tensors = load_file(file)
     except Exception as error:  # as above, of safetensors
@@ -163,7 +163,7 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     {'encoder.layer.0.attention.self.query': (4, 4.0)}
     """
     folder, config, tensors = read_files(path)
-    kind = str(config.peft_type.value)
+    kind = kind_of(config)
     if kind == "ADALORA":
         raise InputError(
             f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora convert {folder} --output NEW"

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from adaptive_lora.adapter_checks import check_supported
+from adaptive_lora.adapter_checks import check_supported, kind_of
 from adaptive_lora.adapter_folder import (
     Adapter,
     Update,
@@ -283,7 +283,7 @@ def updates_of(model: PeftModel) -> dict[str, Update]:
     """
     check_model(model)
     config = model.peft_config[model.active_adapter]
-    if (kind := config.peft_type.value) != "LORA":
+    if (kind := kind_of(config)) != "LORA":
         raise InputError(f"the model's adapter is {kind}; expected LORA")
     check_supported("the model's adapter", config)
     targets_of(model)  # refuses what is not linear

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig
 
-from adaptive_lora.adapter_checks import check_finite, check_names, split_tensors
+from adaptive_lora.adapter_checks import check_finite, check_names, kind_of, split_tensors
 from adaptive_lora.adapter_folder import (
     Adapter,
     Update,
@@ -50,7 +50,7 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
         check_output(output)
     folder, config, tensors = read_files(path)
     if not isinstance(config, AdaLoraConfig):
-        raise InputError(f"{folder} holds a {config.peft_type.value} adapter; expected ADALORA")
+        raise InputError(f"{folder} holds a {kind_of(config)} adapter; expected ADALORA")
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".ranknum")}  # r₀ again, by old PEFT
     pairs, rest = split_tensors(folder, tensors, PARTS, empty=True)
     check_names(folder, config, pairs, rest)
