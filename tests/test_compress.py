@@ -75,6 +75,13 @@ def test_for_unequal_costs_it_is_within_one_component_of_the_best(
     assert best - energy(found, pattern) < max(value**2 for row in found.values() for value in row) + 1e-9
 
 
+def test_a_dear_component_must_be_worth_its_parameters() -> None:
+    """The largest singular value is dropped for two smaller ones at the same price."""
+    found, costs = {"wide": (3.0,), "narrow": (2.9, 2.8)}, {"wide": 20, "narrow": 10}
+    assert choose(found, costs, budget=20) == {"wide": 0, "narrow": 2}
+    assert choose(found, costs, budget=None, energy=0.6) == {"wide": 0, "narrow": 2}
+
+
 @given(spectra, st.lists(st.integers(1, 9), min_size=4, max_size=4), st.floats(0.01, 1))
 def test_energy_keeps_its_share_and_no_component_too_many(found: Spectra, prices: list[int], share: float) -> None:
     costs = dict(zip(found, prices, strict=False))
