@@ -36,6 +36,7 @@ import adaptive_lora as al
 from adaptive_lora import use
 from adaptive_lora.cli import quiet
 from adaptive_lora.config import RunConfig, parse
+from adaptive_lora.errors import InputError
 from adaptive_lora.recipe import read_recipe
 from adaptive_lora.report.tables import show
 from adaptive_lora.resuming import CONFIG_FILE
@@ -100,10 +101,15 @@ def recipe_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(recipe: dict[str, Any], rank: int, seed: int, output: Path) -> Path:
-    """Return the run of uniform LoRA at `rank`, after training it unless its result is there."""
+    """Return the run of uniform LoRA at `rank`, after training it unless its result is there.
+
+    Raises `InputError` when a run with other settings is there.
+    """
     folder = output / f"lora-r{rank}-{seed}"
     config: RunConfig = parse({**recipe, "method": {"name": "lora", "rank": rank}, "seed": seed, "output": str(folder)})
     begun = (folder / CONFIG_FILE).is_file()
+    if begun and parse(read_recipe(folder / CONFIG_FILE)) != config:
+        raise InputError(f"{folder} holds a run with other settings; choose another --output, or remove it")
     if not (folder / RESULT_FILE).is_file():
         output.mkdir(parents=True, exist_ok=True)
         with (output / f"{folder.name}.log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -194,22 +200,20 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]:
         pairs = [100 * (one[seed] - two[seed]) for seed in one if seed in two]
         return interval(pairs) if pairs else "-"
 
+    smaller = sorted({row["rank"] for row in rows} - {whole_rank})
     count = next(row["parameters"] for row in rows if row["kind"] == "whole")
     cells = [[f"{count:,} (whole)", mean(whole), mean(whole), mean(whole), "-", "-"]]
-    for rank in sorted({row["rank"] for row in rows} - {whole_rank}, reverse=True):
+    for rank in reversed(smaller):
         ours, theirs = pick(rows, GLOBAL, rank), pick(rows, PER_LAYER, rank)
         size = next(row["parameters"] for row in rows if row["rank"] == rank)
         start = mean(pick(rows, TRAINED, rank))
         cells.append([f"{size:,}", mean(ours), mean(theirs), start, gap(ours, theirs), gap(ours, whole)])
-    loss = {
-        rank: (pick(rows, GLOBAL, rank, "eval_loss"), pick(rows, PER_LAYER, rank, "eval_loss"))
-        for rank in (2, 4, 8, 16)
-    }
+    loss = {rank: [pick(rows, kind, rank, "eval_loss") for kind in (GLOBAL, PER_LAYER)] for rank in smaller}
     losses = "; ".join(
-        f"rank {rank} {mean(ours, 4, 1)} / {mean(theirs, 4, 1)}" for rank, (ours, theirs) in loss.items() if ours
+        f"rank {rank} {mean(ours, 4, 1)} / {mean(theirs, 4, 1)}" for rank, (ours, theirs) in loss.items()
     )
     notes = [
-        f"Means over {len(whole)} seeds; differences paired by seed with 95 % intervals (Student's t), in points.",
+        f"Means over {len(whole)} seed(s); differences paired by seed with 95 % intervals (Student's t), in points.",
         f"Evaluation loss, compress / PEFT: {losses}; whole {mean(pick(rows, 'whole', whole_rank, 'eval_loss'), 4, 1)}.",
     ]
     return columns, cells, notes
@@ -241,7 +245,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8, loc="lower right")
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(f"A rank-{whole_rank} adapter cut down, and trained small ({seeds} seeds)", fontsize=10)
+    figure.suptitle(
+        f"A rank-{whole_rank} adapter cut down, and trained small ({seeds} seed(s))",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
