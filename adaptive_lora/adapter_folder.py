@@ -103,10 +103,9 @@ def find_folder(path: str | Path) -> Path:
         if (candidate / CONFIG_NAME).is_file():
             return candidate
     if not folder.exists():
-        raise InputError(
-            f"there is no folder {folder}; expected a PEFT adapter folder. One on the hub must be fetched first: "
-            f"hf download {path} --local-dir FOLDER"
-        )
+        fetch = f". One on the hub must be fetched first: hf download {path} --local-dir FOLDER"
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+        raise InputError(f"there is no folder {folder}; expected a PEFT adapter folder" + (fetch if on_hub else ""))
     raise InputError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
 
 
