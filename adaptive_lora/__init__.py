@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from adaptive_lora.adapters import save as save
     from adaptive_lora.allocate import Resize as Resize
     from adaptive_lora.callback import AdaptiveRankCallback as AdaptiveRankCallback
+    from adaptive_lora.compression import compress as compress
     from adaptive_lora.controller import RankController as RankController
+    from adaptive_lora.conversion import convert as convert
     from adaptive_lora.drop_in import AdaptiveLoRA as AdaptiveLoRA
     from adaptive_lora.errors import AdaptiveLoraError as AdaptiveLoraError
     from adaptive_lora.errors import DivergedError as DivergedError
     from adaptive_lora.errors import InputError as InputError
     from adaptive_lora.errors import IntegrityError as IntegrityError
+    from adaptive_lora.inspection import inspect as inspect
     from adaptive_lora.methods import METHODS as METHODS
     from adaptive_lora.methods import Method as Method
     from adaptive_lora.resizing import resize as resize
@@ -34,6 +37,9 @@ _HOME = {
     **dict.fromkeys(("METHODS", "Method"), "methods"),
     "AdaptiveLoRA": "drop_in",
     "AdaptiveRankCallback": "callback",
+    "compress": "compression",
+    "convert": "conversion",
+    "inspect": "inspection",
     "RankController": "controller",
     "Resize": "allocate",
     "resize": "resizing",

@@ -21,16 +21,16 @@ class At(When):
     Args:
         start: the first decision, in steps or as a fraction of the training (see `budget.steps_of`).
         rest: training after the last decision, likewise; None means one single decision.
-        every: steps between decisions.
+        every: between decisions, likewise.
     """
 
     start: float
     rest: float | None = None
-    every: int = 10
+    every: float = 10
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InputError(f"steps between decisions are {self.every}; expected a whole number >= 1")
+        if not (self.every >= 1 or (isinstance(self.every, float) and self.every > 0)):
+            raise InputError(f"steps between decisions are {self.every}; expected a whole number >= 1, or a fraction")
 
     def steps(self, total: int) -> list[int]:
         """Return the decision steps, ascending, counted from 1. Raises `InputError` when they do not fit."""
@@ -41,7 +41,7 @@ class At(When):
                 f"decision steps {first}..{last} do not fit a training of {total} steps; "
                 "train for longer, or decide earlier (warmup_steps, initial, final)"
             )
-        return sorted({*range(first, last, self.every), last})
+        return sorted({*range(first, last, max(1, steps_of(self.every, total))), last})
 
 
 @dataclass(frozen=True, kw_only=True)

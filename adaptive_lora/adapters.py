@@ -120,7 +120,7 @@ def _adalora_config(adaptation: MaskedByPeft, rank: int, scale: float, common: d
         lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by init_r
         beta1=adaptation.importance.beta1,
         beta2=adaptation.importance.beta2,
-        deltaT=adaptation.when.every,
+        deltaT=int(adaptation.when.every),
         orth_reg_weight=adaptation.orthogonality,
         total_step=1,
         **common,

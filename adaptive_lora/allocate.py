@@ -21,10 +21,14 @@ RankPattern = dict[str, int]
 
 @dataclass(frozen=True)
 class Resize:
-    """Keep these components of an adapter, in this order, then add `grow` new ones."""
+    """Keep these components of an adapter, in this order, then add `grow` new ones.
+
+    With `rotated`, `keep` counts the singular components of B A, the largest first, instead of the rows of A as they are.
+    """
 
     keep: tuple[int, ...]
     grow: int = 0
+    rotated: bool = False
 
     @property
     def rank(self) -> int:

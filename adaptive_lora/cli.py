@@ -7,13 +7,14 @@ import os
 import sys
 import tempfile
 import textwrap
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from adaptive_lora import cli_adapters
 from adaptive_lora.errors import AdaptiveLoraError, InputError
+from adaptive_lora.silence import quiet
 
 if TYPE_CHECKING:
     from adaptive_lora.config import RunConfig
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(no_args_is_help=True)
+app.add_typer(cli_adapters.app)
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
 
 # Flag -> where it goes in the recipe.
@@ -336,19 +338,6 @@ def demo(
 
     quiet()
     run_demo(output)
-
-
-def quiet() -> None:
-    """Silence libraries' advice, and their progress bars where there is no terminal."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch.utils.data")
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 
 
 def main() -> NoReturn:

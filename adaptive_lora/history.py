@@ -58,7 +58,10 @@ def write(path: Path, rows: Iterable[Decision]) -> None:
 def from_json(row: Mapping[str, Any]) -> Decision:
     """Return the `Decision` of a parsed row."""
     parts = {part: _with_nan(scores) for part, scores in row.get("parts", {}).items()}
-    changes = {name: Resize(tuple(change["keep"]), change["grow"]) for name, change in row["changes"].items()}
+    changes = {
+        name: Resize(tuple(change["keep"]), change["grow"], change.get("rotated", False))
+        for name, change in row["changes"].items()
+    }
     return Decision(**{**row, "scores": _with_nan(row["scores"]), "parts": parts, "changes": changes})
 
 

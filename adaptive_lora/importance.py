@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adaptive_lora.singular import singular_values
+
 Pairs = Mapping[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]
 """{target: (A, B)}; after a backward pass both have gradients."""
 Scores = dict[str, torch.Tensor]
@@ -203,6 +205,28 @@ class Magnitude(Importance):
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         return {n: a.detach().norm(dim=1) * b.detach().norm(dim=0) for n, (a, b) in pairs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingularValues(Importance):
+    """σ_k² / (I + O): the energy ‖B A‖² that the k-th singular component holds, for each parameter it costs.
+
+    Component k is not row k of A but the k-th largest of Σ_k σ_k u_k v_kᵀ = B A: for rules that rotate (`Truncate`). The
+    scale is the same everywhere and left out. Equal costs: the kept components are the best approximation of all updates
+    together (Eckart & Young 1936).
+    """
+
+    def start(self, pairs: Pairs) -> Statistics:
+        return {}
+
+    def observe(self, pairs: Pairs, statistics: Statistics) -> None:
+        pass
+
+    def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
+        return {
+            n: singular_values(a.detach(), b.detach()).square() / (a.shape[1] + b.shape[0])
+            for n, (a, b) in pairs.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

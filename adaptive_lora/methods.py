@@ -19,8 +19,8 @@ from adaptive_lora.allocate import RankPattern, proportional
 from adaptive_lora.budget import Cubic
 from adaptive_lora.custom_ranks import by_layer, by_pattern, read_ranks
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.importance import GradientNorm, Sensitivity, Uniform, WeightDelta, Weighted
-from adaptive_lora.rules import Grow, Proportional, TopK
+from adaptive_lora.importance import GradientNorm, Sensitivity, SingularValues, Uniform, WeightDelta, Weighted
+from adaptive_lora.rules import Grow, Proportional, TopK, Truncate
 from adaptive_lora.targets import Target
 
 Shape = Callable[[Sequence[Target]], dict[str, int]]
@@ -277,6 +277,35 @@ def adalora(
     )
 
 
+def squeeze(
+    rank: int | None = None,
+    *,
+    budget: int | None = None,
+    factor: float = 2.0,
+    initial: float = 0.3,
+    final: float = 0.3,
+    every: float = 0.1,
+    min_rank: int = 0,
+) -> Method:
+    """Train at a high rank, then cut in stages to the largest singular components of all updates together.
+
+    Source: truncation after training (2026), arXiv 2604.27796, moved into it; Eckart & Young 1936.
+    """
+    return Method(
+        name="squeeze",
+        shape=_uniform(1),
+        rank=8 if rank is None and budget is None else rank,
+        budget=budget,
+        adaptation=Adaptation(
+            importance=SingularValues(),
+            rule=Truncate(),
+            when=At(start=initial, rest=final, every=every),
+            schedule=Cubic(factor=factor, initial=initial, final=final),
+            min_rank=min_rank,
+        ),
+    )
+
+
 def peft_adalora(
     rank: int = 8,
     *,
@@ -389,6 +418,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         custom,
         grad_delta,
         adalora,
+        squeeze,
         peft_adalora,
         plateau,
     )

@@ -4,6 +4,10 @@ A `Resize` says which components stay and how many are new. Kept components keep
 fresh row in A, zero in B (so the function is unchanged), zero in the first moment, and the mean of the kept entries in
 the second moment and in the statistics (with 0 there, Adam's first updates of the new entries would be several lr).
 
+A rotated `Resize` first turns the adapter to its singular components (`singular.rotation`): A' = Nᵀ A, B' = B Pᵀ, and the
+moments as the gradients they average: m_A' = P m_A, v_A' = P² v_A, m_B' = m_B N, v_B' = v_B N² (squares entry by entry,
+as if the entries of a gradient were uncorrelated). Measured in `studies/squeeze.py`.
+
 The `nn.Parameter` objects stay the same; only their storage is new. New objects behind an optimizer would silently stop
 training, and moments of the wrong shape silently corrupt it under fused AdamW, so shapes are checked after every change.
 """
@@ -25,6 +29,7 @@ from adaptive_lora.adapters import adapters, all_weights, is_masked, park, ranks
 from adaptive_lora.allocate import Resize
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.importance import Statistic, Statistics
+from adaptive_lora.singular import rotation
 
 SUPPORTED = (AdamW, Adam, SGD)
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -71,7 +76,8 @@ def resize(
 ) -> None:
     """Change the rank of the named adapters, all or none.
 
-    Kept: A[keep], B[:, keep] and all their state, bit for bit. New: A ~ U(±1/√I) (PEFT's own start), B = 0.
+    Kept: A[keep], B[:, keep] and all their state, bit for bit. New: A ~ U(±1/√I) (PEFT's own start), B = 0. A `Resize`
+    with `rotated` keeps singular components of B A instead, with the moments carried over.
 
     Args:
         model: a model with adapters.
@@ -107,6 +113,11 @@ def resize(
     for kind in (statistics or {}).values():
         for name, statistic in kind.items():
             if name in plans and statistic.dim is not None:
+                if plans[name].rotated:
+                    raise InputError(
+                        "an importance that remembers something of each component cannot be used with a rule that rotates "
+                        "components; use importance.SingularValues"
+                    )
                 new = _take(statistic.tensor, statistic.dim, plans[name], _mean)
                 if statistic.copies:
                     kept, grown = len(plans[name].keep), plans[name].grow
@@ -233,19 +244,50 @@ def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tens
 
 def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator) -> list[_Staged]:
     staged = []
-    for parameter, dim in zip(all_weights(layer), (0, 1), strict=True):
-        value = _take(parameter.detach(), dim, plan, _zero)
+    pair = all_weights(layer)
+    turns: tuple[_Turn | None, ...] = (None, None)
+    if plan.rotated and len(pair[0]):
+        p, n = rotation(pair[0].detach(), pair[1].detach())
+        turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
+    for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
+        value = _take(
+            parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero
+        )
         if dim == 0 and plan.grow:
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(-bound, bound, generator=generator)
             value[len(plan.keep) :] = fresh.to(value)
         state = {
-            key: _take(moment, dim, plan, _mean if key in SECOND_MOMENTS else _zero)
+            key: _take(
+                moment if turn is None else turn.of_moment(key, moment, dim),
+                dim,
+                plan,
+                _mean if key in SECOND_MOMENTS else _zero,
+            )
             for key, moment in (optimizer.state.get(parameter, {}) if optimizer else {}).items()
             if _is_moment(moment)
         }
         staged.append(_Staged(parameter, value, state))
     return staged
+
+
+@dataclass
+class _Turn:
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component j."""
+
+    weights: torch.Tensor
+    moments: torch.Tensor
+
+    def of_weights(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.weights, tensor, dim)
+
+    def of_moment(self, key: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.moments.square() if key in SECOND_MOMENTS else self.moments, tensor, dim)
+
+    @staticmethod
+    def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = tensor.to(by.dtype)
+        return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
 
 
 def _is_moment(value: Any) -> bool:

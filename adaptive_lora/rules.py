@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adaptive_lora.allocate import RankPattern, Resize, parameters, proportional, top_k
 
@@ -80,6 +80,14 @@ class TopK(Rule):
             for name, keep in kept.items()
             if len(keep) < view.ranks[name] or grow[name]
         }
+
+
+@dataclass(frozen=True)
+class Truncate(TopK):
+    """As `TopK`, of the singular components of each update B A: what changes is rotated to them first."""
+
+    def decide(self, view: View) -> dict[str, Resize]:
+        return {name: replace(change, rotated=True) for name, change in super().decide(view).items()}
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,42 @@ class FinishedRun:
     model: PeftModel
 
 
-def open_run(folder: str | Path, *, model: str | None = None, **generation: Any) -> FinishedRun:
+def open_run(
+    folder: str | Path, *, model: str | None = None, adapter: str | Path | None = None, **generation: Any
+) -> FinishedRun:
     """Return the run in `folder`, ready to use.
 
     Args:
         model: where the base model is now, if not where the recipe says.
+        adapter: the folder of an adapter to use instead of the run's own.
         generation: fields of the recipe's `generation` to replace; None leaves one as it is.
 
     Raises `InputError` when the folder holds no finished run, `IntegrityError` when a file of it is damaged.
     """
+    config, task = finished_task(folder, model=model, **generation)
+    base, _ = load_model(config, task)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT looks where the base model was
+        loaded = load(base, adapter or Path(folder) / ADAPTER_FOLDER)
+    with tempfile.TemporaryDirectory() as empty:
+        device = config.training_arguments(output_dir=empty).device  # the one a Trainer would use
+    return FinishedRun(config, task, loaded.to(device))
+
+
+def run_of(adapter: str | Path) -> Path:
+    """Return the run directory that `adapter` is, or lies in. Raises `InputError` when there is none."""
+    folder = Path(adapter)
+    for candidate in (folder, folder.parent):
+        if (candidate / CONFIG_FILE).is_file() and (candidate / RESULT_FILE).is_file():
+            return candidate
+    raise InputError(
+        f"{folder} lies in no finished run, so nothing says which model, task and columns to measure it with; name one: "
+        "--run RUN"
+    )
+
+
+def finished_task(folder: str | Path, *, model: str | None = None, **generation: Any) -> tuple[RunConfig, Task]:
+    """Return the recipe of the run in `folder` and its task as it was trained; arguments and errors as of `open_run`."""
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / RESULT_FILE).is_file():
         raise InputError(f"{folder} holds no finished run; expected {CONFIG_FILE} and {RESULT_FILE} there")
@@ -75,14 +102,7 @@ def open_run(folder: str | Path, *, model: str | None = None, **generation: Any)
         "model": model or config.model,
     }
     config = config.model_copy(update=changes)
-    task = load_task(config)
-    base, _ = load_model(config, task)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT looks where the base model was
-        loaded = load(base, folder / ADAPTER_FOLDER)
-    with tempfile.TemporaryDirectory() as empty:
-        device = config.training_arguments(output_dir=empty).device  # the one a Trainer would use
-    return FinishedRun(config, task, loaded.to(device))
+    return config, load_task(config)
 
 
 def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:

@@ -10,6 +10,7 @@ __all__ = ["DYNAMIC", "STEPS", "callback_of", "make_model", "make_trainer", "rec
 # Every kind of decision: many small ones, one big one, and growth on evaluations (a threshold no loss can beat).
 DYNAMIC = {
     "adalora": lambda: methods.adalora(2, factor=2.0, initial=2, final=2, every=2),
+    "squeeze": lambda: methods.squeeze(2, factor=2.0, initial=2, final=2, every=2),
     "peft_adalora": lambda: methods.peft_adalora(2, initial_rank=4, initial=2, final=2, every=2),
     "grad_delta": lambda: methods.grad_delta(3, warmup_steps=5, min_rank=1, max_rank=8),
     "grad_delta unbudgeted": lambda: methods.grad_delta(warmup_steps=4, initial_rank=3, min_rank=1, max_rank=6),

@@ -84,6 +84,7 @@ def test_reports_read_files_only() -> None:
 
 def test_the_command_line_is_at_the_top() -> None:
     assert not offenders(set(GRAPH), {"adaptive_lora.cli"})
+    assert not offenders(set(GRAPH) - {"adaptive_lora.cli"}, {"adaptive_lora.cli_adapters"})
 
 
 def test_the_core_knows_nothing_of_trainers_runs_and_recipes() -> None:
@@ -93,6 +94,13 @@ def test_the_core_knows_nothing_of_trainers_runs_and_recipes() -> None:
     assert not offenders(
         modules("targets", "adapters", "methods", "allocate", "resizing", "importance", "controller"), above
     )
+
+
+def test_tools_on_adapter_folders_need_no_runs_and_no_reports() -> None:
+    above = {f"adaptive_lora.{name}" for name in ("run", "use", "config", "data", "tasks", "report", "demo", "cli")}
+    tools = modules("adapter_folder", "adapter_checks", "compression", "conversion", "inspection", "singular")
+    assert len(tools) == 6
+    assert not offenders(tools, above)
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

@@ -62,7 +62,7 @@ def decisions(trainer: Any) -> list[tuple]:
     return [(r.step, r.status, r.budget, r.pattern, r.scores, r.changes) for r in callback_of(trainer).history]
 
 
-# 13 kill points a method, 78 in all; every one of the 12 steps is hit, and several in all three places.
+# 13 kill points a method; every one of the 12 steps is hit, and several in all three places.
 POINTS = [(2, "end"), (3, "substep"), (3, "end"), (4, "substep"), (4, "optimizer"), (4, "end"), (5, "end"), (6, "substep"),
           (7, "optimizer"), (8, "end"), (9, "substep"), (10, "end"), (12, "optimizer")]  # fmt: skip
 

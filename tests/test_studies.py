@@ -53,3 +53,23 @@ def test_a_failed_run_is_shown_and_a_missed_budget_is_said(tmp_path: Path) -> No
     ]
     STUDY["draw"](runs, tmp_path / "figure.png", title="synthetic")
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_the_study_of_compression_pairs_by_seed_and_draws(tmp_path: Path) -> None:
+    study = runpy.run_path(str(Path(__file__).parent.parent / "studies" / "compress.py"))
+    rows = [
+        study["row_of"](kind, seed, rank, 100 * rank, {"eval_accuracy": base + seed / 100, "eval_loss": 0.4})
+        for seed in (0, 1, 2)
+        for kind, rank, base in (
+            ("whole", 8, 0.80), (study["GLOBAL"], 2, 0.79), (study["PER_LAYER"], 2, 0.78), (study["TRAINED"], 2, 0.70),
+        )
+    ]  # fmt: skip
+    columns, cells, notes = study["table"]([row for row in rows if (row["kind"], row["seed"]) != ("PEFT per layer", 2)])
+    assert [row[0] for row in cells] == ["800 (whole)", "200"]
+    by_name = dict(zip(columns, cells[1], strict=True))
+    assert by_name["compress"] == "80.00"
+    assert by_name["compress - PEFT"] == "+1.00 [+1.00, +1.00]"  # of two pairs: the third has no partner
+    assert by_name["compress - whole"] == "-1.00 [-1.00, -1.00]"
+    assert "rank 2 0.4000 / 0.4000" in notes[1]
+    study["draw"](rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0

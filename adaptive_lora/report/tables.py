@@ -91,3 +91,39 @@ def decision_table(history: Sequence[Decision]) -> Table:
         )
     table.caption = "parameters and ranks after the decision; MiB of adapters, their gradients and optimizer state"
     return table
+
+
+def adapter_table(rows: Sequence[tuple[str, ...]], title: str) -> Table:
+    """One row a target of an adapter: (module kind, layer, shape, rank, scale, norm, effective rank, needed for 99 % and
+    99.9 %)."""
+    table = Table(title=escape(title))
+    table.add_column("module kind", overflow="fold")
+    for name in ("layer", "O x I", "rank", "scale", "norm", "eff.", "99 %", "99.9 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    table.caption = (
+        "norm: Frobenius norm of scale B A\neff.: effective rank (Roy & Vetterli 2007)\n"
+        "99 %, 99.9 %: components that hold this share of\nthe target's squared singular values"
+    )
+    return table
+
+
+def kept_table(after: dict[str, int], kept: dict[str, float]) -> Table:
+    """One row a module kind: its new ranks and the energy kept, from the first layer to the last."""
+    table = Table(title="After compression, first layer to last")
+    table.add_column("module kind", overflow="fold")
+    table.add_column("ranks", overflow="fold")
+    table.add_column("energy kept, %", overflow="fold")
+    shares = by_kind(kept)
+    for kind, row in by_kind(after).items():
+        layers = sorted(row)
+        percents = " ".join(_percent(shares[kind][layer]) for layer in layers)
+        table.add_row(kind, " ".join(f"{row[layer]:>3}" for layer in layers), percents)
+    table.caption = "energy: the share of a target's squared singular values"
+    return table
+
+
+def _percent(share: float) -> str:
+    """Return whole percent, rounded down, so that 100 means all; `-` where there was nothing to keep."""
+    return "  -" if share != share else f"{int(100 * share + 1e-9):>3}"
