@@ -21,8 +21,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from adaptive_lora.adapter_folder import COMPANIONS, Adapter, check_output, find_folder, read_adapter, write_adapter
 from adaptive_lora.adapter_file import PREFIX
+from adaptive_lora.adapter_folder import COMPANIONS, Adapter, check_output, find_folder, read_adapter, write_adapter
 from adaptive_lora.adapters import load
 from adaptive_lora.base_model import Base, base_of_adapter, check_fits, is_quantised
 from adaptive_lora.errors import InputError, IntegrityError, nearest

@@ -245,12 +245,10 @@ def _inputs(config: RunConfig, model: PeftModel) -> Shapes:
         side = base_config.image_size
         height, width = side if isinstance(side, list | tuple) else (side, side)
         pixels = (batch, getattr(base_config, "num_channels", 3), height, width)
-        return {"pixel_values": (torch.float32, pixels), "labels": (whole, rows)}
+        return {"pixel_values": (torch.float32, pixels)}
     tokens = {"input_ids": (whole, (batch, length)), "attention_mask": (whole, (batch, length))}
-    if config.task == "classification":
-        return {**tokens, "labels": (whole, rows)}
-    if config.task == "regression":
-        return {**tokens, "labels": (torch.float32, rows)}
+    if config.task in ("classification", "regression"):
+        return tokens  # DeBERTa picks records by their labels, which have no values here; its loss weighs nothing
     if config.task == "question_answering":
         return {**tokens, "start_positions": (whole, rows), "end_positions": (whole, rows)}
     if getattr(base_config, "is_encoder_decoder", False):

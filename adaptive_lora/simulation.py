@@ -61,7 +61,7 @@ def step_bytes(
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
-        inputs: {argument: (type, shape)} of one batch.
+        inputs: {argument: (type, shape)} of one batch; without labels the loss is a stand-in over the logits.
         checkpointing: whether the layers' activations are computed anew in the backward pass.
         autocast: the type of mixed precision, None for none.
     """
@@ -82,7 +82,8 @@ def step_bytes(
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
-        loss = model(**batch).loss
+        output = model(**batch)
+        loss = output.logits.float().logsumexp(-1).mean() if output.loss is None else output.loss
         loss.backward()
         return live.peak
 

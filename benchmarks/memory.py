@@ -89,6 +89,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     controller = al.RankController(model, optimizer, method, total_steps=1000)
     batch = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in _inputs(config, model).items()}
+    if config.task == "classification":
+        batch["labels"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of training, not of loading
     found: dict[str, Any] = {}
     for _ in range(STEPS):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_architectures import STEPS, answers, batch_for, make, method_for, train
 
 import adaptive_lora as al
-from adaptive_lora import InputError, IntegrityError, methods
+from adaptive_lora import IntegrityError, methods
 from adaptive_lora import export as export_module
 from adaptive_lora.adapter_folder import read_adapter
 from adaptive_lora.adapters import adapters, weights
