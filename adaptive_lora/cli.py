@@ -270,12 +270,14 @@ def doctor() -> None:
 
 
 @app.command(name="report")
-def report_command(folder: Run) -> None:
-    """Print a run's result and ranks, and draw the rank heatmap and the loss curve."""
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY", help="A run directory, or a study's.")],
+) -> None:
+    """Print a run's result and ranks, or a study's table, and draw figures; a study gets report.html, .md and .csv."""
     from adaptive_lora.report import report
 
-    for figure in report(folder):
-        typer.echo(f"figure: {figure}")
+    for path in report(folder):
+        typer.echo(f"{'figure' if path.suffix == '.png' else 'file'}: {path}")
 
 
 @app.command()

@@ -52,7 +52,9 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
                         groups.setdefault(rate, []).append(run)
                 rows.append(_row(method, task, rank, groups))
     for row in rows:
-        baseline = next(r for r in rows if (r["task"], r["budget"], r["method"]) == (row["task"], row["budget"], "lora"))
+        baseline = next(
+            r for r in rows if (r["task"], r["budget"], r["method"]) == (row["task"], row["budget"], "lora")
+        )
         if row is not baseline:
             row["comparison"] = _compare(row, baseline, runs)
     record = {
@@ -99,7 +101,9 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
 
 def _value(method: str, task: str, rank: int, rate: float, random: Random) -> float:
     ground = {"sst2": 0.88}.get(task, 0.74)
-    return round(ground + 0.01 * math.log2(rank) + GAINS[method] - (0.01 if rate < 5e-4 else 0) + random.gauss(0, 0.004), 6)
+    return round(
+        ground + 0.01 * math.log2(rank) + GAINS[method] - (0.01 if rate < 5e-4 else 0) + random.gauss(0, 0.004), 6
+    )
 
 
 def _write_run(
@@ -131,7 +135,10 @@ def _write_run(
     }  # fmt: skip
     home = folder / "runs" / str(run["id"])
     home.mkdir(parents=True)
-    decay = [(step, 0.25 + 0.6 * math.exp(-step / (30 + 9 * seed)) + random.gauss(0, 0.012)) for step in range(1, shape.points + 1)]
+    decay = [
+        (step, 0.25 + 0.6 * math.exp(-step / (30 + 9 * seed)) + random.gauss(0, 0.012))
+        for step in range(1, shape.points + 1)
+    ]
     lines: list[dict[str, Any]] = [{"step": step, "loss": round(loss, 5)} for step, loss in decay[: int(run["steps"])]]  # type: ignore[call-overload]
     lines += [{"step": step, "eval_loss": round(loss + 0.05, 5)} for step, loss in decay[:: max(1, shape.points // 10)]]
     (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -179,7 +186,11 @@ def _costs(run: dict[str, Any], number: int) -> dict[str, Any]:
     random = Random(-number)
     if run["status"] != "ok":
         return {"train_seconds": None, "peak_memory_bytes": None, "attempts": 1}
-    return {"train_seconds": 61 + 9 * random.random(), "peak_memory_bytes": int(8e8 + 5e7 * random.random()), "attempts": 1}
+    return {
+        "train_seconds": 61 + 9 * random.random(),
+        "peak_memory_bytes": int(8e8 + 5e7 * random.random()),
+        "attempts": 1,
+    }
 
 
 def _row(method: str, task: str, rank: int, groups: dict[float, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -210,7 +221,14 @@ def _compare(row: dict[str, Any], baseline: dict[str, Any], runs: list[dict[str,
                 pairs.append(mine["metrics"]["eval_test_accuracy"] - other["metrics"]["eval_test_accuracy"])
     keys = ("p_t", "p_bootstrap", "p_wilcoxon", "p_holm")
     if len(pairs) < 2:
-        return {"pairs": len(pairs), "difference": None, "ci95": None, **dict.fromkeys(keys), "noise_floor": None, "verdict": None}
+        return {
+            "pairs": len(pairs),
+            "difference": None,
+            "ci95": None,
+            **dict.fromkeys(keys),
+            "noise_floor": None,
+            "verdict": None,
+        }
     mean, half = fmean(pairs), student.ppf(0.975, len(pairs) - 1) * stdev(pairs) / len(pairs) ** 0.5
     verdict = "tie" if abs(mean) < half else "better" if mean > 0 else "worse"
     p = 0.02 if verdict != "tie" else 0.6

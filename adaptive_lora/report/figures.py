@@ -28,7 +28,7 @@ def rank_heatmap(patterns: dict[str, dict[str, int]], path: Path) -> Path:
     for axis, (title, ranks) in zip(axes, patterns.items(), strict=True):
         image = _heatmap(axis, title, ranks, highest, "{:.0f}")
     figure.colorbar(image, ax=axes, label="rank", shrink=0.8, ticks=MaxNLocator(integer=True))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def saliency(row: Decision, path: Path) -> Path:
@@ -45,7 +45,7 @@ def saliency(row: Decision, path: Path) -> Path:
         scaled = {name: score / 10.0**power for name, score in scores.items()}
         image = _heatmap(axis, title, scaled, highest / 10.0**power or 1.0, "{:.0f}")
         figure.colorbar(image, ax=axis, label=f"value / 1e{power}" if power else "value", shrink=0.9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _panels(grids: Mapping[str, Mapping[str, float]]) -> tuple[Figure, list[Axes]]:
@@ -123,7 +123,7 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, n_layers - 0.5), colours)
     bar = figure.colorbar(scale, ax=axes, label="layer", shrink=0.9)
     bar.set_ticks(list(range(0, n_layers, max(1, n_layers // 12))))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def parameter_steps(run: RunRecord, path: Path) -> Path:
@@ -148,7 +148,7 @@ def parameter_steps(run: RunRecord, path: Path) -> Path:
     axis.set_ylabel("trainable LoRA parameters")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, loc="lower left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _last_step(run: RunRecord) -> int:
@@ -165,7 +165,7 @@ def training_curve(run: RunRecord, path: Path) -> Path:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss")
     axis.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: str) -> Path:
@@ -176,11 +176,17 @@ def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: st
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel(label)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path, *, close: bool = True) -> Path:
+    """Write `figure` as the file's suffix says, the same bytes for the same figure, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if path.suffix == ".svg":
+        with plt.rc_context({"svg.hashsalt": path.stem}):  # or the same figure has other ids at every call
+            figure.savefig(path, metadata={"Date": None})
+    else:
+        figure.savefig(path, dpi=130)
+    if close:
+        plt.close(figure)
     return path

@@ -37,9 +37,9 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
             {"name": name, "colour": colour_number(study, name), "baseline": name == study.head.baseline}
             for name in methods
         ],
-        "tasks": _distinct(run.task for run in [*study.runs, *study.table]),
-        "models": _distinct(run.model for run in [*study.runs, *study.table]),
-        "budgets": _distinct(run.budget for run in [*study.runs, *study.table]),
+        "tasks": _distinct([*(run.task for run in study.runs), *(row.task for row in study.table)]),
+        "models": _distinct([*(run.model for run in study.runs), *(row.model for row in study.table)]),
+        "budgets": _distinct([*(run.budget for run in study.runs), *(row.budget for row in study.table)]),
         "axes": axes,
         "digits": digits(study),
         "table": [_table_row(row, number[row.method], axes) for row in study.table],
@@ -135,7 +135,7 @@ def unequal(row: TableRow) -> str | None:
     return row.note or "LoRA parameters differ from the baseline's by more than one component"
 
 
-def _distinct(values: Any) -> list[str]:
+def _distinct(values: Sequence[str]) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
 
 
@@ -268,7 +268,7 @@ def evenly(items: Sequence[Item], most: int) -> list[tuple[int, Item]]:
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float | None]]]:
     """Return {"loss": [steps, values], "eval_loss": ...} of at most `CURVE_POINTS` points each."""
-    curves = {}
+    curves: dict[str, list[list[float | None]]] = {}
     for name in ("loss", "eval_loss"):
         points = curve(metrics, name)
         if points:
@@ -301,4 +301,6 @@ def _plain(value: Any) -> str | int | float | bool | None:
 def _thinning(study: StudyRecord, kept: int) -> str:
     longest = max((len(details.history) for details in study.details.values()), default=0)
     cut = f"; of more than {kept} decisions in a run, {kept} are kept, evenly spaced" if longest > kept else ""
-    return f"Curves are thinned to {CURVE_POINTS} points, evenly spaced{cut}. Losses have 4 significant figures, scores 3."
+    return (
+        f"Curves are thinned to {CURVE_POINTS} points, evenly spaced{cut}. Losses have 4 significant figures, scores 3."
+    )

@@ -6,6 +6,7 @@ Whatever is damaged is left out and named in `problems`; only without a readable
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.history import HISTORY_FILE, Decision
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
-from adaptive_lora.study.records import COSTS_FILE, RESULTS_FILE, RUNS, VERSION
+from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
 
 MEMORY_PARTS = ("base", "adapters", "gradients", "optimizer", "statistics")
 Row = TypeVar("Row", bound=BaseModel)
@@ -160,6 +161,11 @@ class StudyRecord:
         return min(runs, key=lambda run: (run.id not in self.in_table, not self.details[run.id].history), default=None)
 
 
+def is_study(folder: str | Path) -> bool:
+    """Say whether `folder` is the directory of a study, finished or not, and not that of a run."""
+    return any((Path(folder) / name).is_file() for name in (RESULTS_FILE, PLAN_FILE))
+
+
 def read_study(folder: str | Path) -> StudyRecord:
     """Read the study in `folder`.
 
@@ -196,6 +202,21 @@ def read_study(folder: str | Path) -> StudyRecord:
         details=details,
         problems=problems,
     )
+
+
+def pareto_front(rows: Sequence[TableRow], *, greater_is_better: bool) -> list[TableRow]:
+    """Return the rows that no other beats: by parameters ascending, each better than all that are cheaper."""
+    sign = 1 if greater_is_better else -1
+    front: list[TableRow] = []
+    known = [
+        (row.lora_parameters, sign * row.mean, row) for row in rows if row.mean is not None and row.lora_parameters
+    ]
+    best = -math.inf
+    for _, quality, row in sorted(known, key=lambda item: (item[0], -item[1])):
+        if quality > best:
+            front.append(row)
+            best = quality
+    return front
 
 
 def _read_json(file: Path) -> Any:

@@ -91,7 +91,7 @@ function heatmap(grid, values, { width, low, high, format, title }) {
     const p = missing(value) ? 0 : (value - low) / (high - low || 1);
     const none = missing(value) || (value === 0 && low === 0);
     const cell = svg("rect", { class: none ? "cell none" : "cell", x: left + layer * w, y: kind * h, width: w, height: h,
-      style: none ? {} : { fill: mix(p, "--heat-0", "--heat-1") } });
+      style: none ? {} : { fill: heat(p) } });
     root.append(cell);
     const text = missing(value) ? "" : format(value);
     if (w >= text.length * 6.2 + 3 && text) root.append(svg("text", { class: p > 0.5 ? "in dark" : "in", x: left + (layer + 0.5) * w, y: kind * h + h / 2 + 3.5 }, text));

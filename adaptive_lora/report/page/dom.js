@@ -40,7 +40,9 @@ const mark = (method, x, y, scale = 1, attributes = {}) =>
     style: { fill: colourOf(method), ...attributes.style } });
 const key = (method) => svg("svg", { class: "key", viewBox: "-7 -7 14 14", "aria-hidden": "true" }, mark(method, 0, 0));
 const nameOf = (method) => DATA.methods[method].name;
-const mix = (p, from, to) => `color-mix(in oklab, var(${to}) ${(100 * p).toFixed(1)}%, var(${from}))`;
+const mix = (p, from, to, space) => `color-mix(in ${space}, var(${to}) ${(100 * p).toFixed(1)}%, var(${from}))`;
+const heat = (p) => mix(p, "--heat-0", "--heat-1", "oklab"); // one hue, light to dark
+const layerColour = (p) => mix(p, "--layer-0", "--layer-1", "oklch"); // amber over red to violet, bright to dark
 
 const tooltip = byId("tooltip");
 function showTip(text, x, y) {

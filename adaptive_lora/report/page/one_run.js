@@ -120,7 +120,7 @@ function drawTrajectories(run, grid, high) {
         const shift = grid.layers > 1 ? (layer / (grid.layers - 1) - 0.5) * 0.03 * high : 0; // equal ranks would hide one another
         let d = `M${x(0)} ${y(patterns[0][i] + shift)}`;
         for (let p = 1; p < patterns.length; p++) d += `H${x(steps[p]).toFixed(1)}V${y(patterns[p][i] + shift).toFixed(1)}`;
-        root.append(withTip(svg("path", { class: "curve", d: `${d}H${x(end)}`, style: { stroke: mix(layer / Math.max(1, grid.layers - 1), "--layer-0", "--layer-1") } }),
+        root.append(withTip(svg("path", { class: "curve", d: `${d}H${x(end)}`, style: { stroke: layerColour(layer / Math.max(1, grid.layers - 1)) } }),
           () => `${grid.names[i]}\n${patterns.map((pattern) => pattern[i]).filter((rank, j, all) => rank !== all[j - 1]).join(" → ")}`));
       });
       const line = svg("line", { class: "front", y1: 8, y2: 108 });

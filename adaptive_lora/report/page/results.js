@@ -116,7 +116,7 @@ function bars(runs, read, format) {
 }
 
 const PARTS = ["adapters", "gradients", "optimizer", "statistics"]; // the base model would dwarf them: it is in words
-const partColour = (i) => mix(i / (PARTS.length - 1), "--layer-0", "--layer-1");
+const partColour = (i) => layerColour(i / (PARTS.length - 1));
 
 function stacks(runs) {
   const methods = DATA.methods.map((_, i) => i).filter((i) => runs.some((run) => run.method === i));
