@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from adaptive_lora import cli_study
 from adaptive_lora.errors import AdaptiveLoraError, InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
+app.add_typer(cli_study.app)
 
 # Flag -> where it goes in the recipe.
 _FLAGS = {

@@ -1,14 +1,14 @@
 """What a study directory holds, and the record that `analyse` makes of it. Plain JSON types; no torch.
 
-    STUDY_DIR/
-      study.yaml        the study as resolved: name, base, grid, baseline, select, report, threads
-      plan.json         every run: id, settings, resolved configuration
-      claims/ID/N/      the N-th worker that took the run; see `claims`
-      runs/ID/          the run directory, as `adaptive-lora train` makes it
-      outcomes/ID.json  an `Outcome`, written when the run is over; its files' digests tell later changes
-      logs/ID.log       what the run printed
-      results.json      a `StudyRecord`: the same bytes however often the study was killed, and for any number of workers
-      costs.json        {ID: Costs}: seconds and bytes, which do differ
+STUDY_DIR/
+  study.yaml        the study as resolved: name, base, grid, baseline, select, report, threads
+  plan.json         every run: id, settings, resolved configuration
+  claims/ID/N/      the N-th worker that took the run; see `claims`
+  runs/ID/          the run directory, as `adaptive-lora train` makes it
+  outcomes/ID.json  an `Outcome`, written when the run is over; its files' digests tell later changes
+  logs/ID.log       what the run printed
+  results.json      a `StudyRecord`: the same bytes however often the study was killed, and for any number of workers
+  costs.json        {ID: Costs}: seconds and bytes, which do differ
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STUDY_FILE, PLAN_FILE, RESULTS_FILE, COSTS_FILE = "study.yaml", "plan.json", "re
 RUNS, OUTCOMES, CLAIMS, LOGS = "runs", "outcomes", "claims", "logs"
 
 Status = Literal["ok", "failed", "missing", "skipped"]
-"""ok; failed, with the reason; missing: not run yet; skipped: its files are not what the run left, so they count for nothing."""
+"""ok; failed, with the reason; missing: not run yet; skipped: its files are not what the run left, and count for nothing."""
 Verdict = Literal["better", "worse", "tie"]
 
 
@@ -71,7 +71,7 @@ class RunRow(TypedDict):
     learning_rate: float | None
     seed: int
     settings: dict[str, Any]
-    metrics: dict[str, float | None]  # without seconds and speeds
+    metrics: dict[str, float | None]  # without seconds and speeds; eval_main, eval_test_main: the task's first metric
     lora_parameters: int | None
     budget_parameters: int | None
     initial_ranks: dict[str, int]

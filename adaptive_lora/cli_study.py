@@ -1,0 +1,45 @@
+"""The commands of studies: `study` and `tune`. Each reads arguments, calls one function, and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaptive_lora.errors import AdaptiveLoraError
+
+app = typer.Typer()
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the file: base.model=FOLDER, grid.seed=[0,1].")]
+Output = Annotated[Path, typer.Option(help="The folder of the results; give it again to go on.")]
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to run: base, grid, baseline, report.")],
+    output: Output,
+    workers: Annotated[int, typer.Option(help="Runs at a time. Results do not depend on it.")] = 1,
+    executor: Annotated[str, typer.Option(help="Where workers run: local, slurm or ray.")] = "local",
+    set_: Set = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")] = False,
+) -> None:
+    """Run a grid of methods, tasks, learning rates and seeds, and compare. Given again, only what is missing is done."""
+    from adaptive_lora.study.executors import executor_named
+    from adaptive_lora.study.show import show_study
+    from adaptive_lora.study.study import run_study
+    from adaptive_lora.study.study_file import read_study
+
+    where = executor_named(executor)
+    record = run_study(
+        read_study(file, set_ or []), output, workers=workers, executor=where, retry_failed=retry_failed
+    )
+    show_study(record)
+    typer.echo(f"results: {output / 'results.json'}")
+    if not any(run["status"] == "ok" for run in record["runs"]):
+        raise AllFailedError(f"every run of the study failed, the first for: {record['runs'][0]['reason']}")
+
+
+class AllFailedError(AdaptiveLoraError):
+    """A study without a single run that ended well."""
+
+    exit_code = 2
