@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from statistics import fmean, stdev
 from typing import Any
-
-from scipy.stats import t as student
 
 from adaptive_lora.allocate import Resize
 from adaptive_lora.history import Decision, write
+from adaptive_lora.study.records import COSTS_FILE, RESULTS_FILE, VERSION
+from adaptive_lora.study.table import make_table
 
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense")
 COST = 768  # parameters a component of any target
@@ -39,63 +39,47 @@ class Shape:
 def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
     """Write a study of `shape` into `folder` and return its record. One run in eleven fails."""
     shape = shape or Shape()
-    runs, rows, costs = [], [], {}
-    for task in shape.tasks:
-        for rank in shape.ranks:
-            for method in shape.methods:
-                groups: dict[float, list[dict[str, Any]]] = {}
-                for rate in shape.rates:
-                    for seed in range(shape.seeds):
-                        run = _write_run(folder, shape, method, task, rank, rate, seed, len(runs))
-                        runs.append(run)
-                        costs[run["id"]] = _costs(run, len(runs))
-                        groups.setdefault(rate, []).append(run)
-                rows.append(_row(method, task, rank, groups))
-    for row in rows:
-        baseline = next(
-            r for r in rows if (r["task"], r["budget"], r["method"]) == (row["task"], row["budget"], "lora")
+    budgets = {f"rank {rank}": rank for rank in shape.ranks}
+    grid = itertools.product(shape.tasks, budgets.items(), shape.methods, shape.rates, range(shape.seeds))
+    runs = [
+        _write_run(
+            folder, shape, rank, number,
+            {"method": method, "task": task, "budget": budget, "learning_rate": rate, "seed": seed},
         )
-        if row is not baseline:
-            row["comparison"] = _compare(row, baseline, runs)
-    record = {
-        "version": 1,
-        "study": {
-            "name": "Four ways to spend a budget",
-            "axes": {
-                "method": list(shape.methods),
-                "task": list(shape.tasks),
-                "budget": [f"rank {rank}" for rank in shape.ranks],
-                "learning_rate": list(shape.rates),
-                "seed": list(range(shape.seeds)),
-            },
-            "baseline": "lora",
-            "metric": "eval_test_accuracy",
-            "greater_is_better": True,
-            "selection": {
-                "rule": "best_mean",
-                "metric": "eval_accuracy",
-                "axes": ["learning_rate"],
-                "description": "For each method the learning rate with the best mean validation accuracy over seeds.",
-            },
+        for number, (task, (budget, rank), method, rate, seed) in enumerate(grid)
+    ]  # fmt: skip
+    head: Any = {
+        "name": "Four ways to spend a budget",
+        "axes": {
+            "method": list(shape.methods),
+            "task": list(shape.tasks),
+            "budget": list(budgets),
+            "learning_rate": list(shape.rates),
+            "seed": list(range(shape.seeds)),
         },
+        "baseline": "lora",
+        "metric": "eval_test_accuracy",
+        "greater_is_better": True,
+        "selection": {
+            "rule": "best_mean",
+            "metric": "eval_accuracy",
+            "axes": ["learning_rate"],
+            "description": "the best mean over seeds",
+        },
+    }
+    table = make_table(head, runs, {run["id"]: COST for run in runs})
+    record = {
+        "version": VERSION,
+        "study": head,
         "environment": {"python": "3.11.2", "commit": "0123abc", "versions": {"torch": "2.13.0", "peft": "0.21.2"}},
         "runs": runs,
-        "table": rows,
-        "noise_floor": [
-            {"task": t, "model": "bert", "budget": f"rank {r}", "settings": {}, "seeds": shape.seeds, "sd": 0.004, "floor": 0.0102}
-            for t in shape.tasks for r in shape.ranks
-        ],
-        "wins": {
-            method: {
-                name: sum(r["method"] == method and r["comparison"]["verdict"] == word for r in rows)
-                for name, word in (("win", "better"), ("tie", "tie"), ("loss", "worse"))
-            }
-            for method in shape.methods if method != "lora"
-        },
-        "notes": ["adalora had one trial more than lora."],
-    }  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(record, allow_nan=False))
-    (folder / "costs.json").write_text(json.dumps(costs))
+        "table": table.rows,
+        "noise_floor": table.noise,
+        "wins": table.wins,
+        "notes": table.notes,
+    }
+    (folder / RESULTS_FILE).write_text(json.dumps(record, allow_nan=False))
+    (folder / COSTS_FILE).write_text(json.dumps({run["id"]: _costs(run, i) for i, run in enumerate(runs)}))
     return record
 
 
@@ -106,9 +90,8 @@ def _value(method: str, task: str, rank: int, rate: float, random: Random) -> fl
     )
 
 
-def _write_run(
-    folder: Path, shape: Shape, method: str, task: str, rank: int, rate: float, seed: int, number: int
-) -> dict[str, Any]:
+def _write_run(folder: Path, shape: Shape, rank: int, number: int, settings: dict[str, Any]) -> Any:
+    method, task, rate, seed = (settings[name] for name in ("method", "task", "learning_rate", "seed"))
     random = Random(number)
     failed = number % 11 == 7
     names = [f"encoder.layer.{layer}.{kind}" for layer in range(shape.layers) for kind in KINDS]
@@ -126,8 +109,8 @@ def _write_run(
         "id": f"{number:04x}{random.getrandbits(32):08x}",
         "status": "failed" if failed else "ok",
         "reason": f"training stopped at step {40 + number}: the loss is nan" if failed else None,
-        "method": method, "task": task, "model": "bert", "budget": f"rank {rank}", "learning_rate": rate, "seed": seed,
-        "settings": {"method": method, "task": task, "budget": f"rank {rank}", "learning_rate": rate, "seed": seed},
+        "method": method, "task": task, "model": "bert", "budget": settings["budget"], "learning_rate": rate, "seed": seed,
+        "settings": settings,
         "metrics": {} if failed else {"eval_accuracy": value, "eval_test_accuracy": value, "eval_loss": 1 - value},
         "lora_parameters": COST * sum(ranks.values()),
         "budget_parameters": COST * rank * len(names),
@@ -191,48 +174,3 @@ def _costs(run: dict[str, Any], number: int) -> dict[str, Any]:
         "peak_memory_bytes": int(8e8 + 5e7 * random.random()),
         "attempts": 1,
     }
-
-
-def _row(method: str, task: str, rank: int, groups: dict[float, list[dict[str, Any]]]) -> dict[str, Any]:
-    def values(rate: float) -> list[float]:
-        return [run["metrics"]["eval_test_accuracy"] for run in groups[rate] if run["status"] == "ok"]
-
-    rate = max(groups, key=lambda rate: fmean(values(rate) or [0.0]))
-    good = [run for run in groups[rate] if run["status"] == "ok"]
-    numbers = values(rate)
-    mean, sd = fmean(numbers), stdev(numbers) if numbers[1:] else None
-    half = student.ppf(0.975, len(numbers) - 1) * sd / len(numbers) ** 0.5 if sd is not None else None
-    return {
-        "method": method, "task": task, "model": "bert", "budget": f"rank {rank}", "settings": {}, "chosen": {"learning_rate": rate},
-        "learning_rate": rate, "trials": len(groups), "runs": [run["id"] for run in good], "seeds": len(good),
-        "failed": len(groups[rate]) - len(good), "mean": mean, "sd": sd, "ci95": None if half is None else [mean - half, mean + half],
-        "lora_parameters": round(fmean(run["lora_parameters"] for run in good)),
-        "parameters_equal": method not in ("adalora", "grad_delta"),
-        "note": "2,304 parameters below the baseline's" if method in ("adalora", "grad_delta") else None, "comparison": None,
-    }  # fmt: skip
-
-
-def _compare(row: dict[str, Any], baseline: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    by_id = {run["id"]: run for run in runs}
-    pairs = []
-    for mine in (by_id[i] for i in row["runs"]):
-        for other in (by_id[i] for i in baseline["runs"]):
-            if mine["seed"] == other["seed"]:
-                pairs.append(mine["metrics"]["eval_test_accuracy"] - other["metrics"]["eval_test_accuracy"])
-    keys = ("p_t", "p_bootstrap", "p_wilcoxon", "p_holm")
-    if len(pairs) < 2:
-        return {
-            "pairs": len(pairs),
-            "difference": None,
-            "ci95": None,
-            **dict.fromkeys(keys),
-            "noise_floor": None,
-            "verdict": None,
-        }
-    mean, half = fmean(pairs), student.ppf(0.975, len(pairs) - 1) * stdev(pairs) / len(pairs) ** 0.5
-    verdict = "tie" if abs(mean) < half else "better" if mean > 0 else "worse"
-    p = 0.02 if verdict != "tie" else 0.6
-    return {
-        "pairs": len(pairs), "difference": mean, "ci95": [mean - half, mean + half], **dict.fromkeys(keys, p),
-        "noise_floor": 0.0102, "verdict": verdict,
-    }  # fmt: skip

@@ -75,11 +75,13 @@ def test_what_is_pure_knows_nothing_of_models(name: str) -> None:
 
 def test_reports_read_files_only() -> None:
     own = {name for name in GRAPH if name.startswith("adaptive_lora")}
-    allowed = modules("errors", "naming", "history", "adapter_file", "report")
+    allowed = modules("errors", "naming", "history", "adapter_file", "report", "study")
     assert not offenders(
         modules("report"), {"torch", "transformers", "peft", "datasets", *(own - allowed - {"adaptive_lora"})}
     )
     assert not {m for m in modules("report") if "adaptive_lora" in GRAPH[m]}
+    of_studies = {name for m in modules("report") for name in GRAPH[m] if name.startswith("adaptive_lora.study")}
+    assert of_studies == {"adaptive_lora.study.records", "adaptive_lora.study.analysis"}  # neither grid nor workers
 
 
 def test_the_command_line_is_at_the_top() -> None:

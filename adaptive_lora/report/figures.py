@@ -23,12 +23,17 @@ from adaptive_lora.report.read import RunRecord
 
 def rank_heatmap(patterns: dict[str, dict[str, int]], path: Path) -> Path:
     """Draw layers x module kinds, one panel for each {title: {target: rank}}, all on one colour scale."""
+    return save(rank_figure(patterns), path)
+
+
+def rank_figure(patterns: dict[str, dict[str, int]]) -> Figure:
+    """Return the figure of `rank_heatmap`."""
     highest = max(max(ranks.values()) for ranks in patterns.values())
     figure, axes = _panels(patterns)
     for axis, (title, ranks) in zip(axes, patterns.items(), strict=True):
         image = _heatmap(axis, title, ranks, highest, "{:.0f}")
     figure.colorbar(image, ax=axes, label="rank", shrink=0.8, ticks=MaxNLocator(integer=True))
-    return save(figure, path)
+    return figure
 
 
 def saliency(row: Decision, path: Path) -> Path:

@@ -30,7 +30,7 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
         "study": {"metric": label(study.head.metric), "greater_is_better": study.head.greater_is_better},
         "facts": facts(study),
         "rule": rule(study),
-        "notes": [*noise_notes(study), *study.notes],
+        "notes": [*noise_notes(study), *remarks(study), *study.notes],
         "problems": study.problems,
         "footer": [*environment_lines(study.environment), _thinning(study, kept)],
         "methods": [
@@ -81,15 +81,18 @@ def facts(study: StudyRecord) -> str:
 
 
 def rule(study: StudyRecord) -> str:
-    """Return by which rule settings were chosen, from how many trials, and what the verdicts rest on."""
+    """Return by which rule settings were chosen, from how many trials, and what is reported."""
     trials = sorted({row.trials for row in study.table})
-    many = f" Trials a row: {trials[0]}" + (f" to {trials[-1]}." if trials[1:] else ".") if trials else ""
-    choice = study.head.selection
-    direction = "higher" if study.head.greater_is_better else "lower"
+    many = f"; trials a row: {trials[0]}" + (f" to {trials[-1]}" if trials[1:] else "") if trials else ""
+    choice, better = study.head.selection, "higher" if study.head.greater_is_better else "lower"
+    selected = (
+        f"Selection of {', '.join(choice.axes)}: {choice.rule}, {choice.description} of {label(choice.metric)}{many}."
+        if choice.axes
+        else f"Nothing was selected{many}."
+    )
     return (
-        f"Selection: {choice.rule}. {choice.description}{many} Intervals are 95 % over seeds; verdicts compare equal seeds "
-        f"with the baseline, {study.head.baseline}, and p is corrected over methods (Holm). "
-        f"{label(study.head.metric).capitalize()}: {direction} is better."
+        f"{selected} Reported: {label(study.head.metric)}, {better} is better. Intervals are 95 % over seeds; differences "
+        f"are against {study.head.baseline} on equal seeds, their p corrected over methods (Holm)."
     )
 
 
@@ -128,11 +131,25 @@ def digits(study: StudyRecord) -> dict[str, int]:
     return {task: min(5, max(1, 1 - math.floor(math.log10(median(values))))) for task, values in halves.items()}
 
 
-def unequal(row: TableRow) -> str | None:
-    """Return why a row's parameters cannot be compared with the baseline's, None where they can."""
-    if row.parameters_equal is not False:
-        return None
-    return row.note or "LoRA parameters differ from the baseline's by more than one component"
+def remark(row: TableRow) -> str | None:
+    """Return what must be said beside a row, such as that its parameters are not the baseline's; None where nothing."""
+    if row.parameters_equal is False:
+        return row.note or "LoRA parameters differ from the baseline's by more than one component"
+    return row.note
+
+
+def remarks(study: StudyRecord) -> list[str]:
+    """Return the remarks on rows, one sentence for all rows of a method with the same."""
+    rows: dict[tuple[str, str], list[TableRow]] = {}
+    for row in study.table:
+        if (said := remark(row)) is not None:
+            rows.setdefault((row.method, said), []).append(row)
+    where = {
+        key: "; ".join(" ".join(filter(None, (row.task, row.budget))) for row in some) for key, some in rows.items()
+    }
+    return [
+        f"{method}: {said}" + (f" ({where[method, said]})." if where[method, said] else ".") for method, said in rows
+    ]
 
 
 def _distinct(values: Sequence[str]) -> list[str]:
@@ -152,12 +169,13 @@ def _table_row(row: TableRow, method: int, axes: Sequence[str]) -> dict[str, Any
         "learning_rate": row.learning_rate,
         "trials": row.trials,
         "seeds": row.seeds,
-        "failed": row.failed,
+        "runs": len(row.runs),
         "mean": _round(row.mean, 7),
         "low": _round(low, 7),
         "high": _round(high, 7),
         "parameters": row.lora_parameters,
-        "unequal": unequal(row),
+        "remark": remark(row),
+        "unequal": row.parameters_equal is False,
         "difference": _round(comparison.difference, 7) if comparison else None,
         "difference_low": _round(difference_low, 7),
         "difference_high": _round(difference_high, 7),

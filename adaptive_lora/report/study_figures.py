@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
 
-from adaptive_lora.report.figures import rank_heatmap, save
-from adaptive_lora.report.page_data import colour_number, curve, label
+from adaptive_lora.report.figures import rank_figure, save
+from adaptive_lora.report.page_data import CURVE_POINTS, colour_number, curve, evenly, label
 from adaptive_lora.report.study_read import Run, StudyRecord, TableRow, pareto_front
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; dark grey is the baseline. As in page.css.
@@ -43,16 +43,19 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
         for name, draw in kinds.items():
             figure = draw(study)
             if figure is not None:
-                save(figure, folder / f"{name}.svg", close=False)
-                drawn.append(save(figure, folder / f"{name}.png"))
+                drawn.append(_save(figure, folder / f"{name}.png"))
         for number, method in enumerate(study.methods):
             run = study.representative(method)
             if run is not None:
                 patterns = {f"{method}: initial ranks": run.initial_ranks, f"{method}: final ranks": run.ranks}
                 name = f"ranks-{number}-{re.sub(r'[^a-z0-9]+', '-', method.lower()).strip('-')[:40]}"
-                rank_heatmap(patterns, folder / f"{name}.svg")
-                drawn.append(rank_heatmap(patterns, folder / f"{name}.png"))
+                drawn.append(_save(rank_figure(patterns), folder / f"{name}.png"))
     return drawn
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    save(figure, file.with_suffix(".svg"), close=False)
+    return save(figure, file)
 
 
 def quality(study: StudyRecord) -> Figure | None:
@@ -110,23 +113,22 @@ def pareto(study: StudyRecord) -> Figure | None:
 
 def loss_curves(study: StudyRecord) -> Figure | None:
     """Draw the training loss of the runs in the table, a panel for each task and model."""
-    shown = [run for run in study.runs if run.id in study.in_table and curve(study.details[run.id].metrics, "loss")]
-    groups = _groups(study, shown)
+    drawn = [run for run in study.runs if run.id in study.in_table and curve(study.details[run.id].metrics, "loss")]
+    groups = _groups(study, drawn)
     if not groups:
         return None
     figure, axes = _panels(len(groups), 4.4, 3.2)
     for axis, (title, runs) in zip(axes, groups.items(), strict=True):
         for run in runs:
-            points = [
-                (step, float("nan") if y is None else y) for step, y in curve(study.details[run.id].metrics, "loss")
-            ]
+            shown = evenly(curve(study.details[run.id].metrics, "loss"), CURVE_POINTS)
+            points = [(step, float("nan") if loss is None else loss) for _, (step, loss) in shown]
             axis.plot(*zip(*points, strict=True), color=_style(study, run.method)["color"], linewidth=0.9, alpha=0.7)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.set_ylabel("training loss", fontsize=8)
-    _legend(study, figure, [run.method for run in shown])
+    _legend(study, figure, [run.method for run in drawn])
     return figure
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.history import HISTORY_FILE, Decision
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
+from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
 
 MEMORY_PARTS = ("base", "adapters", "gradients", "optimizer", "statistics")
@@ -167,18 +168,19 @@ def is_study(folder: str | Path) -> bool:
 
 
 def read_study(folder: str | Path) -> StudyRecord:
-    """Read the study in `folder`.
+    """Read the study in `folder`: its `results.json`, or, while there is none, what its runs have left so far.
 
     Raises `InputError` when there are no results, `IntegrityError` when `results.json` is damaged or of another version.
     """
     path, problems = Path(folder), list[str]()
     file = path / RESULTS_FILE
-    if not file.is_file():
-        raise InputError(
-            f"{path} holds no results of a study: it has no {RESULTS_FILE}. `adaptive-lora study STUDY.yaml` writes it "
-            "when the runs are over; run the same command again to finish a study that was stopped"
-        )
-    record = _read_json(file)
+    if not is_study(path):
+        raise InputError(f"{path} holds no study: it has neither {RESULTS_FILE} nor {PLAN_FILE}")
+    if file.is_file():
+        record = _read_json(file)
+    else:
+        record = dict(analyse(path))
+        problems.append(f"{RESULTS_FILE} is not there, the study is not finished: this is what its runs have left so far")
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
         raise IntegrityError(f"{file} has version {version!r}, this release reads version {VERSION}")
@@ -188,7 +190,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         raise IntegrityError(f"{file} is damaged: study: {_first(error)}") from error
     runs = _unique(_rows(Run, record.get("runs"), "run", file, problems), file, problems)
     details = {run.id: _details(path / RUNS / run.id, run, problems) for run in runs}
-    costs = _costs(path / COSTS_FILE, problems)
+    costs = _costs(record.get("costs"), path / COSTS_FILE, problems)
     return StudyRecord(
         folder=path,
         head=head,
@@ -285,19 +287,14 @@ def _wins(wins: dict[str, Any], file: Path, problems: list[str]) -> dict[str, di
     return good
 
 
-def _costs(file: Path, problems: list[str]) -> dict[str, Costs]:
-    """Return {run id: costs}; without the file, or from a damaged one, none."""
-    if not file.is_file():
-        return {}
-    good = {}
+def _costs(given: Any, file: Path, problems: list[str]) -> dict[str, Costs]:
+    """Return {run id: costs}, `given` or from the file; without either, or from damaged ones, none."""
     try:
-        entries = _read_json(file)
-        for identity, costs in entries.items():
-            good[identity] = Costs.model_validate(costs)
+        entries = given if given is not None else _read_json(file) if file.is_file() else {}
+        return {identity: Costs.model_validate(costs) for identity, costs in entries.items()}
     except (IntegrityError, ValidationError, AttributeError) as error:
         problems.append(f"{file.name} is not used: {_first(error) if isinstance(error, ValidationError) else error}")
         return {}
-    return good
 
 
 def _details(folder: Path, run: Run, problems: list[str]) -> Details:

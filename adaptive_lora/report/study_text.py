@@ -19,8 +19,8 @@ from adaptive_lora.report.page_data import (
     further_axes,
     label,
     noise_notes,
+    remarks,
     rule,
-    unequal,
 )
 from adaptive_lora.report.study_read import StudyRecord, TableRow
 from adaptive_lora.report.tables import ROWS, WIDTH
@@ -75,7 +75,7 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
         parts.append(_table(header, [list(_cells(study, row).values()) for row in study.table]))
     else:
         parts.append("The table is empty: no run of this study has finished.")
-    notes = [*noise_notes(study), *study.notes, *_fairness(study)]
+    notes = [*noise_notes(study), *remarks(study), *study.notes]
     parts.append("\n".join(f"- {_text(note)}" for note in notes))
     if study.wins:
         counts = [
@@ -108,32 +108,36 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def results_table(study: StudyRecord) -> Table:
-    """The table of the study for the terminal, without the columns in which all rows are equal."""
+def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
+    """The table of the study for the terminal, without the columns in which all rows are equal or that do not fit."""
     table = Table(
-        title=escape(f"{study.head.name}: {label(study.head.metric)}"),
+        title=escape(study.head.name),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    rows = [_cells(study, row) for row in study.table]
-    always = {"method", label(study.head.metric), "difference", "verdict", "parameters", "seeds"}
+    rows, figure = [_cells(study, row) for row in study.table], label(study.head.metric)
+    always = {"method", figure, "difference", "verdict", "parameters", "seeds"}
     dropped = {"95 % interval", "its 95 % interval", "sd", "trials"}
     shown = [
         name
         for name in (rows[0] if rows else [])
         if name in always or (name not in dropped and len({row[name] for row in rows}) > 1)
     ]
+    for row, cells in zip(study.table, rows, strict=True):
+        if row.ci95:
+            cells[figure] += f" ± {(row.ci95[1] - row.ci95[0]) / 2:.{digits(study).get(row.task, 4)}f}"
+    needed = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in shown}
+    for name in ("lr", "model", "p (Holm)", "parameters", "seeds"):
+        if sum(needed[column] for column in shown) > width and name in shown:
+            shown.remove(name)  # it is in report.md
     for name in shown:
         table.add_column(
             name,
             justify="left" if name in ("method", "task", "model", "budget", "verdict") else "right",
             overflow="fold",
         )
-    for row, cells in zip(study.table, rows, strict=True):
-        half = (row.ci95[1] - row.ci95[0]) / 2 if row.ci95 else None
-        places = digits(study).get(row.task, 4)
-        cells[label(study.head.metric)] += f" ± {half:.{places}f}" if half is not None else ""
+    for cells in rows:
         table.add_row(*(escape(cells[name]) for name in shown))
     return table
 
@@ -154,30 +158,22 @@ def _cells(study: StudyRecord, row: TableRow) -> dict[str, str]:
         "95 % interval": _interval(row.ci95, places),
         "difference": _number(comparison.difference if comparison else None, places, sign="+"),
         "its 95 % interval": _interval(comparison.ci95 if comparison else None, places, sign="+"),
-        "p (Holm)": _number(comparison.p_holm if comparison else None, 3),
+        "p (Holm)": _p(comparison.p_holm if comparison else None),
         "verdict": (comparison.verdict if comparison else "baseline" if row.method == study.head.baseline else None)
         or "–",
-        "parameters": _count(row.lora_parameters) + (" ≠" if unequal(row) else ""),
+        "parameters": _count(row.lora_parameters) + (" ≠" if row.parameters_equal is False else ""),
         "lr": _plain(row.learning_rate),
         "trials": str(row.trials),
-        "seeds": f"{row.seeds} of {row.seeds + row.failed}" if row.failed else str(row.seeds),
+        "seeds": str(row.seeds) if row.seeds == len(row.runs) else f"{row.seeds} of {len(row.runs)}",
     }
-
-
-def _fairness(study: StudyRecord) -> list[str]:
-    """Return a note for each row whose parameters are not the baseline's, and one sentence when all are."""
-    odd = [
-        f"{row.method}, {row.task}, {row.budget}: {reason} (≠ in the table)"
-        for row in study.table
-        if (reason := unequal(row)) is not None
-    ]
-    if odd or not any(row.parameters_equal for row in study.table):
-        return odd
-    return ["LoRA parameters equal the baseline's within one component in every row."]
 
 
 def _number(value: float | None, places: int, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.{places}f}"
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else _number(value, 3)
 
 
 def _interval(interval: tuple[float, float] | None, places: int, sign: str = "") -> str:
@@ -214,8 +210,8 @@ def print_study(study: StudyRecord) -> None:
     console = Console(width=min(Console().width, WIDTH))
     console.print(escape(facts(study)))
     if study.table:
-        console.print(results_table(study))
-        for note in [rule(study), *noise_notes(study), *study.notes, *_fairness(study)]:
+        console.print(results_table(study, console.width))
+        for note in [rule(study), *noise_notes(study), *remarks(study), *study.notes]:
             console.print(escape(note))
     else:
         console.print("The table is empty: no run of this study has finished.")

@@ -33,11 +33,11 @@ function drawResults(rows) {
       element("span", { class: "interval" }, missing(row.difference_low) ? "no interval" : `${signed(row.difference_low, digitsOf(row.task))} … ${signed(row.difference_high, digitsOf(row.task))}`)] },
     { title: "p (Holm)", value: (row) => row.p, cell: (row) => pValue(row.p), number: true },
     { title: "Verdict", value: (row) => row.verdict, cell: (row) => row.verdict ? element("span", { class: `verdict ${["better", "worse"].includes(row.verdict) ? row.verdict : ""}` }, row.verdict) : DASH },
-    { title: "Parameters", value: (row) => row.parameters, number: true, cell: (row) => [count(row.parameters), row.unequal && withTip(element("span", { class: "flag", tabindex: "0", "aria-label": row.unequal }, " ≠"), () => row.unequal)] },
+    { title: "Parameters", value: (row) => row.parameters, number: true, cell: (row) => [count(row.parameters), row.remark && withTip(element("span", { class: "flag", tabindex: "0", "aria-label": row.remark }, row.unequal ? " ≠" : " *"), () => row.remark)] },
     ...DATA.axes.map((axis, i) => ({ title: axis, value: (row) => row.settings[i], cell: (row) => plain(row.settings[i]) })),
     { title: "lr", value: (row) => row.learning_rate, cell: (row) => plain(row.learning_rate), number: true },
     { title: "Trials", value: (row) => row.trials, cell: (row) => count(row.trials), number: true },
-    { title: "Seeds", value: (row) => row.seeds, number: true, cell: (row) => [count(row.seeds), row.failed ? element("span", { class: "interval" }, `${count(row.failed)} failed`) : null] },
+    { title: "Seeds", value: (row) => row.seeds, number: true, cell: (row) => [count(row.seeds), row.seeds < row.runs && ` of ${count(row.runs)}`] },
   ].filter(Boolean);
   return host.replaceChildren(sortable(columns, rows, sorts.results, { label: "Results" }));
 }
