@@ -84,7 +84,8 @@ function sortable(columns, rows, sort, attributes = {}) {
     const sign = sort.descending ? -1 : 1;
     const compare = (a, b) => {
       if (missing(a) || missing(b)) return missing(a) - missing(b); // what is not known comes last either way
-      return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+      if (typeof a === "number" && typeof b === "number") return sign * (a - b);
+      return sign * String(a).localeCompare(String(b), "en", { numeric: !column.exact }); // "rank 4" before "rank 16"
     };
     const sorted = column ? [...rows].sort((a, b) => compare(column.value(a), column.value(b))) : rows;
     body.replaceChildren(...sorted.map((row) => element("tr", { role: "row" }, columns.map((column) => {

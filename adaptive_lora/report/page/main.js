@@ -35,7 +35,7 @@ function drawFilters() {
   const selects = [["task", "Task", DATA.tasks], ["model", "Model", DATA.models], ["budget", "Budget", DATA.budgets.map(plainBudget)]].filter(([, , values]) => values.length > 1)
     .map(([name, title, values]) => element("label", {}, title, element("select", { name, change: (event) => { filters[name] = event.target.value; draw(); } },
       element("option", { value: "" }, "all"), values.map((value) => element("option", { value }, value)))));
-  const reset = element("button", { type: "button", class: "quiet", id: "reset", click: () => {
+  const reset = element("button", { type: "button", class: "quiet", click: () => {
     Object.assign(filters, { methods: new Set(DATA.methods.map((_, i) => i)), task: "", model: "", budget: "" });
     chips.forEach((chip) => chip.setAttribute("aria-pressed", "true"));
     byId("filters").reset();

@@ -2,7 +2,7 @@
 
 const sorts = { results: { column: null }, wins: { column: null }, failures: { column: null }, runs: { column: null } };
 const digitsOf = (task) => DATA.digits[task] ?? 4;
-const methodCell = (row) => [key(row.method), nameOf(row.method), DATA.methods[row.method].baseline && element("span", { class: "baseline" }, "baseline")];
+const methodCell = (row) => [key(row.method), nameOf(row.method), DATA.methods[row.method].baseline && [" ", element("span", { class: "baseline" }, "baseline")]];
 const groupOf = (row) => [row.task, DATA.models.length > 1 && row.model].filter(Boolean).join(" · ");
 const groups = (rows) => [...new Set(rows.map(groupOf))].map((name) => [name, rows.filter((row) => groupOf(row) === name)]);
 const better = () => (DATA.study.greater_is_better ? "higher is better" : "lower is better");
@@ -27,10 +27,10 @@ function drawResults(rows) {
     several(DATA.models) && { title: "Model", value: (row) => row.model, cell: (row) => row.model },
     several(DATA.budgets) && { title: "Budget", value: (row) => row.budget, cell: (row) => plainBudget(row.budget), number: true },
     { title: DATA.study.metric, value: (row) => row.mean, number: true, cell: (row) => [fixed(row.mean, digitsOf(row.task)),
-      element("span", { class: "interval" }, missing(row.low) ? "no interval" : `${fixed(row.low, digitsOf(row.task))} … ${fixed(row.high, digitsOf(row.task))}`)] },
+      " ", element("span", { class: "interval" }, missing(row.low) ? "no interval" : `${fixed(row.low, digitsOf(row.task))} … ${fixed(row.high, digitsOf(row.task))}`)] },
     { title: "95 % interval", cell: (row) => forest(row, ranges.get(groupOf(row))) },
     { title: "Difference", value: (row) => row.difference, number: true, cell: (row) => missing(row.difference) ? DASH : [signed(row.difference, digitsOf(row.task)),
-      element("span", { class: "interval" }, missing(row.difference_low) ? "no interval" : `${signed(row.difference_low, digitsOf(row.task))} … ${signed(row.difference_high, digitsOf(row.task))}`)] },
+      " ", element("span", { class: "interval" }, missing(row.difference_low) ? "no interval" : `${signed(row.difference_low, digitsOf(row.task))} … ${signed(row.difference_high, digitsOf(row.task))}`)] },
     { title: "p (Holm)", value: (row) => row.p, cell: (row) => pValue(row.p), number: true },
     { title: "Verdict", value: (row) => row.verdict, cell: (row) => row.verdict ? element("span", { class: `verdict ${["better", "worse"].includes(row.verdict) ? row.verdict : ""}` }, row.verdict) : DASH },
     { title: "Parameters", value: (row) => row.parameters, number: true, cell: (row) => [count(row.parameters), row.remark && withTip(element("span", { class: "flag", tabindex: "0", "aria-label": row.remark }, row.unequal ? " ≠" : " *"), () => row.remark)] },
@@ -174,7 +174,7 @@ function drawFailures(runs) {
   if (failed.length) {
     parts.push(sortable([methodColumn, { title: "Status", value: (run) => run.status, cell: (run) => run.status },
       { title: "Reason", value: (run) => run.reason, cell: (run) => run.reason || "no reason is recorded", class: "break" }, ...settingColumns(),
-      { title: "Run", value: (run) => run.id, cell: idCell }], failed, sorts.failures, { label: "Failures" }));
+      { title: "Run", value: (run) => run.id, cell: idCell, exact: true }], failed, sorts.failures, { label: "Failures" }));
   } else parts.push(empty(DATA.runs.some((run) => run.status !== "ok") ? "None of the runs that pass the filters failed." : DATA.runs.length ? "No run failed." : "There are no runs."));
   if (DATA.problems.length) parts.push(element("h3", {}, "Files that could not be used"), element("ul", { class: "notes" }, DATA.problems.map((text) => element("li", {}, text))));
   return host.replaceChildren(...parts);
@@ -191,6 +191,6 @@ function drawRuns(runs, choose) {
     { title: "Parameters", value: (run) => run.parameters, cell: (run) => count(run.parameters), number: true },
     { title: "Time", value: (run) => run.seconds, cell: (run) => seconds(run.seconds), number: true },
     { title: "Ranks", cell: (run) => missing(run.grid) ? DASH : element("button", { type: "button", class: "linkish", "aria-label": `Ranks of run ${run.id}`, click: () => choose(run) }, "show") },
-    { title: "Run", value: (run) => run.id, cell: idCell },
+    { title: "Run", value: (run) => run.id, cell: idCell, exact: true },
   ], runs, sorts.runs, { label: "Every run", tall: true }));
 }
