@@ -180,7 +180,9 @@ def read_study(folder: str | Path) -> StudyRecord:
         record = _read_json(file)
     else:
         record = dict(analyse(path))
-        problems.append(f"{RESULTS_FILE} is not there, the study is not finished: this is what its runs have left so far")
+        problems.append(
+            f"{RESULTS_FILE} is not there, the study is not finished: this is what its runs have left so far"
+        )
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
         raise IntegrityError(f"{file} has version {version!r}, this release reads version {VERSION}")

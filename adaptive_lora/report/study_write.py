@@ -47,6 +47,8 @@ def _write(study: StudyRecord) -> list[Path]:
             (staging / name).write_text(text, encoding="utf-8", newline="\n")
         for name in texts:
             os.replace(staging / name, study.folder / name)
+        for old in (study.folder / FIGURES).glob("ranks-[0-9]*-*.[ps][nv]g"):
+            old.unlink()  # of a method that the study no longer has
         for figure in sorted((staging / FIGURES).glob("*")):
             (study.folder / FIGURES).mkdir(exist_ok=True)
             os.replace(figure, study.folder / FIGURES / figure.name)
