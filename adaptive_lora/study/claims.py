@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,8 +54,7 @@ def take(claims: Path, run: str, *, stale_after: float = STALE_AFTER) -> Claim |
     if last is not None and not is_free(last, stale_after=stale_after):
         return None
     base.mkdir(parents=True, exist_ok=True)
-    staging = claims / f".{run}.{socket.gethostname()}.{os.getpid()}"
-    staging.mkdir(exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{run}-", dir=claims))
     (staging / OWNER_FILE).write_text(json.dumps(_me()), encoding="utf-8")
     claim = Claim(base / str(last.number + 1 if last else 0))
     try:

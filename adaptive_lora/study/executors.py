@@ -21,7 +21,7 @@ class Executor(ABC):
     """Starts workers on a study's folder. `stop` is safe to call at any time: the folder holds all state."""
 
     def __init__(self, study: Study, folder: Path, *, workers: int, train: str = TRAIN) -> None:
-        self.study, self.folder, self.workers = study, folder.resolve(), workers
+        self.study, self.folder, self.workers, self.train = study, folder.resolve(), workers, train
         command = [sys.executable, "-m", "adaptive_lora.study.worker", str(self.folder)]
         self.command = [*command, *(["--train", train] if train != TRAIN else [])]
         (self.folder / LOGS).mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ class Local(Executor):
             killed = process.poll() is not None and process.returncode < 0
             if killed and self.restarts < MAX_ATTEMPTS:
                 self.restarts += 1
-                del self.processes[number]
+                _close(self.processes.pop(number))
                 self._start(number)
         return sum(process.poll() is None for process in self.processes)
 
@@ -84,6 +84,7 @@ class Local(Executor):
             process.terminate()
         for process in self.processes:
             process.wait()
+            _close(process)
 
     def last_words(self) -> str:
         codes = ", ".join(str(process.poll()) for process in self.processes)
@@ -176,6 +177,11 @@ def _run(command: Sequence[str], cwd: str) -> None:
         code = worker.wait()
     if code:
         raise AdaptiveLoraError(f"a worker ended with exit code {code}")
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def visible_gpus() -> list[str]:

@@ -90,7 +90,7 @@ def duration(seconds: float) -> str:
     """Return seconds as a person says them.
 
     >>> duration(42), duration(3700), duration(90000)
-    ('42 s', '1 h 02 min', '25 h 00 min')
+    ('42 s', '1 h 01 min', '25 h 00 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -14,7 +14,7 @@ Key = TypeVar("Key")
 class Rule(ABC):
     """Chooses among settings by their figures on the selection metric, one a seed; None stands for a failed run.
 
-    A setting in which a run failed comes after every setting in which none did: a mean over survivors flatters. Of equal
+    A setting in which more runs failed comes after one in which fewer did: a mean over survivors flatters. Of equal
     settings the first in the grid wins.
     """
 
@@ -28,10 +28,10 @@ class Rule(ABC):
     def choose(self, settings: Mapping[Key, Sequence[float | None]], *, greater_is_better: bool) -> Key:
         """Return the key of the chosen setting."""
 
-        def order(key: Key) -> tuple[int, float]:
+        def order(key: Key) -> tuple[bool, int, float]:
             whole = [f for f in settings[key] if f is not None and math.isfinite(f)]
             score = self.score(whole if greater_is_better else [-f for f in whole]) if whole else -math.inf
-            return len(whole) - len(settings[key]), score
+            return bool(whole), len(whole) - len(settings[key]), score
 
         return max(settings, key=order)
 

@@ -22,7 +22,9 @@ def show_study(record: StudyRecord) -> None:
     for row in record["table"]:
         axes = record["study"]["axes"]
         budget = row["budget"] if any(axis in axes for axis in ("budget", "method.rank", "method.budget")) else ""
-        more = [f"{axis} {label}" for axis, label in row["settings"].items() if axis not in ("method.rank", "method.budget")]
+        more = [
+            f"{axis} {label}" for axis, label in row["settings"].items() if axis not in ("method.rank", "method.budget")
+        ]
         groups.setdefault(", ".join(filter(None, [row["task"], row["model"], budget, *more])), []).append(row)
     for title, rows in groups.items():
         out.print(_table(f"{title}: {record['study']['metric']}", rows, record))
@@ -41,7 +43,18 @@ def _table(title: str, rows: list[TableRow], record: StudyRecord) -> Table:
     table = Table(title=escape(title))
     chosen = record["study"]["selection"]["axes"]
     names = [axis.rsplit(".", 1)[-1].replace("learning_rate", "lr") for axis in chosen]
-    columns = ["method", *names, "trials", "seeds", "mean ± sd", "95 %", "parameters", "difference [95 %]", "p Holm", ""]
+    columns = [
+        "method",
+        *names,
+        "trials",
+        "seeds",
+        "mean ± sd",
+        "95 %",
+        "parameters",
+        "difference [95 %]",
+        "p Holm",
+        "",
+    ]
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "") else "right", overflow="fold")
     for row in rows:
@@ -56,7 +69,9 @@ def _table(title: str, rows: list[TableRow], record: StudyRecord) -> Table:
             _mean(row),
             _interval(row["ci95"]),
             parameters + (" ≠" if row["parameters_equal"] is False else ""),
-            "" if comparison is None else f"{_number(comparison['difference'], '+')} {_interval(comparison['ci95'], '+')}",
+            ""
+            if comparison is None
+            else f"{_number(comparison['difference'], '+')} {_interval(comparison['ci95'], '+')}",
             "" if comparison is None or comparison["p_holm"] is None else f"{comparison['p_holm']:.2g}",
             "baseline" if comparison is None else comparison["verdict"] or "-",
         )

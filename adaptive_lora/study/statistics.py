@@ -82,7 +82,7 @@ def paired_bootstrap(d: Sequence[float], *, seed: int = 0) -> float:
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 16; Koehn 2004, EMNLP.
 
     >>> paired_bootstrap([1.0, 2.0, -0.5])
-    0.07407407407407407
+    0.2962962962962963
     """
     values = _checked(d, at_least=2)
     n = len(values)

@@ -80,7 +80,8 @@ def _choose(head: StudyHead, runs: Sequence[RunRow]) -> list[RunRow]:
     if by != head["metric"]:
         rises = rises_by_name(by)
     rule = RULES[head["selection"]["rule"]]()
-    figures = {key: [figure(run, by) for run in mine] for key, mine in settings.items()}
+    over = ("ok", "failed")  # a run that is missing or damaged says nothing about its setting
+    figures = {key: [figure(run, by) for run in mine if run["status"] in over] for key, mine in settings.items()}
     return settings[rule.choose(figures, greater_is_better=rises)]
 
 

@@ -127,11 +127,12 @@ def _log(file: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with file.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    log = file.open("a", encoding="utf-8")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
     try:
-        yield
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
