@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from model_folders import Command
 from page_study import HOSTILE, Shape, write_study
+from study_data import finished, plan_in
+from study_data import study as instant
 
 from adaptive_lora.report import html, report, study_figures, study_read
 from adaptive_lora.report.page_data import CURVE_POINTS, digits, evenly, page_data
@@ -368,3 +370,26 @@ def test_figures_of_a_study_that_had_more_are_gone(folder: Path, monkeypatch: py
         (figures / name).write_text("x")
     report(folder)
     assert [file.name for file in figures.iterdir()] == ["mine.png"]
+
+
+def test_a_study_that_was_run_is_read_as_it_was_recorded(tmp_path: Path) -> None:
+    record = finished(tmp_path)
+    study = read_study(tmp_path)
+    assert study.problems == []
+    for kind, rows in (("runs", study.runs), ("table", study.table), ("noise_floor", study.noise_floor)):
+        assert [row.model_dump(mode="json") for row in rows] == json.loads(json.dumps(record[kind]))  # type: ignore[literal-required]
+    assert {run: costs.model_dump() for run, costs in study.costs.items()} == record["costs"]
+    assert study.methods[0] == "lora"
+    assert all(study.details[run.id].metrics for run in study.runs)
+
+
+def test_a_study_under_way_is_reported_as_far_as_it_is(tmp_path: Path, command: Command) -> None:
+    plan_in(tmp_path, instant())
+    ended = command("report", tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    out = " ".join(ended.out.split())
+    assert "12 runs: 12 missing" in out
+    assert "missing: 12 runs: not run yet" in out
+    assert "The noise floor is unknown: it takes two seeds of lora." in out
+    assert "not run yet" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "results.json").exists()

@@ -65,17 +65,26 @@ def label(metric: str) -> str:
     return metric.removeprefix("eval_").replace("_", " ")
 
 
+def axis_name(axis: str) -> str:
+    """Return an axis' name for a sentence.
+
+    >>> axis_name("training.learning_rate")
+    'learning rate'
+    """
+    return axis.rsplit(".", 1)[-1].replace("_", " ")
+
+
 def further_axes(study: StudyRecord) -> list[str]:
-    """Return the axes of the grid that have no column of their own."""
-    known = {"method", "task", "model", "budget", "learning_rate", "seed"}
-    return [axis for axis in study.head.axes if axis not in known]
+    """Return the axes of the grid that have no column of their own; the label of a budget is made of rank or budget."""
+    known = {"method", "task", "model", "budget", "learning_rate", "training.learning_rate", "seed"}
+    return [axis for axis in study.head.axes if axis not in known | {"method.rank", "method.budget"}]
 
 
 def facts(study: StudyRecord) -> str:
     """Return the size of the study in a sentence."""
     states = {state: sum(run.status == state for run in study.runs) for state in ("ok", "failed", "missing", "skipped")}
     counted = ", ".join(f"{count} {state}" for state, count in states.items() if count) or "none"
-    sizes = ((len(values), axis.replace("_", " ")) for axis, values in study.head.axes.items())
+    sizes = ((len(values), axis_name(axis)) for axis, values in study.head.axes.items())
     shape = " × ".join(f"{size} {axis}{'s' if size != 1 and not axis.endswith('s') else ''}" for size, axis in sizes)
     return f"{shape or 'No axes'}. {len(study.runs)} runs: {counted}."
 
@@ -85,8 +94,9 @@ def rule(study: StudyRecord) -> str:
     trials = sorted({row.trials for row in study.table})
     many = f"; trials a row: {trials[0]}" + (f" to {trials[-1]}" if trials[1:] else "") if trials else ""
     choice, better = study.head.selection, "higher" if study.head.greater_is_better else "lower"
+    chosen = ", ".join(axis_name(axis) for axis in choice.axes)
     selected = (
-        f"Selection of {', '.join(choice.axes)}: {choice.rule}, {choice.description} of {label(choice.metric)}{many}."
+        f"Selection of {chosen}: {choice.rule}, {choice.description} of {label(choice.metric)}{many}."
         if choice.axes
         else f"Nothing was selected{many}."
     )
@@ -97,21 +107,29 @@ def rule(study: StudyRecord) -> str:
 
 
 def noise_notes(study: StudyRecord) -> list[str]:
-    """Return the noise floor of every part of the study in one sentence, as a list of none or one."""
+    """Return the noise floors in one sentence, and those that are unknown in another."""
     precision = digits(study)
-    floors = []
+    floors, unknown, further = [], [], further_axes(study)
+    several = [name for name in ("task", "model", "budget") if len({getattr(row, name) for row in study.table}) > 1]
     for floor in study.noise_floor:
-        several = {"task": floor.task, "model": floor.model, "budget": floor.budget}
-        where = [value for axis, value in several.items() if len(study.head.axes.get(axis, [])) > 1]
-        where += [f"{name} {value}" for name, value in floor.settings.items()]
-        size = "unknown" if floor.floor is None else f"± {floor.floor:.{precision.get(floor.task, 4)}f}"
-        floors.append(f"{', '.join(where)}{': ' if where else ''}{size} ({floor.seeds} seeds)")
-    if not floors:
-        return []
-    return [
-        f"Noise floor: 95 % of the differences between two means of {study.head.baseline}, from other seeds each, lie "
-        f"within {'; '.join(floors)}."
-    ]
+        where = [getattr(floor, name) for name in several]
+        where += [f"{name} {value}" for name, value in floor.settings.items() if name in further]
+        place = ", ".join(where)
+        if floor.floor is None:
+            unknown.append(place)
+        else:
+            size = f"± {floor.floor:.{precision.get(floor.task, 4)}f} ({floor.seeds} seeds)"
+            floors.append(f"{place}: {size}" if place else size)
+    notes = []
+    if floors:
+        notes.append(
+            f"Noise floor: 95 % of the differences between two means of {study.head.baseline}, from other seeds each, lie "
+            f"within {'; '.join(floors)}."
+        )
+    if unknown:
+        of = f" of {'; '.join(unknown)}" if any(unknown) else ""
+        notes.append(f"The noise floor{of} is unknown: it takes two seeds of {study.head.baseline}.")
+    return notes
 
 
 def environment_lines(environment: Mapping[str, Any]) -> list[str]:

@@ -40,6 +40,7 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
     # Names are text and no formulas, whatever they contain; a sign that the font lacks is a box and no warning.
     with plt.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
         for name, draw in kinds.items():
             figure = draw(study)
             if figure is not None:
@@ -47,7 +48,10 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
         for number, method in enumerate(study.methods):
             run = study.representative(method)
             if run is not None:
-                patterns = {f"{method}: initial ranks": run.initial_ranks, f"{method}: final ranks": run.ranks}
+                patterns = {
+                    f"{_cut(method)}: initial ranks": run.initial_ranks,
+                    f"{_cut(method)}: final ranks": run.ranks,
+                }
                 name = f"ranks-{number}-{re.sub(r'[^a-z0-9]+', '-', method.lower()).strip('-')[:40]}"
                 drawn.append(_save(rank_figure(patterns), folder / f"{name}.png"))
     return drawn
@@ -74,11 +78,11 @@ def quality(study: StudyRecord) -> Figure | None:
                 )
             axis.plot(row.mean or 0.0, place, **style)
         budgets = len({row.budget for row in rows}) > 1
-        names = [f"{row.method}, {row.budget}" if budgets and row.budget else row.method for row in rows]
+        names = [_cut(f"{row.method}, {row.budget}" if budgets and row.budget else row.method) for row in rows]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.25)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_cut(title), fontsize=9)
         axis.set_xlabel(_metric(study), fontsize=8)
     return figure
 
@@ -104,7 +108,7 @@ def pareto(study: StudyRecord) -> Figure | None:
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_cut(title), fontsize=9)
         axis.set_xlabel("LoRA parameters (circles: Pareto front)", fontsize=8)
         axis.set_ylabel(_metric(study), fontsize=8)
     _legend(study, figure, [row.method for row in rows])
@@ -125,7 +129,7 @@ def loss_curves(study: StudyRecord) -> Figure | None:
             axis.plot(*zip(*points, strict=True), color=_style(study, run.method)["color"], linewidth=0.9, alpha=0.7)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_cut(title), fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.set_ylabel("training loss", fontsize=8)
     _legend(study, figure, [run.method for run in drawn])
@@ -149,7 +153,7 @@ def cost(study: StudyRecord) -> Figure | None:
             if own:
                 axis.barh(place, median(own), height=0.55, color=_style(study, method)["color"], alpha=0.8)
                 axis.plot(own, [place] * len(own), "|", color="#222222", markersize=9)
-        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set_yticks(range(len(methods)), [_cut(method) for method in methods], fontsize=8)
         axis.invert_yaxis()
         axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel(f"{name} (runs in the table, bar: median)", fontsize=8)
@@ -160,8 +164,14 @@ def _points(rows: Sequence[TableRow]) -> tuple[list[float], list[float]]:
     return [float(row.lora_parameters or 0) for row in rows], [float(row.mean or 0.0) for row in rows]
 
 
+def _cut(text: str) -> str:
+    """Return `text` on one line, its middle left out where it is longer than 60 signs: ends tell settings apart."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:24]} … {line[-33:]}"
+
+
 def _metric(study: StudyRecord) -> str:
-    return f"{label(study.head.metric)}, {'higher' if study.head.greater_is_better else 'lower'} is better"
+    return f"{_cut(label(study.head.metric))}, {'higher' if study.head.greater_is_better else 'lower'} is better"
 
 
 def _groups(study: StudyRecord, rows: Sequence[Item]) -> dict[str, list[Item]]:
@@ -180,8 +190,14 @@ def _style(study: StudyRecord, method: str) -> dict[str, Any]:
 
 def _legend(study: StudyRecord, figure: Figure, methods: Sequence[str]) -> None:
     names = [method for method in study.methods if method in methods]
-    handles = [Line2D([], [], **_style(study, name), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(names)), fontsize=8, frameon=False)
+    handles = [Line2D([], [], **_style(study, name), label=_cut(name)) for name in names]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=1 if max(map(len, names)) > 24 else min(5, len(names)),
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -176,13 +176,7 @@ def read_study(folder: str | Path) -> StudyRecord:
     file = path / RESULTS_FILE
     if not is_study(path):
         raise InputError(f"{path} holds no study: it has neither {RESULTS_FILE} nor {PLAN_FILE}")
-    if file.is_file():
-        record = _read_json(file)
-    else:
-        record = dict(analyse(path))
-        problems.append(
-            f"{RESULTS_FILE} is not there, the study is not finished: this is what its runs have left so far"
-        )
+    record = _read_json(file) if file.is_file() else dict(analyse(path))  # whose notes say what is missing
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
         raise IntegrityError(f"{file} has version {version!r}, this release reads version {VERSION}")

@@ -22,7 +22,7 @@ from adaptive_lora.report.page_data import (
     remarks,
     rule,
 )
-from adaptive_lora.report.study_read import StudyRecord, TableRow
+from adaptive_lora.report.study_read import Run, StudyRecord, TableRow
 from adaptive_lora.report.tables import ROWS, WIDTH
 
 COLUMNS = (
@@ -215,11 +215,21 @@ def print_study(study: StudyRecord) -> None:
             console.print(escape(note))
     else:
         console.print("The table is empty: no run of this study has finished.")
-    failed = [run for run in study.runs if run.status != "ok"]
-    for run in failed[:ROWS]:
-        reason = " ".join((run.reason or "no reason is recorded").split())
-        console.print(escape(f"{run.status}: {run.id}, {run.method}, seed {run.seed}: {reason}"), soft_wrap=False)
-    if failed[ROWS:]:
-        console.print(f"and {len(failed) - ROWS} more; all are in report.md")
+    for line in _failures(study):
+        console.print(escape(line))
     for problem in study.problems:
         console.print(escape(f"not used: {problem}"))
+
+
+def _failures(study: StudyRecord) -> list[str]:
+    """Return a line for each run that is not ok, one for all that have the same reason, at most 12."""
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in study.runs:
+        if run.status != "ok":
+            reason = " ".join((run.reason or "no reason is recorded").split())
+            alike.setdefault((run.status, reason), []).append(run)
+    lines = []
+    for (status, reason), runs in alike.items():
+        one = f"{runs[0].id}, {runs[0].method}, seed {runs[0].seed}"
+        lines.append(f"{status}: {one if len(runs) == 1 else f'{len(runs)} runs'}: {reason}")
+    return lines if len(lines) <= ROWS else [*lines[:ROWS], f"and {len(lines) - ROWS} more; all are in report.md"]

@@ -16,10 +16,7 @@ function padded(values, share = 0.06) {
   const pad = (high - low) * share || Math.abs(high) * 0.05 || 1;
   return [low - pad, high + pad];
 }
-const short = (x) => {
-  const size = Math.abs(x);
-  return size >= 1e6 ? `${+(x / 1e6).toPrecision(4)}M` : size >= 1e4 ? `${+(x / 1e3).toPrecision(4)}k` : plain(x);
-};
+const short = (x) => (Math.abs(x) >= 1e7 ? `${+(x / 1e6).toPrecision(5)}M` : Math.abs(x) >= 1e3 ? count(x) : plain(x));
 
 function axes({ width, height, x, y, xLabel, yLabel, left = 52, right = 14, top = 10, bottom = 36, xFormat = short, yFormat = plain, yTicks = 5, title }) {
   const sx = linear(...x, left, width - right), sy = linear(...y, height - bottom, top);
@@ -34,7 +31,7 @@ function axes({ width, height, x, y, xLabel, yLabel, left = 52, right = 14, top 
   }
   root.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
   if (xLabel) root.append(svg("text", { x: width - right, y: height - 4, "text-anchor": "end" }, xLabel));
-  if (yLabel) root.append(svg("text", { x: 0, y: top - 1, "dominant-baseline": "auto" }, yLabel));
+  if (yLabel) root.append(svg("text", { x: 0, y: 9 }, yLabel));
   return { root, x: sx, y: sy };
 }
 

@@ -17,7 +17,7 @@ function drawLoss(runs, choose) {
     title: `${title}: ${plural(group.length, "run")}`,
     draw(width) {
       const wide = width > 520, right = wide ? 112 : 14;
-      const { root, x, y } = axes({ width, height: 300, top: 22, right, title: `Loss, ${title}`, xLabel: "optimizer step", yLabel: loss.which === "loss" ? "training loss" : "evaluation loss",
+      const { root, x, y } = axes({ width, height: 300, top: 26, right, title: `Loss, ${title}`, xLabel: "optimizer step", yLabel: loss.which === "loss" ? "training loss" : "evaluation loss",
         x: [0, Math.max(...group.map((run) => run.curves[loss.which][0].at(-1)), 1)], y: padded(group.flatMap((run) => run.curves[loss.which][1]), 0.04) });
       const paths = [], ends = new Map();
       for (const run of group) {

@@ -13,7 +13,7 @@ function forest(row, range) {
     svg("line", { class: "axis", x1: 0, x2: 144, y1: 12, y2: 12 }),
     !missing(row.low) && svg("line", { x1: x(row.low), x2: x(row.high), y1: 12, y2: 12, "stroke-width": 3, "stroke-linecap": "round",
       style: { stroke: colourOf(row.method) } }),
-    !missing(row.mean) && mark(row.method, x(row.mean), 12, 0.95));
+    mark(row.method, x(row.mean), 12, 0.95));
 }
 
 function drawResults(rows) {
@@ -26,9 +26,9 @@ function drawResults(rows) {
     several(DATA.tasks) && { title: "Task", value: (row) => row.task, cell: (row) => row.task },
     several(DATA.models) && { title: "Model", value: (row) => row.model, cell: (row) => row.model },
     several(DATA.budgets) && { title: "Budget", value: (row) => row.budget, cell: (row) => plainBudget(row.budget), number: true },
-    { title: DATA.study.metric, value: (row) => row.mean, number: true, cell: (row) => [fixed(row.mean, digitsOf(row.task)),
+    { title: DATA.study.metric, value: (row) => row.mean, number: true, cell: (row) => missing(row.mean) ? DASH : [fixed(row.mean, digitsOf(row.task)),
       " ", element("span", { class: "interval" }, missing(row.low) ? "no interval" : `${fixed(row.low, digitsOf(row.task))} … ${fixed(row.high, digitsOf(row.task))}`)] },
-    { title: "95 % interval", cell: (row) => forest(row, ranges.get(groupOf(row))) },
+    { title: "95 % interval", cell: (row) => missing(row.mean) ? DASH : forest(row, ranges.get(groupOf(row))) },
     { title: "Difference", value: (row) => row.difference, number: true, cell: (row) => missing(row.difference) ? DASH : [signed(row.difference, digitsOf(row.task)),
       " ", element("span", { class: "interval" }, missing(row.difference_low) ? "no interval" : `${signed(row.difference_low, digitsOf(row.task))} … ${signed(row.difference_high, digitsOf(row.task))}`)] },
     { title: "p (Holm)", value: (row) => row.p, cell: (row) => pValue(row.p), number: true },
@@ -67,8 +67,9 @@ function drawQuality(rows, runs) {
       const front = [];
       for (const row of best) if (!front.length || sign * (row.mean - front.at(-1).mean) > 0) front.push(row);
       const height = 300;
-      const { root, x, y } = axes({ width, height, title: `Quality against parameters, ${title}`, top: 22,
-        x: padded(group.map((row) => row.parameters), 0.12), y: padded([...group.flatMap((row) => [row.low, row.high, row.mean]), ...seeds.map((run) => run.value)]),
+      // At least 3 % to either side, or a component more or less would look like a distance.
+      const { root, x, y } = axes({ width, height, title: `Quality against parameters, ${title}`, top: 26,
+        x: padded(group.flatMap((row) => [0.97 * row.parameters, 1.03 * row.parameters]), 0.08), y: padded([...group.flatMap((row) => [row.low, row.high, row.mean]), ...seeds.map((run) => run.value)]),
         xLabel: "LoRA parameters", yLabel: `${DATA.study.metric}, ${better()}`, yFormat: (value) => plain(value) });
       if (front.length > 1) root.append(svg("path", { class: "front", d: `M${front.map((row) => `${x(row.parameters)} ${y(row.mean)}`).join("L")}` }));
       for (const run of seeds) root.append(mark(run.method, x(run.parameters), y(run.value), 0.55, { opacity: 0.35 }));
@@ -84,7 +85,7 @@ function drawQuality(rows, runs) {
         const text = () => `${nameOf(row.method)}${on ? ", on the Pareto front" : ""}\n${fixed(row.mean, digitsOf(row.task))}${missing(row.low) ? "" : ` (${fixed(row.low, digitsOf(row.task))} … ${fixed(row.high, digitsOf(row.task))})`}\n${count(row.parameters)} parameters${row.verdict ? `\n${row.verdict} against the baseline` : ""}`;
         if (on) root.append(svg("circle", { class: "ring", cx: place.x, cy: place.y, r: 9.5 }));
         root.append(withTip(mark(row.method, place.x, place.y, 1.15, { tabindex: "0", role: "img", "aria-label": text().replaceAll("\n", ", "), class: on ? "point front-point" : "point" }), text));
-        place.text = nameOf(row.method);
+        place.text = nameOf(row.method).length > 24 ? "" : nameOf(row.method); // the tooltip has it whole
       }
       placeLabels(root, places, width);
       return root;
