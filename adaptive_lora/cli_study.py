@@ -10,7 +10,9 @@ import typer
 from adaptive_lora.errors import AdaptiveLoraError
 
 app = typer.Typer()
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the file: base.model=FOLDER, grid.seed=[0,1].")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key of the file: base.model=FOLDER, grid.seed=[0,1].")
+]
 Output = Annotated[Path, typer.Option(help="The folder of the results; give it again to go on.")]
 
 
@@ -30,13 +32,32 @@ def study(
     from adaptive_lora.study.study_file import read_study
 
     where = executor_named(executor)
-    record = run_study(
-        read_study(file, set_ or []), output, workers=workers, executor=where, retry_failed=retry_failed
-    )
+    record = run_study(read_study(file, set_ or []), output, workers=workers, executor=where, retry_failed=retry_failed)
     show_study(record)
     typer.echo(f"results: {output / 'results.json'}")
     if not any(run["status"] == "ok" for run in record["runs"]):
         raise AllFailedError(f"every run of the study failed, the first for: {record['runs'][0]['reason']}")
+
+
+@app.command()
+def tune(
+    file: Annotated[
+        Path, typer.Argument(metavar="TUNE.yaml", help="What to search: base, search, objectives, trials.")
+    ],
+    output: Output,
+    set_: Set = None,
+) -> None:
+    """Search recipe fields with Optuna for quality, parameters, or both. Given again, it goes on."""
+    from adaptive_lora.study.show import show_trials
+    from adaptive_lora.study.tune import read_tuning
+    from adaptive_lora.study.tune import tune as run_search
+
+    tuning = read_tuning(file, set_ or [])
+    trials = run_search(tuning, output)
+    show_trials(tuning, trials)
+    typer.echo(f"trials: {output / 'trials.json'}")
+    if not any(trial.figures for trial in trials):
+        raise AllFailedError(f"every trial failed, the first for: {trials[0].reason}")
 
 
 class AllFailedError(AdaptiveLoraError):

@@ -1,6 +1,6 @@
 """Cut a file of records into train.parquet and test.parquet, seeded, for studies on data without a test part.
 
-    python studies/split.py ALPACA.parquet --rows 720 --test 120 --output runs/alpaca
+python studies/split.py ALPACA.parquet --rows 720 --test 120 --output runs/alpaca
 """
 
 from __future__ import annotations

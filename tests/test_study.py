@@ -114,6 +114,19 @@ def test_set_changes_any_key_and_axes_keep_their_dots(tmp_path: Path) -> None:
     assert parse_study(read.to_mapping()).to_mapping() == read.to_mapping()
 
 
+def test_paths_are_put_for_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    values = study().to_mapping()
+    values["base"] = {**values["base"], "model": "$encoder"}
+    values["grid"] = {**values["grid"], "data": [{"label": "a", "data.train": "$data/a.csv"}]}
+    file.write_text(yaml.safe_dump({**values, "paths": {"encoder": "hub/name", "data": "runs"}}))
+    read = read_study(file, ["paths.data=/elsewhere"])
+    assert read.base["model"] == "hub/name"
+    assert read.grid["data"] == [{"label": "a", "data.train": "/elsewhere/a.csv"}]
+    with pytest.raises(InputError, match=r"\$encodr in '\$encodr' is not among paths. Did you mean 'encoder'"):
+        read_study(file, ["base.model=$encodr"])
+
+
 def test_a_function_makes_recipes_and_their_differences_are_the_axes(tmp_path: Path) -> None:
     base = {**study().base, "training": {"learning_rate": 1e-3}}
     recipes = [
@@ -415,6 +428,9 @@ def test_workers_that_cannot_work_are_an_error_with_their_words(tmp_path: Path) 
         run_study(study(), tmp_path / "s", train="nowhere:train")
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # submitit does not wait for its processes
 def test_submitit_runs_the_same_workers(tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
     finished(tmp_path / "clean")

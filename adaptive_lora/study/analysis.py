@@ -106,6 +106,8 @@ def _read(
     row |= {"status": outcome["status"], "reason": outcome["reason"], "metrics": metrics}
     for key in ("lora_parameters", "budget_parameters", "steps"):
         row[key] = result.get(key)
+    if result.get("memory"):
+        row["memory"] = result["memory"]
     row["initial_ranks"], row["ranks"] = result.get("initial_ranks") or {}, result.get("ranks") or {}
     return row, outcome["costs"], outcome["component_parameters"], result.get("versions")
 

@@ -77,6 +77,7 @@ class RunRow(TypedDict):
     initial_ranks: dict[str, int]
     ranks: dict[str, int]
     steps: int | None
+    memory: NotRequired[dict[str, Any] | None]  # exact bytes, as the run counted them
 
 
 class Comparison(TypedDict):

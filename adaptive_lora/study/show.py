@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adaptive_lora.study.records import StudyRecord, TableRow
+from adaptive_lora.study.tune import Trial, Tuning
 
 WIDTH = 100
 
@@ -92,3 +93,22 @@ def _number(value: float | None, sign: str = "") -> str:
 
 def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_trials(tuning: Tuning, trials: list[Trial]) -> None:
+    """Print every trial; those that nothing beats are marked."""
+    console = Console()
+    table = Table(
+        title=escape(f"{tuning.name}: {len(trials)} trials"), caption="* nothing is better on every objective"
+    )
+    table.add_column("trial", justify="right")
+    for name in [*(key.rsplit(".", 1)[-1] for key in tuning.search), *tuning.objectives]:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for trial in trials:
+        tried = [escape(_value(trial.values.get(key))) for key in tuning.search]
+        found = [f"{f:,.6g}" for f in trial.figures] if trial.figures else ["failed"] * len(tuning.objectives)
+        table.add_row(f"{trial.number}{' *' if trial.best else ''}", *tried, *found)
+    Console(width=min(console.width, WIDTH)).print(table)
+    for trial in trials:
+        if trial.figures is None:
+            console.print(escape(textwrap.shorten(f"failed: {trial.run}: {trial.reason}", 3 * WIDTH)))

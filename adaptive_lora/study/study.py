@@ -19,7 +19,7 @@ from adaptive_lora.study.records import COSTS_FILE, OUTCOMES, RESULTS_FILE, RUNS
 from adaptive_lora.study.study_file import Study
 from adaptive_lora.study.worker import TRAIN
 
-POLL = 0.5  # seconds
+POLL, SETTLE = 0.5, 10.0  # seconds: between two looks; for workers to see that nothing is left, before they are ended
 
 
 def run_study(
@@ -65,6 +65,9 @@ def run_study(
                             f"all workers ended and {len(plan) - len(watch.over)} runs are not over; the same command goes "
                             f"on. {pool.last_words()}"
                         )
+                    time.sleep(POLL)
+                settled = time.monotonic() + SETTLE
+                while pool.living(finished=len(plan)) and time.monotonic() < settled:
                     time.sleep(POLL)
         finally:
             pool.stop()

@@ -130,9 +130,16 @@ def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
 
 
 def parse_study(values: Mapping[str, Any], *, origin: str = "study") -> Study:
-    """Return the `Study` of a plain mapping. Raises `InputError` naming `origin`, the key, and the nearest known one."""
+    """Return the `Study` of a plain mapping. Raises `InputError` naming `origin`, the key, and the nearest known one.
+
+    `paths: {data: FOLDER}` in the mapping puts FOLDER for `$data` at the start of any text in `base` and `grid`.
+    """
     try:
         values = dict(values)
+        paths = values.pop("paths", None) or {}
+        if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
+            raise InputError(f"paths is {paths!r:.60}; expected a mapping of names to folders, files or hub names")
+        values |= {key: _with_paths(values[key], paths) for key in ("base", "grid") if key in values}
         select, report = (
             _section(values, "select", "axes", "by", "rule"),
             _section(values, "report", "metric", "greater_is_better"),
@@ -159,6 +166,19 @@ def parse_study(values: Mapping[str, Any], *, origin: str = "study") -> Study:
         return Study(**given, **report, **{named[k]: v for k, v in select.items() if v is not None})
     except InputError as error:
         raise InputError(f"{origin}: {str(error).removeprefix('study: ')}") from None
+
+
+def _with_paths(value: Any, paths: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_paths(item, paths) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(item, paths) for item in value]
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    name, slash, rest = value[1:].partition("/")
+    if name not in paths:
+        raise InputError(f"${name} in {value!r} is not among paths.{nearest(name, paths)} Known: {', '.join(paths)}")
+    return f"{paths[name]}{slash}{rest}"
 
 
 def _section(values: Mapping[str, Any], name: str, *known: str) -> dict[str, Any]:
