@@ -26,15 +26,16 @@ def study(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")] = False,
 ) -> None:
     """Run a grid of methods, tasks, learning rates and seeds, and compare. Given again, only what is missing is done."""
+    from adaptive_lora.report import report
     from adaptive_lora.study.executors import executor_named
-    from adaptive_lora.study.show import show_study
     from adaptive_lora.study.study import run_study
     from adaptive_lora.study.study_file import read_study
 
     where = executor_named(executor)
     record = run_study(read_study(file, set_ or []), output, workers=workers, executor=where, retry_failed=retry_failed)
-    show_study(record)
     typer.echo(f"results: {output / 'results.json'}")
+    for file_made in report(output):
+        typer.echo(f"report: {file_made}")
     if not any(run["status"] == "ok" for run in record["runs"]):
         raise AllFailedError(f"every run of the study failed, the first for: {record['runs'][0]['reason']}")
 
