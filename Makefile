@@ -3,13 +3,31 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format
+# Of the small studies: folders of your models and data (see the header of each file in studies/).
+ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
+CAUSAL ?= roneneldan/TinyStories-3M
+DATA ?= runs/data
+RESULTS ?= runs/studies
+WORKERS ?= 1
+STUDIES := placement gradient_delta adalora_budgets plateau quantised
+
+.PHONY: demo test lint format studies $(addprefix study-,$(STUDIES))
 
 demo: $(STAMP)
 	$(BIN)/adaptive-lora demo --output demo-output/$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Every small study: hours on two cores. Killed and started again it goes on. One of them: make study-placement.
+studies: $(addprefix study-,$(STUDIES))
+
+$(addprefix study-,$(STUDIES)): study-%: $(STAMP) $(RESULTS)/alpaca/train.parquet
+	$(BIN)/adaptive-lora study studies/$*.yaml --output $(RESULTS)/$* --workers $(WORKERS) --set paths.encoder=$(ENCODER) \
+	  --set paths.causal=$(CAUSAL) --set paths.data=$(DATA) --set paths.alpaca=$(RESULTS)/alpaca
+
+$(RESULTS)/alpaca/train.parquet: $(STAMP)
+	$(BIN)/python studies/split.py $(DATA)/alpaca/alpaca_5000.parquet --rows 340 --test 80 --output $(RESULTS)/alpaca
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

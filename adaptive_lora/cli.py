@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from adaptive_lora import cli_adapters
+from adaptive_lora import cli_adapters, cli_study
 from adaptive_lora.errors import AdaptiveLoraError, InputError
 from adaptive_lora.silence import quiet
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(cli_adapters.app)
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
+app.add_typer(cli_study.app)
 
 # Flag -> where it goes in the recipe.
 _FLAGS = {
@@ -321,12 +322,14 @@ def doctor() -> None:
 
 
 @app.command(name="report")
-def report_command(folder: Run) -> None:
-    """Print a run's result and ranks, and draw the rank heatmap and the loss curve."""
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY", help="A run directory, or a study's.")],
+) -> None:
+    """Print a run's result and ranks, or a study's table, and draw figures; a study gets report.html, .md and .csv."""
     from adaptive_lora.report import report
 
-    for figure in report(folder):
-        typer.echo(f"figure: {figure}")
+    for path in report(folder):
+        typer.echo(f"{'figure' if path.suffix == '.png' else 'file'}: {path}")
 
 
 @app.command()

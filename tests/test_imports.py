@@ -75,11 +75,27 @@ def test_what_is_pure_knows_nothing_of_models(name: str) -> None:
 
 def test_reports_read_files_only() -> None:
     own = {name for name in GRAPH if name.startswith("adaptive_lora")}
-    allowed = modules("errors", "naming", "history", "adapter_file", "report")
+    allowed = modules("errors", "naming", "history", "adapter_file", "report", "study")
     assert not offenders(
         modules("report"), {"torch", "transformers", "peft", "datasets", *(own - allowed - {"adaptive_lora"})}
     )
     assert not {m for m in modules("report") if "adaptive_lora" in GRAPH[m]}
+    of_studies = {name for m in modules("report") for name in GRAPH[m] if name.startswith("adaptive_lora.study")}
+    assert of_studies == {"adaptive_lora.study.records", "adaptive_lora.study.analysis"}  # neither grid nor workers
+
+
+def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
+    """`plan` checks recipes and `worker` trains; both import what they need of them inside functions."""
+    heavy = {"torch", "transformers", "peft", "datasets", "adaptive_lora.run", "adaptive_lora.config"}
+    doing = modules("study.plan", "study.worker", "study.executors")
+    assert not offenders(modules("study") - doing, heavy)
+    assert not offenders(
+        modules("study.statistics", "study.selection", "study.records", "study.grid"), {"adaptive_lora.run"}
+    )
+    own = {name for name in GRAPH if name.startswith("adaptive_lora")}
+    pure = modules("errors")
+    assert not offenders(modules("study.statistics"), own - pure - {"adaptive_lora", "adaptive_lora.study.records"})
+    assert not offenders(set(GRAPH) - modules("study", "cli_study", "report"), {"adaptive_lora.study"})
 
 
 def test_the_command_line_is_at_the_top() -> None:

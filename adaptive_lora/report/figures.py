@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +23,17 @@ from adaptive_lora.report.read import RunRecord
 
 def rank_heatmap(patterns: dict[str, dict[str, int]], path: Path) -> Path:
     """Draw layers x module kinds, one panel for each {title: {target: rank}}, all on one colour scale."""
+    return save(rank_figure(patterns), path)
+
+
+def rank_figure(patterns: dict[str, dict[str, int]]) -> Figure:
+    """Return the figure of `rank_heatmap`."""
     highest = max(max(ranks.values()) for ranks in patterns.values())
     figure, axes = _panels(patterns)
     for axis, (title, ranks) in zip(axes, patterns.items(), strict=True):
         image = _heatmap(axis, title, ranks, highest, "{:.0f}")
     figure.colorbar(image, ax=axes, label="rank", shrink=0.8, ticks=MaxNLocator(integer=True))
-    return save_figure(figure, path)
+    return figure
 
 
 def saliency(row: Decision, path: Path) -> Path:
@@ -45,7 +50,7 @@ def saliency(row: Decision, path: Path) -> Path:
         scaled = {name: score / 10.0**power for name, score in scores.items()}
         image = _heatmap(axis, title, scaled, highest / 10.0**power or 1.0, "{:.0f}")
         figure.colorbar(image, ax=axis, label=f"value / 1e{power}" if power else "value", shrink=0.9)
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
 def _panels(grids: Mapping[str, Mapping[str, float]]) -> tuple[Figure, list[Axes]]:
@@ -123,7 +128,7 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, n_layers - 0.5), colours)
     bar = figure.colorbar(scale, ax=axes, label="layer", shrink=0.9)
     bar.set_ticks(list(range(0, n_layers, max(1, n_layers // 12))))
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
 def parameter_steps(run: RunRecord, path: Path) -> Path:
@@ -148,7 +153,7 @@ def parameter_steps(run: RunRecord, path: Path) -> Path:
     axis.set_ylabel("trainable LoRA parameters")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, loc="lower left")
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
 def _last_step(run: RunRecord) -> int:
@@ -165,7 +170,7 @@ def training_curve(run: RunRecord, path: Path) -> Path:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss")
     axis.legend()
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
 def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: str) -> Path:
@@ -176,49 +181,17 @@ def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: st
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel(label)
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
-def adapter_spectra(
-    effective: Mapping[str, float], norms: Mapping[str, float], spectra: Mapping[str, Sequence[float]], path: Path
-) -> Path:
-    """Draw an adapter: effective rank and norm over layers x module kinds, and the singular values of every target.
-
-    Values that are not finite stay white; a target without an update has no line.
-    """
-    table = by_kind(norms)
-    n_layers = 1 + max(layer for row in table.values() for layer in row)
-    size = (max(9.0, 0.38 * n_layers + 2.4), 2 * (1.3 + 0.34 * len(table)) + 3.6)
-    heights = [1.3 + 0.34 * len(table)] * 2 + [3.6]
-    figure, axes = plt.subplots(3, 1, figsize=size, height_ratios=heights, layout="constrained")
-    for axis, title, values, text in (
-        (axes[0], "effective rank", effective, "{:.1f}"),
-        (axes[1], "Frobenius norm of the update", norms, "{:.2g}"),
-    ):
-        highest = max((value for value in values.values() if math.isfinite(value)), default=0.0)
-        image = _heatmap(axis, title, values, highest or 1.0, text)
-        figure.colorbar(image, ax=axis, shrink=0.9)
-    colours = plt.get_cmap("tab10")
-    kinds = {kind: list(row.values()) for kind, row in by_kind(dict(spectra)).items()}
-    for number, (kind, rows) in enumerate(kinds.items()):
-        for row in rows:
-            positive = [value for value in row if value > 1e-9 * max(row)]
-            axes[2].plot(range(1, len(positive) + 1), positive, color=colours(number % 10), alpha=0.55, linewidth=1)
-        axes[2].plot([], [], color=colours(number % 10), label=kind)
-    if any(max(row, default=0.0) > 0 for row in spectra.values()):
-        axes[2].set_yscale("log")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[2].set_xlabel("component")
-    axes[2].set_ylabel("singular value of scale B A")
-    axes[2].set_title("spectra, one line a target", fontsize=9)
-    axes[2].grid(alpha=0.25)
-    axes[2].legend(fontsize=7, loc="upper right", ncols=2)
-    return save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write `figure` to `path`, whose folder is made, and close it."""
+def save(figure: Figure, path: Path, *, close: bool = True) -> Path:
+    """Write `figure` as the file's suffix says, the same bytes for the same figure, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if path.suffix == ".svg":
+        with plt.rc_context({"svg.hashsalt": path.stem}):  # or the same figure has other ids at every call
+            figure.savefig(path, metadata={"Date": None})
+    else:
+        figure.savefig(path, dpi=130)
+    if close:
+        plt.close(figure)
     return path

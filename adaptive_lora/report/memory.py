@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from adaptive_lora.report.figures import save_figure
+from adaptive_lora.report.figures import save
 from adaptive_lora.report.tables import show
 
 SIZES = {"8 GB": 8 * 10**9, "16 GB": 16 * 10**9, "24 GB": 24 * 10**9, "80 GB": 80 * 10**9}
@@ -123,7 +123,7 @@ def memory_bars(
     axis.invert_yaxis()
     axis.set_xlabel("MB")
     axis.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.3 / len(bars)), frameon=False)
-    return save_figure(figure, path)
+    return save(figure, path)
 
 
 def _mb(size: float) -> str:

@@ -51,35 +51,49 @@ def read_run(folder: str | Path) -> RunRecord:
     result_file = path / "result.json"
     if not result_file.is_file():
         raise InputError(f"{path} holds no finished run: it has no result.json")
-    try:
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-        lines = (
-            (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            if (path / "metrics.jsonl").is_file()
-            else []
-        )
-        metrics = [json.loads(line) for line in lines]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"a file in {path} is damaged: {error}") from error
+    result = _json(result_file)
     missing = KEYS - result.keys() if isinstance(result, dict) else KEYS
     if missing:
         raise IntegrityError(f"{result_file} is not the result of a run: it lacks {', '.join(sorted(missing))}")
-    if not all(isinstance(row, dict) for row in metrics):
-        raise IntegrityError(f"{path / 'metrics.jsonl'} is damaged: a line is not an object")
-    ranks = dict(result["ranks"])
+    metrics = read_metrics(path / "metrics.jsonl")
+    ranks, initial = dict(result["ranks"]), dict(result["initial_ranks"])
     if result["status"] == "ok":
-        tensors = tensor_ranks(path / "adapter" / "adapter_model.safetensors")
-        saved = {name: tensors.pop(name, 0) for name in ranks} | tensors
-        if saved != ranks:
-            odd = next(name for name in saved if saved[name] != ranks.get(name))
-            raise IntegrityError(
-                f"{path}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
-            )
-    initial = dict(result["initial_ranks"])
-    return RunRecord(path, result, metrics, ranks, initial, _read_history(path / "allocations.jsonl", initial, ranks))
+        check_tensors(path, ranks)
+    return RunRecord(path, result, metrics, ranks, initial, read_history(path / "allocations.jsonl", initial, ranks))
 
 
-def _read_history(file: Path, initial: dict[str, int], final: dict[str, int]) -> list[Decision]:
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{file} is damaged: {error}") from error
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`, [] without it. Raises `IntegrityError` when a line is not an object."""
+    rows = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            rows.append(json.loads(line))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{file} is damaged: line {len(rows) + 1}: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise IntegrityError(f"{file} is damaged: a line is not an object")
+    return rows
+
+
+def check_tensors(folder: Path, ranks: dict[str, int]) -> None:
+    """Raise `IntegrityError` unless the tensors saved in the run directory have `ranks`; one without tensors has 0."""
+    tensors = tensor_ranks(folder / "adapter" / "adapter_model.safetensors")
+    saved = {name: tensors.pop(name, 0) for name in ranks} | tensors
+    if saved != ranks:
+        odd = next(name for name in saved if saved[name] != ranks.get(name))
+        raise IntegrityError(
+            f"{folder}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
+        )
+
+
+def read_history(file: Path, initial: dict[str, int], final: dict[str, int]) -> list[Decision]:
     """Return the decisions in `file`, [] without it, after replaying them from `initial` to `final`."""
     if not file.is_file():
         return []

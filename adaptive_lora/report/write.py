@@ -1,4 +1,4 @@
-"""The report of one run: tables on the terminal, figures in `RUN/report/`."""
+"""The report of a run: tables on the terminal, figures in `RUN/report/`. That of a study is in `study_write`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 
 from adaptive_lora.report.figures import parameter_steps, rank_heatmap, rank_steps, saliency, training_curve
 from adaptive_lora.report.read import RunRecord, read_run
+from adaptive_lora.report.study_read import is_study
+from adaptive_lora.report.study_write import report_study
 from adaptive_lora.report.tables import decision_table, rank_table, show, summary_table
 
 
 def report(folder: str | Path) -> list[Path]:
-    """Print the tables of the run in `folder`, draw its figures, and return their paths."""
+    """Print the tables of the run or the study in `folder`, write its figures and files, and return their paths."""
+    if is_study(folder):
+        return report_study(folder)
     run = read_run(folder)
     show(summary_table(run))
     show(rank_table(run.ranks))

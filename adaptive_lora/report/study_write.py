@@ -1,0 +1,57 @@
+"""The reports of a study: table on the terminal, `report.md`, `results.csv`, `report.html`, figures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from adaptive_lora.errors import InputError
+from adaptive_lora.report.html import render
+from adaptive_lora.report.page_data import page_data
+from adaptive_lora.report.study_figures import draw_figures
+from adaptive_lora.report.study_read import StudyRecord, read_study
+from adaptive_lora.report.study_text import csv_text, markdown, print_study
+
+FIGURES = "figures"
+
+
+def report_study(folder: str | Path) -> list[Path]:
+    """Print the table of the study in `folder`, write its reports beside its results, and return their paths.
+
+    `report.md`, `results.csv`, `report.html` and `figures/` are written anew, each whole or not at all; the same study
+    gives the same bytes.
+
+    Raises `InputError` when there are no results or the folder cannot be written to, `IntegrityError` when
+    `results.json` is damaged. Anything else that is damaged is left out and named in the reports.
+    """
+    study = read_study(folder)
+    print_study(study)
+    try:
+        return _write(study)
+    except OSError as error:
+        raise InputError(f"cannot write the reports into {study.folder}: {error}") from error
+
+
+def _write(study: StudyRecord) -> list[Path]:
+    staging = Path(tempfile.mkdtemp(prefix=".report-", dir=study.folder))
+    try:
+        drawn = draw_figures(study, staging / FIGURES)
+        texts = {
+            "report.html": render(study.head.name, page_data(study)),
+            "report.md": markdown(study, [f"{FIGURES}/{figure.name}" for figure in drawn]),
+            "results.csv": csv_text(study),
+        }
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8", newline="\n")
+        for name in texts:
+            os.replace(staging / name, study.folder / name)
+        for old in (study.folder / FIGURES).glob("ranks-[0-9]*-*.[ps][nv]g"):
+            old.unlink()  # of a method that the study no longer has
+        for figure in sorted((staging / FIGURES).glob("*")):
+            (study.folder / FIGURES).mkdir(exist_ok=True)
+            os.replace(figure, study.folder / FIGURES / figure.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [*(study.folder / name for name in texts), *(study.folder / FIGURES / figure.name for figure in drawn)]

@@ -1,0 +1,1 @@
+"""Studies: a grid of runs, done by any number of workers, and what its results show."""

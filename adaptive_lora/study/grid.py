@@ -1,0 +1,79 @@
+"""A grid over a recipe: axes -> (label of every axis, recipe), one for each run. Pure; no torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from adaptive_lora.errors import InputError
+
+LABEL = "label"
+
+
+def expand(
+    base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield (axis -> label, recipe) for every combination, the last axis of the grid fastest.
+
+    Keys are set from the outside in, so that `method.rank` finds the `method` that another axis has set.
+
+    >>> [labels for labels, _ in expand({}, {"method": [{"name": "lora"}, {"name": "adalora"}], "method.rank": [4]})]
+    [{'method': 'lora', 'method.rank': 4}, {'method': 'adalora', 'method.rank': 4}]
+    """
+    labels = {axis: labels_of(axis, values) for axis, values in grid.items()}
+    for places in itertools.product(*(range(len(values)) for values in grid.values())):
+        chosen = dict(zip(grid, places, strict=True))
+        assignments = [pair for axis, place in chosen.items() for pair in _assignments(axis, grid[axis][place])]
+        recipe = copy.deepcopy(dict(base))
+        for key, value in sorted(assignments, key=lambda pair: pair[0].count(".")):
+            _assign(recipe, key, copy.deepcopy(value))
+        yield {axis: labels[axis][place] for axis, place in chosen.items()}, recipe
+
+
+def is_labelled(value: Any) -> bool:
+    """True for a value that names itself and sets several keys: {label: ..., KEY: ..., KEY: ...}."""
+    return isinstance(value, Mapping) and LABEL in value
+
+
+def labels_of(axis: str, values: Sequence[Any]) -> list[Any]:
+    """Return one label a value, all different: its own, the value itself, or of mappings the name and what differs.
+
+    >>> labels_of("method", [{"name": "lora"}, {"name": "plateau", "patience": 1}, {"name": "plateau", "patience": 2}])
+    ['lora', 'plateau patience 1', 'plateau patience 2']
+    """
+    names = [v.get("name") for v in values if isinstance(v, Mapping)]
+    labels: list[Any] = []
+    for value in values:
+        if is_labelled(value):
+            labels.append(str(value[LABEL]))
+        elif isinstance(value, Mapping):
+            rest = {k: v for k, v in value.items() if k != "name"}
+            same = [v for v in values if isinstance(v, Mapping) and v.get("name") == value.get("name")]
+            told = {k: v for k, v in rest.items() if any(other.get(k) != v for other in same)}
+            extra = " ".join(f"{k} {v}" for k, v in (told if value.get("name") else rest).items())
+            labels.append(" ".join(filter(None, [str(value.get("name") or ""), extra])))
+        else:
+            labels.append(value if isinstance(value, str | int | float | bool | None) else str(value))
+    for place, label in enumerate(labels):
+        if label in labels[:place]:
+            what = f"{label!r} twice" if names or is_labelled(values[place]) else f"the value {label!r} twice"
+            raise InputError(f"study: axis {axis} has {what}; give each value once, with labels of their own")
+    return labels
+
+
+def _assignments(axis: str, value: Any) -> list[tuple[str, Any]]:
+    if is_labelled(value):
+        return [(str(key), item) for key, item in value.items() if key != LABEL]
+    return [(axis, value)]
+
+
+def _assign(recipe: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = recipe
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"study: axis {key}: {parent} is {node!r}; expected a mapping")
+    node[last] = value
