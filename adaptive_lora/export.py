@@ -21,8 +21,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from adaptive_lora.adapter_folder import COMPANIONS, Adapter, check_output, find_folder, read_adapter, write_adapter
 from adaptive_lora.adapter_file import PREFIX
+from adaptive_lora.adapter_folder import COMPANIONS, Adapter, check_output, find_folder, read_adapter, write_adapter
 from adaptive_lora.adapters import load
 from adaptive_lora.base_model import Base, base_of_adapter, check_fits, is_quantised
 from adaptive_lora.errors import InputError, IntegrityError, nearest
@@ -191,7 +191,7 @@ def _notes(adapter: Adapter, modules: Shapes | None, base: Base | None) -> list[
     ]
     if adapter.rest:
         whole = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in adapter.rest}))
-        notes.append(f"trained whole: {whole}. PEFT loads that; vLLM and llama.cpp refuse it and need --to merged")
+        notes.append(f"trained whole: {whole}. PEFT loads that; llama.cpp and most of vLLM need --to merged")
     if base is None and modules is None and adapter.config.rank_pattern == {}:
         notes.append("the base model was not looked at: layers are taken to run from 0 to the last one adapted")
     return notes
