@@ -191,7 +191,7 @@ def _notes(adapter: Adapter, modules: Shapes | None, base: Base | None) -> list[
     ]
     if adapter.rest:
         whole = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in adapter.rest}))
-        notes.append(f"trained whole: {whole}. PEFT loads that; vLLM and llama.cpp refuse it and need --to merged")
+        notes.append(f"trained whole: {whole}. PEFT loads that; llama.cpp and most of vLLM need --to merged")
     if base is None and modules is None and adapter.config.rank_pattern == {}:
         notes.append("the base model was not looked at: layers are taken to run from 0 to the last one adapted")
     return notes

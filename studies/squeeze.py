@@ -203,18 +203,19 @@ def curve(runs: list[dict[str, Any]]) -> dict[int, float]:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     shown = Table(title=f"squeeze: rank {RANK * FACTOR:g} -> {RANK}, {len(next(iter(results.values())))} seeds, means")
-    after = [f"+{k}" if k else "at a cut" for k in (0, *AFTER)]
-    for column in ("moments", *after, "test loss", "accuracy %", "min .. max"):
-        shown.add_column(column, justify="left" if column == "moments" else "right")
+    after = [f"+{k}" if k else "at a cut" for k in (0, 1, AFTER[-1])]
+    for column in ("moments", *after, "loss", "acc. %", "min..max"):
+        first = column == "moments"
+        shown.add_column(column, justify="left" if first else "right", no_wrap=True)
     for name, runs in results.items():
         changes = curve(runs)
         accuracy = [100 * run["accuracy"] for run in runs]
         shown.add_row(
             name,
-            *(f"{changes[k]:+.3f}" if changes else "" for k in (0, *AFTER)),
+            *(f"{changes[k]:+.3f}" if changes else "" for k in (0, 1, AFTER[-1])),
             f"{statistics.mean(run['test_loss'] for run in runs):.3f}",
             f"{statistics.mean(accuracy):.1f}",
-            f"{min(accuracy):.1f} .. {max(accuracy):.1f}",
+            f"{min(accuracy):.0f}..{max(accuracy):.0f}",
         )
     return shown
 

@@ -2,9 +2,10 @@
 
 Each puts its updates on a plain base model by forward hooks, by its own arithmetic:
 
-    vLLM        lora_alpha / r of the config for every module, whatever its rank (lora_alpha / √r with use_rslora); rank and
-                alpha patterns are not read; buffers hold max_lora_rank >= r components; q, k, v and gate, up are slices of one
-                packed module, a slice without an adapter is zero. (vllm/lora: peft_helper.py, lora_weights.py, layers/)
+    vLLM        lora_alpha / r of the config for every module, whatever its rank (lora_alpha / √r with use_rslora), rank and
+                alpha patterns not read; 0.33.0 reads both, by PEFT's rule. Buffers hold max_lora_rank >= r components; q, k, v
+                and gate, up are slices of one packed module, a slice without an adapter is zero. (vllm/lora:
+                peft_helper.py, lora_weights.py, layers/)
     llama.cpp   lora_alpha / the tensor's own rank, B.shape[1]. (src/llama-adapter.h, get_scale; lora_alpha is all that
                 convert_lora_to_gguf.py keeps of the config)
     SGLang, TGI, LoRAX: as vLLM, and every layer of a module kind must have an adapter, all of one rank.
@@ -41,21 +42,32 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, to
 
 
 def with_heads(base: nn.Module, others: dict[str, torch.Tensor]) -> None:
-    missing = base.load_state_dict(others, strict=False)
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in others.items()}  # of an adapted output layer
+    missing = base.load_state_dict(plain, strict=False)
     assert not missing.unexpected_keys
 
 
 def add(base: nn.Module, name: str, update: Any) -> None:
-    base.get_submodule(name).register_forward_hook(lambda _m, arguments, out: out + update(arguments[0]))
+    base.get_submodule(name.lstrip(".")).register_forward_hook(lambda _m, arguments, out: out + update(arguments[0]))
 
 
-def vllm(base: nn.Module, folder: Path, max_lora_rank: int | None = None) -> nn.Module:
-    """Return `base` as vLLM would serve it with the adapter. It refuses heads; here they are put in place."""
+def vllm(base: nn.Module, folder: Path, max_lora_rank: int | None = None, *, patterns: bool = False) -> nn.Module:
+    """Return `base` as vLLM would serve it with the adapter; with `patterns`, as a version does that reads those.
+
+    It refuses heads (but "classifier" and "score" in the newest); here they are put in place.
+    """
     config, pairs, others = read(folder)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    slots = max_lora_rank or min(size for size in MAX_LORA_RANKS if size >= rank)
-    assert rank <= slots, f"LoRA rank {rank} is greater than max_lora_rank {slots}"
+    slots = max_lora_rank or min(size for size in MAX_LORA_RANKS if size >= config["r"])
+    assert max(a.shape[0] for a, _ in pairs.values()) <= config["r"] <= slots, "rank is greater than max_lora_rank"
+
+    def field(pattern: str, default: str, name: str) -> float:
+        keys = config.get(pattern) or {} if patterns else {}
+        return next((v for key, v in keys.items() if re.match(rf"(.*\.)?({key})$", name)), config[default])
+
+    def scale(name: str) -> float:
+        rank = field("rank_pattern", "r", name)
+        return field("alpha_pattern", "lora_alpha", name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
     with_heads(base, others)
     packed: dict[str, dict[str, str]] = defaultdict(dict)
     for name in pairs:
@@ -69,7 +81,10 @@ def vllm(base: nn.Module, folder: Path, max_lora_rank: int | None = None) -> nn.
                 continue  # its slice of the packed buffer stays zero
             a, b = pairs[members[part]]
             stacked_a, stacked_b = torch.zeros(slots, a.shape[1]), torch.zeros(b.shape[0], slots)
-            stacked_a[: a.shape[0]], stacked_b[:, : b.shape[1]] = a, b * scale  # optimize(): the scale goes into B
+            stacked_a[: a.shape[0]], stacked_b[:, : b.shape[1]] = (
+                a,
+                b * scale(members[part]),
+            )  # optimize(): the scale goes into B
             add(base, f"{parent}.{part}", lambda x, a=stacked_a, b=stacked_b: x @ a.T @ b.T)
     return base.eval()
 

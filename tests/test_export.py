@@ -45,7 +45,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).abs().max() / two.abs().max())
+    return float((one - two).detach().abs().max() / two.detach().abs().max())
 
 
 def trained(architecture: str, method_name: str, folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -76,7 +76,8 @@ def test_every_form_of_every_methods_checkpoint_answers_as_the_live_model(
     for form in ("native", "uniform"):
         stock = PeftModel.from_pretrained(make(architecture), str(tmp_path / form))
         assert difference(stock) <= LIMIT, form
-        assert difference(vllm(make(architecture), tmp_path / form)) <= LIMIT, form
+        for patterns in (False, True):
+            assert difference(vllm(make(architecture), tmp_path / form, patterns=patterns)) <= LIMIT, form
     assert difference(llama_cpp(make(architecture), tmp_path / "uniform")) <= LIMIT
     assert why_not_served(make(architecture), tmp_path / "uniform") == []
     merged = type(make(architecture)).from_pretrained(tmp_path / "merged")
@@ -119,6 +120,7 @@ def foreign(tmp_path: Path) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:.*tied:UserWarning", "ignore:fan_in_fan_out is set to True:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_an_adapter_with_several_scales_and_a_tied_target(foreign: Any, bases: Path, tmp_path: Path) -> None:
     folder, live, batch = foreign
     scales = {update.scale for update in read_adapter(folder).updates.values()}
@@ -209,8 +211,6 @@ def test_a_run_is_exported_with_its_head_tokenizer_and_class_names(
     merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert set(merged.config.id2label.values()) == {"positive", "negative"}
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    run = al.use_run(classification_run) if hasattr(al, "use_run") else None
-    assert run is None
     live = PeftModel.from_pretrained(
         hf.AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=2),
         str(classification_run / "adapter"),
@@ -292,7 +292,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("{adapter} --to nativ --model {bases}/llama", "unknown form 'nativ'. Did you mean 'native'?"),
         ("{adapter} --to native", "does not say which base model it is for; give the base model with --model"),
         ("{adapter} --to merged --no-check", "does not say which base model it is for"),
-        ("{adapter} --to native --model {bases}/absent", "was not found"),
+        ("{adapter} --to native --model {bases}/absent", "does not exist; give a folder"),
         ("{adapter} --to native --model {bases}/gpt2", "has no module 'model.layers.0."),
         ("{adapter} --to merged --model {bases}/wide", "has 32 inputs and"),
         ("{adapter} --to merged --model {bases}/quantised", "is quantised: merging into such weights would round"),
