@@ -64,7 +64,7 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
     if short is None:
         return result
     config = copy.copy(result.config)
-    config.target_modules = short
+    config.target_modules = sorted(short)
     return replace(result, config=config)
 
 

@@ -20,11 +20,11 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 
-import study_data
+import study_data  # noqa: E402
 
-from adaptive_lora.study.plan import make_plan, write_plan
-from adaptive_lora.study.study import run_study, write_results
-from adaptive_lora.study.worker import work
+from adaptive_lora.study.plan import make_plan, write_plan  # noqa: E402
+from adaptive_lora.study.study import run_study, write_results  # noqa: E402
+from adaptive_lora.study.worker import work  # noqa: E402
 
 
 def main() -> None:

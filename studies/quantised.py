@@ -46,6 +46,10 @@ def recipe(options: argparse.Namespace, scheme: str, method: str, seed: int) -> 
     values = read_recipe(HERE / "methods.yaml")
     data = {key: value for key, value in values["data"].items() if key not in ("config", "eval_split")}
     values["data"] = {**data, "train": options.data, "eval": options.eval}
+    if method != "plateau":  # which alone looks at evaluations
+        values["training"] = {k: v for k, v in values["training"].items() if k != "eval_steps"} | {
+            "eval_strategy": "no"
+        }
     output = str(options.output / f"{scheme}-{method}-{seed}")
     return {
         **values, "model": options.model, "method": METHODS[method], "quantization": scheme, "seed": seed, "output": output

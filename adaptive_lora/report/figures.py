@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -181,6 +181,43 @@ def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: st
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel(label)
+    return save(figure, path)
+
+
+def adapter_spectra(
+    effective: Mapping[str, float], norms: Mapping[str, float], spectra: Mapping[str, Sequence[float]], path: Path
+) -> Path:
+    """Draw an adapter: effective rank and norm over layers x module kinds, and the singular values of every target.
+
+    Values that are not finite stay white; a target without an update has no line.
+    """
+    table = by_kind(norms)
+    n_layers = 1 + max(layer for row in table.values() for layer in row)
+    size = (max(9.0, 0.38 * n_layers + 2.4), 2 * (1.3 + 0.34 * len(table)) + 3.6)
+    heights = [1.3 + 0.34 * len(table)] * 2 + [3.6]
+    figure, axes = plt.subplots(3, 1, figsize=size, height_ratios=heights, layout="constrained")
+    for axis, title, values, text in (
+        (axes[0], "effective rank", effective, "{:.1f}"),
+        (axes[1], "Frobenius norm of the update", norms, "{:.2g}"),
+    ):
+        highest = max((value for value in values.values() if math.isfinite(value)), default=0.0)
+        image = _heatmap(axis, title, values, highest or 1.0, text)
+        figure.colorbar(image, ax=axis, shrink=0.9)
+    colours = plt.get_cmap("tab10")
+    kinds = {kind: list(row.values()) for kind, row in by_kind(dict(spectra)).items()}
+    for number, (kind, rows) in enumerate(kinds.items()):
+        for row in rows:
+            positive = [value for value in row if value > 1e-9 * max(row)]
+            axes[2].plot(range(1, len(positive) + 1), positive, color=colours(number % 10), alpha=0.55, linewidth=1)
+        axes[2].plot([], [], color=colours(number % 10), label=kind)
+    if any(max(row, default=0.0) > 0 for row in spectra.values()):
+        axes[2].set_yscale("log")
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[2].set_xlabel("component")
+    axes[2].set_ylabel("singular value of scale B A")
+    axes[2].set_title("spectra, one line a target", fontsize=9)
+    axes[2].grid(alpha=0.25)
+    axes[2].legend(fontsize=7, loc="upper right", ncols=2)
     return save(figure, path)
 
 

@@ -115,17 +115,16 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
         raise InputError(f"output folder {folder} is not empty and holds no search; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["maximize" if name != PARAMETERS and rises(name) else "minimize" for name in tuning.objectives]
+    directions: Any = ["maximize" if name != PARAMETERS and rises(name) else "minimize" for name in tuning.objectives]
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE_FILE)))
     search = optuna.create_study(storage=storage, study_name=tuning.name, directions=directions, load_if_exists=True)
     if [d.name.lower() for d in search.directions] != directions:
         raise InputError(f"{folder} holds a search with other objectives; choose another --output")
     function = load(train)
-    for trial in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        search.tell(
-            trial.number, state=optuna.trial.TrialState.FAIL
-        )  # cut off; its run is taken up if it is proposed again
-        search.enqueue_trial(trial.params)
+    for cut_off in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        # Its run is taken up when it is proposed again.
+        search.tell(cut_off.number, state=optuna.trial.TrialState.FAIL)
+        search.enqueue_trial(cut_off.params)
     while (number := _over(search)) < tuning.trials:
         search.sampler = _sampler(optuna, tuning, number)
         trial = search.ask()
@@ -227,7 +226,7 @@ def _check_space(key: str, space: Any) -> None:
     for name in space:
         if name not in RANGE_KEYS:
             raise InputError(f"tune: search.{key} has {name!r}.{nearest(str(name), RANGE_KEYS)} {ends}")
-    numbers = [space.get("low"), space.get("high")]
+    numbers: list[Any] = [space.get("low"), space.get("high")]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers) or not numbers[0] < numbers[1]:
         raise InputError(f"tune: search.{key} is {space!r}; {ends}, low below high")
     if space.get("log") and not numbers[0] > 0:
