@@ -32,7 +32,8 @@ def export(
     quiet()
     done = write(adapter, to, output, model=model, check=not no_check, converter=converter)
     for line in done.lines():
-        typer.echo(textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False))
+        wrapped = textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+        typer.echo(line if line.startswith(" ") else wrapped)
 
 
 @app.command()

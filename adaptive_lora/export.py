@@ -6,6 +6,7 @@ A form that does not answer as the adapter does on its base model is not handed 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """Return what to print."""
+        """Return what to print; an indented line is a command, not to be wrapped."""
         what = "a full model"
         if self.adapter is not None:
             ranks, config = self.adapter.ranks.values(), self.adapter.config
@@ -122,7 +123,7 @@ def export(
             _refuse_above(worst, "reloaded by PEFT")
         notes = _notes(written, modules, base)
         if to == "gguf":
-            notes = [_gguf(path, adapter, base, converter)]
+            notes = _gguf(path, adapter, base, converter)
     return Exported(path, written, worst, notes)
 
 
@@ -285,7 +286,7 @@ def _staged(path: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def _gguf(path: Path, adapter: Adapter, base: Base | None, converter: str | Path | None) -> str:
+def _gguf(path: Path, adapter: Adapter, base: Base | None, converter: str | Path | None) -> list[str]:
     """Run llama.cpp's converter on the uniform form at `path`, or return the command that does."""
     name = base.name if base is not None else adapter.base
     script = str(converter or "llama.cpp/convert_lora_to_gguf.py")
@@ -293,7 +294,7 @@ def _gguf(path: Path, adapter: Adapter, base: Base | None, converter: str | Path
     command = [sys.executable if converter else "python", script, "--base", name or "BASE_MODEL_FOLDER",
                "--outtype", "f32", "--outfile", target, str(path)]  # fmt: skip
     if converter is None:
-        return f"the uniform form is written; with llama.cpp at hand, run: {' '.join(command)}"
+        return ["the uniform form is written; with llama.cpp at hand, run:", f"    {shlex.join(command)}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (path / GGUF_FILE).is_file() or (path / GGUF_FILE).read_bytes()[:4] != b"GGUF":
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
@@ -301,4 +302,4 @@ def _gguf(path: Path, adapter: Adapter, base: Base | None, converter: str | Path
             f"{script} failed (exit {done.returncode}): {' / '.join(lines)}. It needs the packages of llama.cpp's "
             "requirements-convert_lora_to_gguf.txt, and knows fewer architectures than PEFT"
         )
-    return f"llama.cpp: llama-cli -m BASE.gguf --lora {target}"
+    return [f"llama.cpp: llama-cli -m BASE.gguf --lora {target}"]

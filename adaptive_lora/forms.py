@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[in
     return {**own, **{name: shape for name, shape in added.items() if name not in own}}
 
 
-def _short_names(adapter: Adapter, modules: Shapes | None) -> set[str] | None:
+def _short_names(adapter: Adapter, modules: Shapes | None) -> Any:
     """Return the last parts of the names ("q_proj"), as most readers know them; None where they would mean other modules."""
     leaves = {name.rpartition(".")[2] for name in adapter.updates}
     if modules is None:
