@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/adaptive-lora demo --output demo-output/$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Every small study: hours on two cores. Killed and started again it goes on. One of them: make study-placement.
 studies: $(addprefix study-,$(STUDIES))

@@ -176,6 +176,8 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
         raise InputError(
             f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: {', '.join(known)}"
         )
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise InputError("training.fp16 is true and there is no GPU; expected bf16, or neither for float32")
     if arguments.dataloader_num_workers < 0:
         raise InputError(
             f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a whole number >= 0"
