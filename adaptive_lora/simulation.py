@@ -28,11 +28,17 @@ BLOCK, NESTED = 64, 256  # weights to a scale of NF4, scales to a scale of their
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and their peak."""
+    """Counts the bytes of the storages that operations make, and their peak.
 
-    def __init__(self) -> None:
+    Args:
+        model: its weights do not count, though operations return views of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
+        weights = (*model.parameters(), *model.buffers())
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
+        if key not in self._alive and key not in self._weights:
             self._alive[key] = weakref.finalize(storage, self._drop, key, size)
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -61,7 +67,7 @@ def step_bytes(
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
-        inputs: {argument: (type, shape)} of one batch; without labels the loss is a stand-in over the logits.
+        inputs: {argument: (type, shape)} of one batch, taken to hold padding; without labels the loss is a stand-in over the logits.
         checkpointing: whether the layers' activations are computed anew in the backward pass.
         autocast: the type of mixed precision, None for none.
     """
@@ -78,14 +84,17 @@ def step_bytes(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        live = stack.enter_context(LiveBytes())
+        live = stack.enter_context(LiveBytes(model))
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
-        output = model(**batch)
-        loss = output.logits.float().logsumexp(-1).mean() if output.loss is None else output.loss
-        loss.backward()
+        _loss(model(**batch)).backward()
         return live.peak
+
+
+def _loss(output: Any) -> torch.Tensor:
+    loss: torch.Tensor = output.logits.float().logsumexp(-1).mean() if output.loss is None else output.loss
+    return loss
 
 
 def enable_checkpointing(model: Any, **arguments: Any) -> None:

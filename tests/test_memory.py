@@ -110,7 +110,7 @@ def test_the_simulated_step_is_the_real_one(bert_folder: str, reviews_file: str)
     model, *_ = trained(config)
     model.zero_grad()
     model.train()
-    live = LiveBytes()
+    live = LiveBytes(model)
     inputs = {
         "input_ids": (torch.int64, (8, 32)),
         "attention_mask": (torch.int64, (8, 32)),
@@ -118,6 +118,7 @@ def test_the_simulated_step_is_the_real_one(bert_folder: str, reviews_file: str)
     }
     with live:
         batch = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
+        batch["attention_mask"][0, -1] = 0
         model(**{**batch, "labels": torch.zeros(8, dtype=torch.int64)}).loss.backward()
     with torch.device("meta"):
         bare = BertForSequenceClassification(BertConfig.from_pretrained(bert_folder))
