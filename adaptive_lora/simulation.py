@@ -67,7 +67,8 @@ def step_bytes(
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
-        inputs: {argument: (type, shape)} of one batch, taken to hold padding; without labels the loss is a stand-in over the logits.
+        inputs: {argument: (type, shape)} of one batch, taken to hold padding; without labels the loss is a stand-in over the
+            logits.
         checkpointing: whether the layers' activations are computed anew in the backward pass.
         autocast: the type of mixed precision, None for none.
     """
