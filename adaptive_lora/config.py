@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import typing
@@ -201,7 +202,6 @@ class RunConfig(_Strict):
 
 def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with each field as its declared type (YAML reads 3e-4 as a string)."""
-    hints = typing.get_type_hints(TrainingArguments)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     checked = {}
     for name, value in values.items():
@@ -213,10 +213,9 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
             )
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML 1.1 reads a bare `no` as false
+        kind = _training_type(name)
         try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(value)
-        except PydanticSchemaGenerationError:  # a type pydantic cannot check: TrainingArguments will
-            checked[name] = value
+            checked[name] = value if kind is None else kind.validate_python(value)
         except ValidationError as error:
             raise InputError(f"training.{name} is {value!r}: {error.errors()[0]['msg']}") from None
         if isinstance(checked[name], float) and not math.isfinite(checked[name]):
@@ -228,6 +227,20 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
         if name in checked and not checked[name] > 0:
             raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
     return checked
+
+
+@functools.cache  # a study checks thousands of recipes
+def _training_type(name: str) -> TypeAdapter[Any] | None:
+    """Return what checks a field of `TrainingArguments`; None for a type that pydantic cannot check: its own check will."""
+    try:
+        return TypeAdapter(_training_hints()[name])
+    except PydanticSchemaGenerationError:
+        return None
+
+
+@functools.cache
+def _training_hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingArguments)
 
 
 def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:

@@ -1,6 +1,6 @@
 """What a study costs beside its training: 1,000 runs that take no time, from the plan to results.json.
 
-    PYTHONPATH=. python benchmarks/study_overhead.py --output benchmarks/study_overhead.json
+    PYTHONPATH=.:tests python benchmarks/study_overhead.py --output benchmarks/study_overhead.json
 
 Two figures: wall seconds of everything after torch is imported (a worker in this process), and of the whole command with a
 worker process of its own, imports included.
@@ -11,20 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+import study_data
 
-import study_data  # noqa: E402
-
-from adaptive_lora.study.plan import make_plan, write_plan  # noqa: E402
-from adaptive_lora.study.study import run_study, write_results  # noqa: E402
-from adaptive_lora.study.worker import work  # noqa: E402
+from adaptive_lora.config import parse
+from adaptive_lora.study.plan import make_plan, write_plan
+from adaptive_lora.study.study import run_study, write_results
+from adaptive_lora.study.worker import work
 
 
 def main() -> None:
@@ -49,8 +45,6 @@ def main() -> None:
             figures[f"{name}, CPU s"] = round(stamps[-1][1] - stamps[-2][1], 2)
         began = time.process_time()
         for one in make_plan(made):
-            from adaptive_lora.config import parse
-
             study_data.train(parse({**one["config"], "output": f"{folder}/alone/{one['id']}"}))
         figures["plan and stand-in without a study, CPU s"] = round(time.process_time() - began, 2)
         began = time.perf_counter()

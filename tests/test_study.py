@@ -28,7 +28,7 @@ from adaptive_lora.study.plan import identity, make_plan, plan_of
 from adaptive_lora.study.progress import Watch
 from adaptive_lora.study.study import run_study
 from adaptive_lora.study.study_file import parse_study, read_study
-from adaptive_lora.study.worker import MAX_ATTEMPTS, work
+from adaptive_lora.study.worker import MAX_CRASHES, work
 
 pytest_plugins = ("model_folders",)
 METHODS = [{"name": "lora", "rank": 4}, {"name": "adalora", "rank": 4}]
@@ -398,13 +398,20 @@ def test_a_larger_grid_does_only_what_is_missing_and_failures_wait_to_be_retried
 
 
 def test_a_run_whose_workers_keep_dying_is_given_up(tmp_path: Path) -> None:
-    first = plan_in(tmp_path, study())[0]
-    for _ in range(MAX_ATTEMPTS):
+    first, second, *_ = plan_in(tmp_path, study())
+    for dead in range(MAX_CRASHES):
         claim = claims.take(tmp_path / "claims", first)
         assert claim is not None
-        _own(claim.folder, pid=2**22 + 1)
+        _own(claim.folder, pid=2**22 + dead)
+        claims.mark_crashed(tmp_path / "claims", 2**22 + dead)
+    for _ in range(20):  # killed with everything else: that does not count
+        claim = claims.take(tmp_path / "claims", second)
+        assert claim is not None
+        _own(claim.folder, pid=2**22 + 99)
     work(tmp_path, study_data.train)
-    assert f"died {MAX_ATTEMPTS} times" in str(analyse(tmp_path)["runs"][0]["reason"])
+    rows = analyse(tmp_path)["runs"]
+    assert f"{MAX_CRASHES} workers died of this run" in str(rows[0]["reason"])
+    assert [row["status"] for row in rows[1:]] == ["ok"] * 11
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -434,7 +441,8 @@ def test_workers_that_cannot_work_are_an_error_with_their_words(tmp_path: Path) 
 def test_submitit_runs_the_same_workers(tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
     finished(tmp_path / "clean")
-    run_study(study(), tmp_path / "s", workers=2, executor=executors.Slurm, train=INSTANT)
+    local = study(slurm={"cluster": "local"})
+    run_study(local, tmp_path / "s", workers=2, executor=executors.Slurm, train=INSTANT)
     assert results(tmp_path / "s") == results(tmp_path / "clean")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 BEAT, STALE_AFTER = 5.0, 120.0  # seconds
-OWNER_FILE, RELEASED_FILE = "owner.json", "released"
+OWNER_FILE, RELEASED_FILE, CRASHED_FILE = "owner.json", "released", "crashed"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,21 @@ def attempts(base: Path) -> int:
     """Return how often a worker began the run and did not give it back."""
     last = newest(base)
     return 0 if last is None else sum(not (base / str(n) / RELEASED_FILE).exists() for n in range(last.number + 1))
+
+
+def mark_crashed(claims: Path, pid: int) -> None:
+    """Note that the process `pid` of this machine, a worker, died of its run and not because everything was killed."""
+    for base in claims.iterdir() if claims.is_dir() else ():
+        claim = newest(base)
+        if claim is not None and not (claim.folder / RELEASED_FILE).exists():
+            owner = json.loads((claim.folder / OWNER_FILE).read_text(encoding="utf-8"))
+            if owner["machine"] == _machine() and owner["pid"] == pid:
+                (claim.folder / CRASHED_FILE).touch()
+
+
+def crashes(base: Path) -> int:
+    """Return how many workers died of the run of which `base` holds the claims."""
+    return len(list(base.glob(f"*/{CRASHED_FILE}")))
 
 
 def is_free(claim: Claim, *, stale_after: float = STALE_AFTER) -> bool:

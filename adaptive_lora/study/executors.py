@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
-from adaptive_lora.study.records import LOGS
+from adaptive_lora.study import claims
+from adaptive_lora.study.records import CLAIMS, LOGS
 from adaptive_lora.study.study_file import Study
-from adaptive_lora.study.worker import MAX_ATTEMPTS, TRAIN
+from adaptive_lora.study.worker import TRAIN
+
+MAX_RESTARTS = 10  # of workers, without a run that is over in between
 
 
 class Executor(ABC):
@@ -45,7 +48,7 @@ class Executor(ABC):
 
 class Local(Executor):
     """Processes of this machine. Where there are several GPUs each worker sees one. A worker that a signal kills (memory is
-    short) is replaced, up to ten times without a run done in between."""
+    short) is replaced, and its run given up when three have died of it."""
 
     def start(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -73,8 +76,9 @@ class Local(Executor):
             self.finished, self.restarts = finished, 0
         for number, process in enumerate(self.processes):
             killed = process.poll() is not None and process.returncode < 0
-            if killed and self.restarts < MAX_ATTEMPTS:
+            if killed and self.restarts < MAX_RESTARTS:
                 self.restarts += 1
+                claims.mark_crashed(self.folder / CLAIMS, process.pid)
                 _close(self.processes.pop(number))
                 self._start(number)
         return sum(process.poll() is None for process in self.processes)
@@ -96,7 +100,7 @@ class Local(Executor):
 
 class Slurm(Executor):
     """One job a worker, through submitit; where there is no Slurm, submitit's own local executor. `slurm:` in the study file
-    has submitit's parameters, such as {timeout_min: 240, slurm_partition: gpu}."""
+    has submitit's parameters, such as {timeout_min: 240, slurm_partition: gpu}; `cluster: local` is its local executor."""
 
     def start(self) -> None:
         try:
@@ -105,12 +109,16 @@ class Slurm(Executor):
             raise InputError(
                 "--executor slurm needs submitit; get it with: pip install 'adaptive-lora[slurm]'"
             ) from None
-        executor = submitit.AutoExecutor(folder=self.folder / LOGS / "slurm")
+        parameters: dict[str, Any] = {
+            "name": "adaptive-lora",
+            "cpus_per_task": self.study.threads,
+            "timeout_min": 24 * 60,
+        }
+        parameters |= self.study.slurm
+        executor = submitit.AutoExecutor(folder=self.folder / LOGS / "slurm", cluster=parameters.pop("cluster", None))
         if executor.cluster == "local":
             print("no Slurm here: submitit runs the workers on this machine", flush=True)
-        executor.update_parameters(
-            **{"name": "adaptive-lora", "cpus_per_task": self.study.threads, "timeout_min": 24 * 60} | self.study.slurm
-        )
+        executor.update_parameters(**parameters)
         self.jobs = [executor.submit(_run, self.command, str(Path.cwd())) for _ in range(self.workers)]
 
     def living(self, *, finished: int) -> int:

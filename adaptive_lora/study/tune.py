@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
 from adaptive_lora.recipe import read_file
@@ -117,7 +117,9 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions: Any = ["maximize" if name != PARAMETERS and rises(name) else "minimize" for name in tuning.objectives]
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE_FILE)))
-    search = optuna.create_study(storage=storage, study_name=tuning.name, directions=directions, load_if_exists=True)
+    search: Any = optuna.create_study(
+        storage=storage, study_name=tuning.name, directions=directions, load_if_exists=True
+    )
     if [d.name.lower() for d in search.directions] != directions:
         raise InputError(f"{folder} holds a search with other objectives; choose another --output")
     function = load(train)
@@ -127,7 +129,7 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
         search.enqueue_trial(cut_off.params)
     while (number := _over(search)) < tuning.trials:
         search.sampler = _sampler(optuna, tuning, number)
-        trial = search.ask()
+        trial: Any = search.ask()
         planned = _planned(tuning, {key: _suggest(trial, key, space) for key, space in tuning.search.items()})
         trial.set_user_attr("run", planned["id"])
         figures, reason = _figures(folder.resolve(), planned, tuning, function)
@@ -226,11 +228,15 @@ def _check_space(key: str, space: Any) -> None:
     for name in space:
         if name not in RANGE_KEYS:
             raise InputError(f"tune: search.{key} has {name!r}.{nearest(str(name), RANGE_KEYS)} {ends}")
-    numbers: list[Any] = [space.get("low"), space.get("high")]
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers) or not numbers[0] < numbers[1]:
+    low, high = space.get("low"), space.get("high")
+    if not (_is_number(low) and _is_number(high) and low < high):
         raise InputError(f"tune: search.{key} is {space!r}; {ends}, low below high")
-    if space.get("log") and not numbers[0] > 0:
+    if space.get("log") and not low > 0:
         raise InputError(f"tune: search.{key} is {space!r}; with log: true low must be above 0")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _suggest(trial: Any, key: str, space: Any) -> Any:

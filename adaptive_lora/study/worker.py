@@ -28,7 +28,7 @@ from adaptive_lora.study.plan import read_plan
 from adaptive_lora.study.records import CLAIMS, LOGS, RUNS, VERSION, Outcome, PlannedRun
 
 TRAIN = "adaptive_lora.run:run"
-MAX_ATTEMPTS = 10
+MAX_CRASHES = 3
 WAIT = 1.0  # seconds between two looks at runs that others work on
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 QUIET = {
@@ -65,9 +65,9 @@ def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train,
     with _log(study / LOGS / f"{planned['id']}.log"), claims.Heartbeat(claim) as heart:
         reason = None
         try:
-            if attempts > MAX_ATTEMPTS:
+            if claims.crashes(claim.folder.parent) >= MAX_CRASHES:
                 raise AdaptiveLoraError(
-                    f"the worker of this run died {MAX_ATTEMPTS} times; is memory short? See its log"
+                    f"{MAX_CRASHES} workers died of this run; is memory short? See its log in {LOGS}"
                 )
             _train(folder, planned, train, begun=claim.number > 0)
         except AdaptiveLoraError as error:

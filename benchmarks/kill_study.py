@@ -1,0 +1,121 @@
+"""SIGKILL to a study and all its workers at 20 random moments; then its results.json beside a clean run's, byte for byte.
+
+    PYTHONPATH=.:tests python benchmarks/kill_study.py --output benchmarks/kill_study.json
+
+A tiny BERT, dropout on, 12 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
+The study's process and its workers are one process group, forked from a process that has torch loaded. The last start,
+which ends the study, is the command line with a worker process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from model_folders import FEED_FORWARD, HIDDEN, LAYERS, VOCABULARY, _tokenizer, recipe, reviews, write_jsonl
+from study_data import in_a_group_of_its_own
+from transformers import BertConfig, BertModel
+
+from adaptive_lora.study.study_file import parse_study
+
+
+def tiny_bert(folder: str) -> str:
+    """Write a random encoder and its tokenizer, and return the folder."""
+    _tokenizer("[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY), hidden_size=HIDDEN, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+        num_attention_heads=2, max_position_embeddings=48, initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        data = write_jsonl(here / "reviews.jsonl", reviews(40))
+        base = recipe(
+            tiny_bert(str(here / "bert")), data, "", adapters={"dropout": 0.1},
+            training={"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4},
+        )  # fmt: skip
+        del base["output"]
+        adalora = {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2}
+        values = {
+            "name": "killed",
+            "base": base,
+            "grid": {
+                "method": [{"name": "lora", "rank": 2}, adalora],
+                "training.learning_rate": [1e-2, 3e-3, 1e30],
+                "seed": [0, 1],
+            },
+            "baseline": "lora",
+            "report": {"metric": "eval_accuracy"},
+        }
+        study = parse_study(values)
+        began = time.monotonic()
+        os.waitpid(in_a_group_of_its_own(study, here / "clean", workers=2), 0)
+        whole = time.monotonic() - began
+        moments, ended_alone = [], 0
+        for _ in range(options.kills):
+            # Each start does a twentieth of the work on average, so that the kills spread over all of it.
+            moment = draw.uniform(0.1, 2.2) * whole / (options.kills + 2)
+            child, over = in_a_group_of_its_own(study, here / "killed", workers=2), time.monotonic() + moment
+            while time.monotonic() < over and not ended_alone:
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    ended_alone += 1
+                time.sleep(0.005)
+            if ended_alone:
+                break
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            moments.append(round(moment, 2))
+        (here / "study.yaml").write_text(yaml.safe_dump(values))
+        command = [
+            sys.executable,
+            "-m",
+            "adaptive_lora.cli",
+            "study",
+            str(here / "study.yaml"),
+            "--output",
+            str(here / "killed"),
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        results = [(here / folder / "results.json").read_bytes() for folder in ("clean", "killed")]
+        costs = json.loads((here / "killed" / "costs.json").read_text())
+        rows = json.loads(results[0])["runs"]
+        figures = {
+            "runs": len(rows),
+            "of them failed (diverged)": sum(row["status"] == "failed" for row in rows),
+            "kills": len(moments),
+            "seconds after each start": moments,
+            "seconds of the clean study": round(whole, 1),
+            "runs that were taken over": sum(cost["attempts"] > 1 for cost in costs.values()),
+            "most attempts of one run": max(cost["attempts"] for cost in costs.values()),
+            "results.json equals the clean one, byte for byte": results[0] == results[1],
+        }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    sys.exit(0 if results[0] == results[1] and len(moments) == options.kills else 1)
+
+
+if __name__ == "__main__":
+    main()
