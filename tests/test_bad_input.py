@@ -48,7 +48,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "rate that is no number": ("--lr nan", ["training.learning_rate is nan"]),
     "negative seed": ("--seed -1", ["seed is -1"]),
     "unknown optimizer": ("--set training.optim=adam", ["training: adam is not a valid OptimizerNames"]),
-    "optimizer not installed": ("--set training.optim=lion_8bit", ["bitsandbytes"]),
+    "optimizer not installed": ("--set training.optim=galore_adamw", ["training: "]),
     "unknown tracker": ("--set training.report_to=foo", ["training: foo is not supported"]),
     "plateau without evaluation": (
         "--method plateau --set training.eval_strategy=no",
