@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python benchmarks/kill_study.py --output benchmarks/kill_study.json
 
-A tiny BERT, dropout on, 12 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
+A tiny BERT, dropout on, 36 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
 The study's process and its workers are one process group, forked from a process that has torch loaded. The last start,
 which ends the study, is the command line with a worker process of its own.
 """
@@ -27,6 +27,8 @@ from study_data import in_a_group_of_its_own
 from transformers import BertConfig, BertModel
 
 from adaptive_lora.study.study_file import parse_study
+
+OFTEN = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
 def tiny_bert(folder: str) -> str:
@@ -53,7 +55,7 @@ def main() -> None:
         data = write_jsonl(here / "reviews.jsonl", reviews(40))
         base = recipe(
             tiny_bert(str(here / "bert")), data, "", adapters={"dropout": 0.1},
-            training={"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4},
+            training=OFTEN | {"num_train_epochs": 4},
         )  # fmt: skip
         del base["output"]
         adalora = {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2}
@@ -63,7 +65,7 @@ def main() -> None:
             "grid": {
                 "method": [{"name": "lora", "rank": 2}, adalora],
                 "training.learning_rate": [1e-2, 3e-3, 1e30],
-                "seed": [0, 1],
+                "seed": [0, 1, 2, 3, 4, 5],
             },
             "baseline": "lora",
             "report": {"metric": "eval_accuracy"},
@@ -75,7 +77,7 @@ def main() -> None:
         moments, ended_alone = [], 0
         for _ in range(options.kills):
             # Each start does a twentieth of the work on average, so that the kills spread over all of it.
-            moment = draw.uniform(0.1, 2.2) * whole / (options.kills + 2)
+            moment = draw.uniform(0.1, 1.7) * whole / (options.kills + 2)
             child, over = in_a_group_of_its_own(study, here / "killed", workers=2), time.monotonic() + moment
             while time.monotonic() < over and not ended_alone:
                 if os.waitpid(child, os.WNOHANG)[0]:

@@ -125,7 +125,7 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
     function = load(train)
     for cut in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         search.tell(
-            trial.number, state=optuna.trial.TrialState.FAIL
+            cut.number, state=optuna.trial.TrialState.FAIL
         )  # cut off; its run is taken up if it is proposed again
         search.enqueue_trial(cut.params)
     while (number := _over(search)) < tuning.trials:
