@@ -9,7 +9,7 @@ NODE=$(hostname -s)
 trap 'kill ${SLURMD:-} ${SLURMCTLD:-} ${MUNGED:-} 2>/dev/null || true' EXIT
 mkdir -p /run/munge && chown munge: /run/munge
 [ -f /etc/munge/munge.key ] || { dd if=/dev/urandom of=/etc/munge/munge.key bs=1 count=1024 status=none; chown munge: /etc/munge/munge.key; chmod 400 /etc/munge/munge.key; }
-su -s /bin/sh munge -c "/usr/sbin/munged --foreground --force" >"$HOME_OF_SLURM/munged.log" 2>&1 & MUNGED=$!
+setpriv --reuid=munge --regid=munge --clear-groups /usr/sbin/munged --foreground --force >"$HOME_OF_SLURM/munged.log" 2>&1 & MUNGED=$!
 export SLURM_CONF=$HOME_OF_SLURM/slurm.conf
 cat >"$SLURM_CONF" <<CONF
 ClusterName=one
