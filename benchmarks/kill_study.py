@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python benchmarks/kill_study.py --output benchmarks/kill_study.json
 
-A tiny BERT, dropout on, 12 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
+A tiny BERT, dropout on, 24 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
 The study's process and its workers are one process group, forked from a process that has torch loaded. The last start,
 which ends the study, is the command line with a worker process of its own.
 """
@@ -27,6 +27,8 @@ from study_data import in_a_group_of_its_own
 from transformers import BertConfig, BertModel
 
 from adaptive_lora.study.study_file import parse_study
+
+OFTEN = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
 def tiny_bert(folder: str) -> str:
@@ -53,7 +55,7 @@ def main() -> None:
         data = write_jsonl(here / "reviews.jsonl", reviews(40))
         base = recipe(
             tiny_bert(str(here / "bert")), data, "", adapters={"dropout": 0.1},
-            training={"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4},
+            training=OFTEN | {"num_train_epochs": 4},
         )  # fmt: skip
         del base["output"]
         adalora = {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2}
@@ -63,7 +65,7 @@ def main() -> None:
             "grid": {
                 "method": [{"name": "lora", "rank": 2}, adalora],
                 "training.learning_rate": [1e-2, 3e-3, 1e30],
-                "seed": [0, 1],
+                "seed": [0, 1, 2, 3],
             },
             "baseline": "lora",
             "report": {"metric": "eval_accuracy"},
@@ -75,7 +77,7 @@ def main() -> None:
         moments, ended_alone = [], 0
         for _ in range(options.kills):
             # Each start does a twentieth of the work on average, so that the kills spread over all of it.
-            moment = draw.uniform(0.1, 2.2) * whole / (options.kills + 2)
+            moment = draw.uniform(0.1, 1.7) * whole / (options.kills + 2)
             child, over = in_a_group_of_its_own(study, here / "killed", workers=2), time.monotonic() + moment
             while time.monotonic() < over and not ended_alone:
                 if os.waitpid(child, os.WNOHANG)[0]:
@@ -86,7 +88,7 @@ def main() -> None:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             moments.append(round(moment, 2))
-        (here / "study.yaml").write_text(yaml.safe_dump(values))
+        (here / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         command = [
             sys.executable,
             "-m",
@@ -99,7 +101,12 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         results = [(here / folder / "results.json").read_bytes() for folder in ("clean", "killed")]
         costs = json.loads((here / "killed" / "costs.json").read_text())
-        rows = json.loads(results[0])["runs"]
+        rows, again = (json.loads(text)["runs"] for text in results)
+        differing = [(a, b) for a, b in zip(rows, again, strict=True) if a != b]
+        for a, b in differing:
+            print(a["id"], {key: (a[key], b[key]) for key in a if a[key] != b[key]})
+            for folder in ("clean", "killed"):
+                print((here / folder / "logs" / f"{a['id']}.log").read_text())
         figures = {
             "runs": len(rows),
             "of them failed (diverged)": sum(row["status"] == "failed" for row in rows),
@@ -108,6 +115,7 @@ def main() -> None:
             "seconds of the clean study": round(whole, 1),
             "runs that were taken over": sum(cost["attempts"] > 1 for cost in costs.values()),
             "most attempts of one run": max(cost["attempts"] for cost in costs.values()),
+            "runs that differ": len(differing),
             "results.json equals the clean one, byte for byte": results[0] == results[1],
         }
     text = json.dumps(figures, indent=2)

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import pytest
 from model_folders import recipe
 from study_data import in_a_group_of_its_own, progress_of
 
 from adaptive_lora.run import run
+from adaptive_lora.study import claims
+from adaptive_lora.study.plan import make_plan, write_plan
 from adaptive_lora.study.records import StudyRecord
 from adaptive_lora.study.study import write_results
 from adaptive_lora.study.study_file import Study
-from adaptive_lora.study.worker import work
+from adaptive_lora.study.worker import resumes_exactly, work
 
 pytest_plugins = ("model_folders",)
 KILLS = 3
+OFTEN = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
 def killed(child: int, folder: Path, at: int) -> bool:
@@ -40,7 +45,11 @@ def test_a_study_killed_at_random_moments_ends_as_a_clean_one(
     bert_folder: str, reviews_file: str, tmp_path: Path
 ) -> None:
     base = recipe(
-        bert_folder, reviews_file, "", adapters={"dropout": 0.1}, training={"save_strategy": "steps", "save_steps": 2}
+        bert_folder,
+        reviews_file,
+        "",
+        adapters={"dropout": 0.1},
+        training=OFTEN,
     )
     del base["output"]
     made = Study(
@@ -72,6 +81,34 @@ def test_a_study_killed_at_random_moments_ends_as_a_clean_one(
     assert statuses == ["ok", "ok", "failed", "failed"] * 2
     work(folder, run)  # nothing is left to do
     assert any(cost["attempts"] > 1 for cost in read(folder)["costs"].values())
+
+
+@pytest.mark.parametrize(
+    ("save", "evaluate", "exact"), [("steps", "epoch", False), ("epoch", "epoch", True), ("steps", "no", True)]
+)
+def test_a_run_goes_on_from_a_checkpoint_only_where_that_is_exact(
+    save: str, evaluate: str, exact: bool, bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
+    """Cut off after the epoch's last step, before its evaluation: resumed by steps, the epoch's evaluation would be missing."""
+    training = {"save_strategy": save, "save_steps": 4, "eval_strategy": evaluate}
+    assert resumes_exactly(training) is exact
+    base = recipe(bert_folder, reviews_file, "", adapters={"dropout": 0.1}, training=training)
+    del base["output"]
+    made = Study(name="cut", base=base, grid={"seed": [0]}, baseline="linear_decay", metric="eval_accuracy")
+    for folder in (tmp_path / "clean", tmp_path / "cut"):
+        write_plan(folder, made, make_plan(made))
+    work(tmp_path / "clean", run)
+    (run_id,) = (path.name for path in (tmp_path / "clean" / "runs").iterdir())
+    begun = claims.take(tmp_path / "cut" / "claims", run_id)
+    assert begun is not None
+    shutil.copytree(tmp_path / "clean" / "runs" / run_id, tmp_path / "cut" / "runs" / run_id)
+    left = tmp_path / "cut" / "runs" / run_id
+    (left / "result.json").unlink()
+    shutil.rmtree(left / "checkpoints" / "checkpoint-8")
+    begun.release()
+    work(tmp_path / "cut", run)
+    assert read(tmp_path / "cut")["runs"] == read(tmp_path / "clean")["runs"]
+    assert ("step      1/8" in (tmp_path / "cut" / "logs" / f"{run_id}.log").read_text()) is not exact
 
 
 def read(folder: Path) -> StudyRecord:

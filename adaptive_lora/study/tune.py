@@ -123,10 +123,11 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
     if [d.name.lower() for d in search.directions] != directions:
         raise InputError(f"{folder} holds a search with other objectives; choose another --output")
     function = load(train)
-    for cut_off in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        # Its run is taken up when it is proposed again.
-        search.tell(cut_off.number, state=optuna.trial.TrialState.FAIL)
-        search.enqueue_trial(cut_off.params)
+    for cut in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        search.tell(
+            cut.number, state=optuna.trial.TrialState.FAIL
+        )  # cut off; its run is taken up if it is proposed again
+        search.enqueue_trial(cut.params)
     while (number := _over(search)) < tuning.trials:
         search.sampler = _sampler(optuna, tuning, number)
         trial: Any = search.ask()
