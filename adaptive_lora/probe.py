@@ -84,8 +84,8 @@ def answers(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 def difference(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     """Return max |one − two| / max |two| over the tensors; infinity when they do not fit or one is not finite.
 
-    >>> difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
-    0.2
+    >>> difference([torch.tensor([1.0, 1.5])], [torch.tensor([1.0, 2.0])])
+    0.25
     """
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         return float("inf")

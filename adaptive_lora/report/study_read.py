@@ -20,7 +20,7 @@ from adaptive_lora.report.read import check_tensors, read_history, read_metrics
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
 
-MEMORY_PARTS = ("base", "adapters", "gradients", "optimizer", "statistics")
+MEMORY_PARTS = ("base", "head", "adapters", "gradients", "optimizer", "statistics")
 Row = TypeVar("Row", bound=BaseModel)
 
 
@@ -80,6 +80,7 @@ class Run(_Row):
     initial_ranks: dict[str, int]
     ranks: dict[str, int]
     steps: int | None
+    memory: dict[str, Any] | None = None
 
 
 class NoiseFloor(_Row):
@@ -327,5 +328,7 @@ def _memory(file: Path) -> dict[str, int] | None:
     memory = result.get("memory") if isinstance(result, dict) else None
     if not isinstance(memory, dict):
         return None
-    parts = {name: memory[name] for name in MEMORY_PARTS if isinstance(memory.get(name), int)}
+    # The base is given by type: of the floats, the packed weights, their scales.
+    sums = {name: sum(part.values()) if isinstance(part, dict) else part for name, part in memory.items()}
+    parts = {name: sums[name] for name in MEMORY_PARTS if isinstance(sums.get(name), int)}
     return parts or None
