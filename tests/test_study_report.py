@@ -377,8 +377,8 @@ def test_a_study_that_was_run_is_read_as_it_was_recorded(tmp_path: Path) -> None
     study = read_study(tmp_path)
     assert study.problems == []
     for kind, rows in (("runs", study.runs), ("table", study.table), ("noise_floor", study.noise_floor)):
-        assert [row.model_dump(mode="json") for row in rows] == json.loads(json.dumps(record[kind]))  # type: ignore[literal-required]
-    assert {run: costs.model_dump(exclude_unset=True) for run, costs in study.costs.items()} == record["costs"]
+        assert [row.model_dump(mode="json", exclude_unset=True) for row in rows] == json.loads(json.dumps(record[kind]))  # type: ignore[literal-required]
+    assert {run: costs.model_dump() for run, costs in study.costs.items()} == record["costs"]
     assert study.methods[0] == "lora"
     assert all(study.details[run.id].metrics for run in study.runs)
 
