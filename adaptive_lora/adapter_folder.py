@@ -32,6 +32,7 @@ from adaptive_lora.adapter_file import PREFIX
 from adaptive_lora.adapters import scaled_config
 from adaptive_lora.allocate import RankPattern
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.fingerprint import FINGERPRINT_FILE
 
 # What belongs to the base model's text or images rather than to the adapter, and is copied along.
 COMPANIONS = (
@@ -285,4 +286,4 @@ def write_adapter(adapter: Adapter, output: str | Path) -> Path:
 
 
 def _companions(folder: Path) -> list[Path]:
-    return [file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()]
+    return [file for pattern in (*COMPANIONS, FINGERPRINT_FILE) for file in folder.glob(pattern) if file.is_file()]

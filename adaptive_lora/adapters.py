@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptive_lora.adaptation import At, MaskedByPeft
 from adaptive_lora.allocate import RankPattern
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.fingerprint import check_fingerprint, write_fingerprint
 from adaptive_lora.importance import Sensitivity
 from adaptive_lora.targets import ALL_LINEAR, Target, describe_targets, find_targets, head_modules, linear_features
 
@@ -313,7 +314,8 @@ def save(model: PeftModel, path: str | Path) -> Path:
     """Write the adapter (and the trained head) as a standard PEFT LoRA checkpoint and return its folder.
 
     Saved as r = max rank, lora_alpha = scale · r, rank_pattern and alpha_pattern with full names; a target of rank 0 is
-    left out. Files are written beside and moved into place one by one, the config last; other files stay.
+    left out. Beside it lies a fingerprint of the base model, which `load` compares. Files are written beside and moved
+    into place one by one, the config last; other files stay.
 
     Raises `DivergedError` on a NaN or an infinity, before anything is written.
     """
@@ -330,6 +332,7 @@ def save(model: PeftModel, path: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         model.save_pretrained(staging, selected_adapters=[model.active_adapter])
+        write_fingerprint(model, Path(staging))
         for file in sorted(_files(Path(staging)), key=lambda file: file.name == "adapter_config.json"):
             if file.name != "README.md" or not (folder / file.name).exists():
                 os.replace(file, folder / file.name)
@@ -343,10 +346,11 @@ def _files(folder: Path) -> Iterator[Path]:
 def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> PeftModel:
     """Put the adapter in the folder `path` on the base `model` and return the `PeftModel`.
 
-    The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected and present, all finite.
+    The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected and present, all finite,
+    and the base model the one of the training where the folder says which that was.
 
     Raises `InputError` when `path` is no adapter folder or `model` already has adapters, `IntegrityError` when the
-    files are damaged or do not fit.
+    files are damaged, do not fit, or belong to another base model.
     """
     _check_base(model)
     folder = Path(path)
@@ -379,4 +383,5 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     bad = tuple(n for n, t in get_peft_model_state_dict(peft_model).items() if not bool(torch.isfinite(t).all()))
     if bad:
         raise IntegrityError(f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}")
+    check_fingerprint(peft_model, folder)
     return peft_model

@@ -111,8 +111,16 @@ def _load_quantized(
         # transformers leaves a module that has no weights in the files half converted: it must not be quantised.
         lacking = [name for name in _modules_of(missing_keys, skeleton) if name in quantizable(skeleton)]
         if set(lacking) <= set(absent):
+            _leave_the_file(model)
             return model, missing_keys
         absent = [*absent, *lacking]
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy the tensors that were not quantised: one of them keeps the whole file of weights mapped, all its pages resident."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _modules_of(missing_keys: Iterable[str], model: Any) -> list[str]:
