@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from adaptive_lora.adapters import base_of, infer_task_type, non_finite, weights
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
@@ -59,6 +59,7 @@ class AdaptiveTrainerMixin(_Base):
                 "on_non_finite 'skip' does not work with fp16 (its loss scaler skips by itself), DeepSpeed, FSDP or several "
                 "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on one device"
             )
+        self.add_callback(SaveAfterEpoch)
         self._at_start: str | None = None  # fingerprint of what is trained, where it can be taken
         self._skipping = False  # is this step to be dropped?
         self._loss_before = torch.tensor(0.0)  # the Trainer's running sum of losses at the start of this step
@@ -261,6 +262,25 @@ def updates_are_zero(model: nn.Module) -> bool:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and not layer.lora_embedding_A]
     pairs = [pair for pair in map(weights, layers) if pair is not None]
     return bool(layers) and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+
+
+class SaveAfterEpoch(TrainerCallback):
+    """Put off a checkpoint that is due in the last step of an epoch until its end has been evaluated and logged.
+
+    A run resumed from there begins with the next epoch: it would never make up for that.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if control.should_save and last and IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy):
+            control.should_save, self._due = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._due:
+            control.should_save, self._due = True, False
 
 
 class MetricsFile(TrainerCallback):

@@ -26,6 +26,8 @@ from model_folders import FEED_FORWARD, HIDDEN, LAYERS, VOCABULARY, _tokenizer, 
 from study_data import in_a_group_of_its_own
 from transformers import BertConfig, BertModel
 
+from adaptive_lora.study.outcomes import is_over
+from adaptive_lora.study.plan import make_plan
 from adaptive_lora.study.study_file import parse_study
 
 OFTEN = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -41,6 +43,12 @@ def tiny_bert(folder: str) -> str:
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def finished(folder: Path) -> int:
+    """Return how many runs of a study are over."""
+    runs = folder / "runs"
+    return sum(is_over(folder, path.name) for path in runs.iterdir()) if runs.is_dir() else 0
 
 
 def main() -> None:
@@ -74,12 +82,15 @@ def main() -> None:
         began = time.monotonic()
         os.waitpid(in_a_group_of_its_own(study, here / "clean", workers=2), 0)
         whole = time.monotonic() - began
-        moments, ended_alone = [], 0
+        plan, moments, done, ended_alone = make_plan(study), [], [], 0
         for _ in range(options.kills):
-            # Each start does a twentieth of the work on average, so that the kills spread over all of it.
-            moment = draw.uniform(0.1, 1.7) * whole / (options.kills + 2)
-            child, over = in_a_group_of_its_own(study, here / "killed", workers=2), time.monotonic() + moment
-            while time.monotonic() < over and not ended_alone:
+            # Kills spread over all of the work: after none, one or two more runs, and some moment into the next.
+            begun, goal = time.monotonic(), finished(here / "killed") + draw.choice((0, 1, 1, 1, 2))
+            pause = draw.uniform(0.05, 1.5) * 2 * whole / len(plan)
+            child, over = in_a_group_of_its_own(study, here / "killed", workers=2), None
+            while (over is None or time.monotonic() < over) and not ended_alone:
+                if over is None and finished(here / "killed") >= goal:
+                    over = time.monotonic() + pause
                 if os.waitpid(child, os.WNOHANG)[0]:
                     ended_alone += 1
                 time.sleep(0.005)
@@ -87,7 +98,8 @@ def main() -> None:
                 break
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            moments.append(round(moment, 2))
+            moments.append(round(time.monotonic() - begun, 2))
+            done.append(finished(here / "killed"))
         (here / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         command = [
             sys.executable,
@@ -112,6 +124,7 @@ def main() -> None:
             "of them failed (diverged)": sum(row["status"] == "failed" for row in rows),
             "kills": len(moments),
             "seconds after each start": moments,
+            "runs that were over at each kill": done,
             "seconds of the clean study": round(whole, 1),
             "runs that were taken over": sum(cost["attempts"] > 1 for cost in costs.values()),
             "most attempts of one run": max(cost["attempts"] for cost in costs.values()),

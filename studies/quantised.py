@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import adaptive_lora as al
 from adaptive_lora.config import parse
 from adaptive_lora.data import load_splits
 from adaptive_lora.loading import load_model, load_task
+from adaptive_lora.planning import plan
 from adaptive_lora.recipe import read_recipe
 from adaptive_lora.report.memory import memory_bars, parts_of
 from adaptive_lora.report.tables import show
@@ -65,9 +65,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         file = Path(f"{values['output']}.json")
         file.write_text(json.dumps(values), encoding="utf-8")
         command = [sys.executable, "-m", "adaptive_lora.cli", "train", "--config", str(file)]
-        # So that the peak is what tensors take and not what glibc keeps: docs/quantization.md.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -130,6 +128,9 @@ def main() -> None:
                 "accuracy": [result["metrics"]["eval_accuracy"] for result in results],
                 "lora_parameters": first["lora_parameters"],
                 "memory": parts_of(first["memory"]),
+                "planned_peak": max(
+                    stage.peak for stage in plan(parse(recipe(options, scheme, method, 0)), device="cpu").stages
+                ),
                 "growth_at_peak": max(r["peak_memory_bytes"] - r["process_memory_before_bytes"] for r in results),
                 "train_seconds": [result["train_seconds"] for result in results],
             }
@@ -140,11 +141,14 @@ def main() -> None:
     found = {"seeds": options.seeds, "torch": torch.__version__, "rows": rows}
     (HERE / "quantised.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     table = Table(title="SST-2, 3,000 training rows, 872 evaluation records")
-    for name in ("base", "method", "accuracy %", "LoRA params", "base MB", "peak MB", "step time"):
+    for name in ("base", "method", "accuracy %", "LoRA params", "base MB", "plan MB", "peak MB", "step time"):
         table.add_column(name, justify="left" if name in ("base", "method") else "right")
     for row in rows:
         accuracy = ", ".join(f"{100 * value:.2f}" for value in row["accuracy"])
-        sizes = (f"{row['memory']['base'] / 1e6:.1f}", f"{row['growth_at_peak'] / 1e6:,.0f}")
+        sizes = (
+            f"{row['memory']['base'] / 1e6:.1f}",
+            *(f"{row[k] / 1e6:,.0f}" for k in ("planned_peak", "growth_at_peak")),
+        )
         ratio = row.get("step_time_ratio")
         steps = "1" if ratio is None else f"{ratio['median']:.2f}"
         table.add_row(row["base"], row["method"], accuracy, f"{row['lora_parameters']:,}", *sizes, steps)

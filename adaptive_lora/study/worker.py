@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _train(folder: Path, planned: PlannedRun, train: Train, *, begun: bool) -> N
             raise IntegrityError(f"{folder} was there before the run; move it away, and use --retry-failed")
         if (folder / RESULT_FILE).is_file():  # written last, and whole
             return
-        if resumes_exactly(config.training) and any((folder / "checkpoints").glob("checkpoint-*")):
+        if any((folder / "checkpoints").glob("checkpoint-*")):
             try:
                 train(config, resume=True)
                 return
@@ -118,12 +118,6 @@ def _train(folder: Path, planned: PlannedRun, train: Train, *, begun: bool) -> N
                 print(f"{error}; starting again", flush=True)
         shutil.rmtree(folder)  # what a killed worker of this study began, and nothing to go on from
     train(config, resume=False)
-
-
-def resumes_exactly(training: Mapping[str, Any]) -> bool:
-    """True unless checkpoints are made by steps and evaluations by epochs. A checkpoint in the last step of an epoch then comes
-    before the evaluation, which a resumed run does not make up for; and starting it draws a random number."""
-    return not (training["save_strategy"] == "steps" and training["eval_strategy"] == "epoch")
 
 
 @contextlib.contextmanager
