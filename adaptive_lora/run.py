@@ -200,7 +200,8 @@ def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
     """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     if rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        return {key: value for key, value in rows[-1].items() if key.startswith("eval_")}
+        # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
+        return {key: value for key, value in sorted(rows[-1].items()) if key.startswith("eval_")}
     return trainer.evaluate()
 
 

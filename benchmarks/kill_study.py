@@ -84,9 +84,9 @@ def main() -> None:
         whole = time.monotonic() - began
         plan, moments, done, ended_alone = make_plan(study), [], [], 0
         for _ in range(options.kills):
-            # Kills spread over all of the work: after none, one or two more runs, and some moment into the next.
-            begun, goal = time.monotonic(), finished(here / "killed") + draw.choice((0, 1, 1, 1, 2))
-            pause = draw.uniform(0.05, 1.5) * 2 * whole / len(plan)
+            # Kills spread over all of the work: after none or one more run, and some moment into the next.
+            begun, goal = time.monotonic(), finished(here / "killed") + draw.choice((0, 0, 1))
+            pause = draw.uniform(0.05, 1) * 2 * whole / len(plan)
             child, over = in_a_group_of_its_own(study, here / "killed", workers=2), None
             while (over is None or time.monotonic() < over) and not ended_alone:
                 if over is None and finished(here / "killed") >= goal:
@@ -114,6 +114,9 @@ def main() -> None:
         results = [(here / folder / "results.json").read_bytes() for folder in ("clean", "killed")]
         costs = json.loads((here / "killed" / "costs.json").read_text())
         rows, again = (json.loads(text)["runs"] for text in results)
+        for key, value in json.loads(results[0]).items():
+            if key != "runs" and value != (other := json.loads(results[1])[key]):
+                print(key, value, other)
         differing = [(a, b) for a, b in zip(rows, again, strict=True) if a != b]
         for a, b in differing:
             print(a["id"], {key: (a[key], b[key]) for key in a if a[key] != b[key]})
