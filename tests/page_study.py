@@ -86,7 +86,12 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
 def _value(method: str, task: str, rank: int, rate: float, random: Random) -> float:
     ground = {"sst2": 0.88}.get(task, 0.74)
     return round(
-        ground + 0.01 * math.log2(rank) + GAINS[method] - (0.01 if rate < 5e-4 else 0) + random.gauss(0, 0.004), 6
+        ground
+        + 0.01 * math.log2(rank)
+        + GAINS.get(method, 0.0)
+        - (0.01 if rate < 5e-4 else 0)
+        + random.gauss(0, 0.004),
+        6,
     )
 
 

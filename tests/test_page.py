@@ -347,6 +347,30 @@ def test_text_from_run_files_stays_text(tmp_path: Path, opened: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_long_names_of_methods_keep_their_end_and_cover_no_figure(width: int, tmp_path: Path, opened: Open) -> None:
+    long = [f"grad_delta monitor_alpha 0.5 monitor_beta 0.5 warmup_steps {share}" for share in (0.1, 0.3)]
+    write_study(
+        tmp_path, Shape(methods=("lora", *long), tasks=("sst2",), ranks=(4,), rates=(1e-3,), layers=1, decisions=1)
+    )
+    page = opened(read_study(tmp_path), width=width)
+    boxes = (
+        page.locator("#cost-body svg")
+        .first.locator("text")
+        .evaluate_all(
+            """texts => texts.map((text) => {
+                const { left, right, top } = text.getBoundingClientRect();
+                return [text.textContent, left, right, top];
+            })"""
+        )
+    )
+    names, figures = boxes[0::2], boxes[1::2]
+    assert [text.split()[-1] for text, *_ in names] == ["lora", "0.1", "0.3"]
+    for (_, _, right, top), (_, left, _, beside) in zip(names, figures, strict=True):
+        assert abs(top - beside) < 6
+        assert right < left
+
+
 def test_an_empty_study_says_so_in_every_section(tmp_path: Path, opened: Open) -> None:
     record = write_study(
         tmp_path, Shape(methods=("lora",), tasks=("sst2",), ranks=(4,), rates=(1e-3,), seeds=1, layers=1)

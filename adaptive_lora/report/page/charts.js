@@ -16,6 +16,8 @@ function padded(values, share = 0.06) {
   const pad = (high - low) * share || Math.abs(high) * 0.05 || 1;
   return [low - pad, high + pad];
 }
+// Names of methods with their settings differ at their end, so what does not fit is left out in the middle.
+const fitting = (name, characters) => (name.length <= characters ? name : `${name.slice(0, Math.ceil((characters - 1) / 2))}…${name.slice(-Math.floor((characters - 1) / 2))}`);
 const short = (x) => (Math.abs(x) >= 1e7 ? `${+(x / 1e6).toPrecision(5)}M` : Math.abs(x) >= 1e3 ? count(x) : plain(x));
 
 function axes({ width, height, x, y, xLabel, yLabel, left = 52, right = 14, top = 10, bottom = 36, xFormat = short, yFormat = plain, yTicks = 5, title }) {

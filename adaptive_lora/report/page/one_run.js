@@ -48,7 +48,7 @@ function drawLoss(runs, choose) {
         labels.reverse().forEach((one, i) => { one.at = Math.min(one.at, i ? labels[i - 1].at - 15 : 262); });
         for (const { method, at } of labels) {
           const name = nameOf(method);
-          root.append(mark(method, width - right + 12, at, 0.75), svg("text", { class: "label", x: width - right + 21, y: at + 4 }, name.length > 14 ? `${name.slice(0, 13)}…` : name));
+          root.append(mark(method, width - right + 12, at, 0.75), svg("text", { class: "label", x: width - right + 21, y: at + 4 }, fitting(name, 14)));
         }
       }
       return root;

@@ -98,6 +98,8 @@ const median = (values) => {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 };
 
+const LETTER = 6.5; // pixels of a label's letters, the widest of common fonts
+
 function bars(runs, read, format) {
   const methods = DATA.methods.map((_, i) => i).filter((i) => runs.some((run) => run.method === i));
   return (width) => {
@@ -106,7 +108,7 @@ function bars(runs, read, format) {
     const root = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, height, role: "group" });
     methods.forEach((method, i) => {
       const own = runs.filter((run) => run.method === method), middle = median(own.map(read)), y = i * row + 24;
-      root.append(svg("text", { class: "label", x: 0, y: y - 9 }, nameOf(method)), svg("text", { x: width, y: y - 9, "text-anchor": "end" }, format(middle)),
+      root.append(svg("text", { class: "label", x: 0, y: y - 9 }, fitting(nameOf(method), (width - 70) / LETTER)), svg("text", { x: width, y: y - 9, "text-anchor": "end" }, format(middle)),
         svg("rect", { x: 0, y: y - 4, width: Math.max(1, x(middle)), height: 8, rx: 3, style: { fill: colourOf(method) } }));
       for (const run of own) root.append(svg("line", { x1: x(read(run)), x2: x(read(run)), y1: y - 7, y2: y + 7, "stroke-width": 1, class: "ring", opacity: 0.55 }));
       root.append(withTip(svg("rect", { x: 0, y: y - 22, width, height: row - 2, fill: "transparent", tabindex: "0", role: "img",
@@ -129,7 +131,7 @@ function stacks(runs) {
     methods.forEach((method, i) => {
       const y = i * row + 24;
       let from = 0;
-      root.append(svg("text", { class: "label", x: 0, y: y - 9 }, nameOf(method)), svg("text", { x: width, y: y - 9, "text-anchor": "end" }, mebibytes(total(method))));
+      root.append(svg("text", { class: "label", x: 0, y: y - 9 }, fitting(nameOf(method), (width - 70) / LETTER)), svg("text", { x: width, y: y - 9, "text-anchor": "end" }, mebibytes(total(method))));
       PARTS.forEach((part, p) => {
         const size = of(method, part);
         root.append(svg("rect", { x: x(from), y: y - 4, width: Math.max(0, x(size) - 1), height: 8, style: { fill: partColour(p) } }));
