@@ -21,7 +21,25 @@ from adaptive_lora.methods import Method
 from adaptive_lora.resizing import resize
 
 
-class AdaptiveRankCallback(TrainerCallback):
+class SaveAfterEpoch(TrainerCallback):
+    """Put off a checkpoint that is due in the last step of an epoch until its end has been evaluated and logged.
+
+    A run resumed from there begins with the next epoch: it would never make up for that.
+    """
+
+    _due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if control.should_save and last and IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy):
+            control.should_save, self._due = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._due:
+            control.should_save, self._due = True, False
+
+
+class AdaptiveRankCallback(SaveAfterEpoch):
     """Hand to a `Trainer`: `Trainer(model, args, ..., callbacks=[AdaptiveRankCallback(method)])`.
 
     Total steps come from the Trainer. Scores are taken before each optimizer step, ranks change after it; checkpoints
@@ -103,6 +121,7 @@ class AdaptiveRankCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.controller is not None
         self.controller.step()
+        super().on_step_end(args, state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.controller is None or self.method.adaptation is None or self._ended:

@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from adaptive_lora.adapters import base_of, infer_task_type, non_finite, weights
+from adaptive_lora.callback import SaveAfterEpoch
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class AdaptiveTrainerMixin(_Base):
                 "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on one device"
             )
         self.add_callback(SaveAfterEpoch)
-        self._at_start: str | None = None  # fingerprint of what is trained, where it can be taken
+        self._at_start: str | None = None  # digest of what is trained, where it can be taken
         self._skipping = False  # is this step to be dropped?
         self._loss_before = torch.tensor(0.0)  # the Trainer's running sum of losses at the start of this step
         # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
@@ -84,7 +85,7 @@ class AdaptiveTrainerMixin(_Base):
         if self._at_start is None:
             return output
         # A finished run that is resumed makes no step, and has nothing to change.
-        unchanged = self.state.global_step > self._initial_global_step and fingerprint(model) == self._at_start
+        unchanged = self.state.global_step > self._initial_global_step and trained_digest(model) == self._at_start
         if unchanged or updates_are_zero(model):
             what = "no trainable parameter changed" if unchanged else "every update B A is still zero"
             raise NothingLearnedError(
@@ -98,7 +99,7 @@ class AdaptiveTrainerMixin(_Base):
         """Called by `train()` when a checkpoint, if any, is loaded."""
         model: Any = self.model
         whole = isinstance(model, PeftModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        self._at_start = fingerprint(model) if whole else None
+        self._at_start = trained_digest(model) if whole else None
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -248,7 +249,7 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> tuple[s
     return tuple(found)
 
 
-def fingerprint(model: nn.Module) -> str:
+def trained_digest(model: nn.Module) -> str:
     """Return the SHA-256 of the trainable parameters: equal only if every bit is."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -262,25 +263,6 @@ def updates_are_zero(model: nn.Module) -> bool:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and not layer.lora_embedding_A]
     pairs = [pair for pair in map(weights, layers) if pair is not None]
     return bool(layers) and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
-
-
-class SaveAfterEpoch(TrainerCallback):
-    """Put off a checkpoint that is due in the last step of an epoch until its end has been evaluated and logged.
-
-    A run resumed from there begins with the next epoch: it would never make up for that.
-    """
-
-    def __init__(self) -> None:
-        self._due = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last = float(state.epoch).is_integer() or state.global_step >= state.max_steps
-        if control.should_save and last and IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy):
-            control.should_save, self._due = False, True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._due:
-            control.should_save, self._due = True, False
 
 
 class MetricsFile(TrainerCallback):

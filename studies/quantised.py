@@ -4,7 +4,7 @@
 
 The settings of studies/methods.yaml. Each training is a process of its own, so that its peak is its own; finished ones are
 kept. Step times are those of one method on either base, taken in turns in one process. Writes studies/quantised.json and
-docs/quantised.png. Expected: accuracies within the noise of a seed, 1.15 to 1.3 times the step time on a CPU.
+docs/quantised.png. Expected: accuracies within the noise of a seed, 1.05 to 1.2 times the step time on a CPU.
 """
 
 from __future__ import annotations
@@ -145,17 +145,16 @@ def main() -> None:
         table.add_column(name, justify="left" if name in ("base", "method") else "right")
     for row in rows:
         accuracy = ", ".join(f"{100 * value:.2f}" for value in row["accuracy"])
-        sizes = (
-            f"{row['memory']['base'] / 1e6:.1f}",
-            *(f"{row[k] / 1e6:,.0f}" for k in ("planned_peak", "growth_at_peak")),
-        )
+        peaks = (f"{row[key] / 1e6:,.0f}" for key in ("planned_peak", "growth_at_peak"))
+        sizes = (f"{row['memory']['base'] / 1e6:.1f}", *peaks)
         ratio = row.get("step_time_ratio")
         steps = "1" if ratio is None else f"{ratio['median']:.2f}"
         table.add_row(row["base"], row["method"], accuracy, f"{row['lora_parameters']:,}", *sizes, steps)
     show(table)
     print(
-        "peak: the growth of the process over the whole training; step time: of the same method, over that on float32"
+        "plan: the tensors at their peak, batches of 64 tokens; peak: the growth of the process, with what glibc keeps"
     )
+    print("step time: of the same method, over that on float32; median of pairs")
     memory_bars(
         {f"{row['base']}, {row['method']}": row["memory"] for row in rows}, HERE.parent / "docs" / "quantised.png"
     )

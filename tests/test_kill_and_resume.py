@@ -87,6 +87,23 @@ def test_resumed_equals_uninterrupted(name: str, step: int, where: str, tmp_path
     )
 
 
+@pytest.mark.parametrize("name", ["plateau", "adalora"])
+def test_a_checkpoint_in_the_last_step_of_an_epoch_holds_what_its_evaluation_decided(name: str, tmp_path: Path) -> None:
+    """The stock Trainer makes it before the epoch's evaluation, which a resumed run would never make."""
+    options: dict[str, Any] = {"eval_strategy": "epoch", "per_device_train_batch_size": 8}  # four steps an epoch
+    whole = make_trainer(tmp_path / "whole", DYNAMIC[name](), **options)
+    whole.train()
+    ends = [row["step"] for row in whole.state.log_history if "eval_loss" in row]
+    assert len(ends) > 1
+    for step in ends[:-1]:
+        resumed = make_trainer(tmp_path / f"from-{step}", DYNAMIC[name](), **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        mine, theirs = state_of(resumed), state_of(whole)
+        assert mine.keys() == theirs.keys()
+        assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
+        assert decisions(resumed) == decisions(whole)
+
+
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_resumed_after_the_last_step_nothing_is_trained(name: str, tmp_path: Path) -> None:
     """Killed between the last checkpoint and the end, in mid-epoch: a stock Trainer would make a thirteenth step."""
