@@ -27,7 +27,7 @@ $(addprefix study-,$(STUDIES)): study-%: $(STAMP) $(RESULTS)/alpaca/train.parque
 	  --set paths.causal=$(CAUSAL) --set paths.data=$(DATA) --set paths.alpaca=$(RESULTS)/alpaca
 
 $(RESULTS)/alpaca/train.parquet: $(STAMP)
-	$(BIN)/python studies/split.py $(DATA)/alpaca/alpaca_5000.parquet --rows 340 --test 80 --output $(RESULTS)/alpaca
+	$(BIN)/python studies/split.py $(DATA)/alpaca/alpaca_5000.parquet --rows 2100 --test 300 --output $(RESULTS)/alpaca
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -17,16 +17,18 @@ from typing import Any
 import pytest
 import study_data
 import yaml
+from model_folders import recipe
 from study_data import INSTANT, Forked, finished, plan_in, study
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.run import run
 from adaptive_lora.study import claims, executors
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.grid import expand
 from adaptive_lora.study.outcomes import is_over
 from adaptive_lora.study.plan import identity, make_plan, plan_of
 from adaptive_lora.study.progress import Watch
-from adaptive_lora.study.study import run_study
+from adaptive_lora.study.study import run_study, write_results
 from adaptive_lora.study.study_file import parse_study, read_study
 from adaptive_lora.study.worker import MAX_CRASHES, work
 
@@ -438,18 +440,20 @@ def test_workers_that_cannot_work_are_an_error_with_their_words(tmp_path: Path) 
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # submitit does not wait for its processes
-def test_submitit_runs_the_same_workers(tmp_path: Path) -> None:
-    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
-    finished(tmp_path / "clean")
-    local = study(slurm={"cluster": "local"})
-    run_study(local, tmp_path / "s", workers=2, executor=executors.Slurm, train=INSTANT)
-    assert results(tmp_path / "s") == results(tmp_path / "clean")
-
-
-def test_ray_runs_the_same_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    finished(tmp_path / "clean")
-    run_study(study(), tmp_path / "s", workers=2, executor=executors.Ray, train=INSTANT)
+@pytest.mark.parametrize(("executor", "module"), [("slurm", "submitit"), ("ray", "ray")])
+def test_submitit_and_ray_train_what_one_process_trains(
+    executor: str, module: str, bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(module, reason=f"the extra `{executor}` is not installed")
+    base = recipe(bert_folder, reviews_file, "", adapters={"dropout": 0.1})
+    del base["output"]
+    grid = {"method": METHODS[:1], "seed": [0, 1]}
+    made = study(base=base, grid=grid, metric="eval_accuracy", slurm={"cluster": "local"})
+    plan_in(tmp_path / "clean", made)
+    work(tmp_path / "clean", run)
+    write_results(tmp_path / "clean")
+    run_study(made, tmp_path / "s", workers=2, executor=executors.executor_named(executor))
+    assert results(tmp_path / "s").count('"status": "ok"') == 2
     assert results(tmp_path / "s") == results(tmp_path / "clean")
 
 
