@@ -275,6 +275,38 @@ def test_one_component_more_is_equal_and_two_are_not() -> None:
         assert table.rows[1]["parameters_equal"] is equal
 
 
+def test_a_difference_between_unlike_settings_is_said_at_equal_ones() -> None:
+    from adaptive_lora.study.table import make_table
+
+    head = {
+        "name": "s", "axes": {}, "baseline": "lora", "metric": "test", "greater_is_better": True,
+        "selection": {"rule": "best_mean", "metric": "eval_accuracy", "axes": ["rate"], "description": ""},
+    }  # fmt: skip
+
+    def note(validation: dict[tuple[str, int], float], gain: float) -> str | None:
+        runs = [
+            {
+                "id": f"{method}{rate}{seed}", "status": "ok", "method": method, "task": "t", "model": "m", "budget": "b",
+                "seed": seed, "learning_rate": rate, "settings": {"rate": rate}, "steps": 9, "lora_parameters": 9,
+                "metrics": {
+                    "eval_accuracy": validation[method, rate],
+                    "test": seed / 100 + 0.4 * rate + (gain + seed / 1000 if method == "other" else 0.0),
+                },
+            }
+            for method in ("lora", "other") for rate in (1, 2) for seed in (0, 1, 2)
+        ]  # fmt: skip
+        return make_table(head, runs, {}).rows[1]["note"]  # type: ignore[arg-type]
+
+    apart = {("lora", 1): 0.8, ("lora", 2): 0.7, ("other", 1): 0.7, ("other", 2): 0.8}
+    alike = {("lora", 1): 0.8, ("lora", 2): 0.7, ("other", 1): 0.8, ("other", 2): 0.7}
+    assert (
+        note(apart, 0.0)
+        == "chosen at another setting than lora; differences at equal ones: +0.001 at rate 1; +0.001 at rate 2"
+    )
+    assert note(alike, 0.0) is None
+    assert note(alike, 0.5) is None
+
+
 def test_failed_runs_are_rows_with_their_reason_and_fail_nobody_else(tmp_path: Path) -> None:
     grid = {**study().grid, "training.learning_rate": [1e-3, 2.0]}
     record = finished(tmp_path / "s", study(grid=grid))

@@ -46,6 +46,7 @@ def make_table(head: StudyHead, runs: Sequence[RunRow], components: Component) -
             noise.append(_noise(head, base, made[head["baseline"]]))
             _compare(head, chosen, made, noise[-1]["floor"])
             _parameters(head, chosen, made, components)
+            _at_equal_settings(head, methods, made)
         rows += made.values()
     return Table(rows, noise, _wins(head, rows), _notes(head, rows))
 
@@ -132,13 +133,11 @@ def _compare(
     head: StudyHead, chosen: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow], floor: float | None
 ) -> None:
     """Fill in the comparison of every method but the baseline."""
-    base = {run["seed"]: figure(run, head["metric"]) for run in chosen[head["baseline"]]}
     comparisons: dict[str, Comparison] = {}
     for method, runs in chosen.items():
         if method == head["baseline"]:
             continue
-        mine = {run["seed"]: figure(run, head["metric"]) for run in runs}
-        pairs = [(a, b) for seed, a in mine.items() if a is not None and (b := base.get(seed)) is not None]
+        pairs = _pairs(head, runs, chosen[head["baseline"]])
         comparisons[method] = {
             "pairs": len(pairs), "difference": None, "ci95": None, "p_t": None, "p_bootstrap": None, "p_wilcoxon": None,
             "p_holm": None, "noise_floor": floor, "verdict": None,
@@ -163,6 +162,39 @@ def _compare(
         made[method]["comparison"] = comparison
 
 
+def _pairs(head: StudyHead, runs: Sequence[RunRow], theirs: Sequence[RunRow]) -> list[tuple[float, float]]:
+    """Return the figures of equal seeds."""
+    base = {run["seed"]: figure(run, head["metric"]) for run in theirs}
+    mine = {run["seed"]: figure(run, head["metric"]) for run in runs}
+    return [(a, b) for seed, a in mine.items() if a is not None and (b := base.get(seed)) is not None]
+
+
+def _at_equal_settings(head: StudyHead, methods: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow]) -> None:
+    """Say of a difference found between unlike settings what it is at equal ones: the choice alone can have made it, and
+    the noise floor, over seeds only, does not hold the choice's own luck."""
+    baseline = head["baseline"]
+    theirs = _settings(head, methods[baseline])
+    for method, row in made.items():
+        comparison = row["comparison"]
+        if comparison is None or comparison["verdict"] not in ("better", "worse"):
+            continue
+        if row["chosen"] == made[baseline]["chosen"]:
+            continue
+        said = []
+        for key, runs in _settings(head, methods[method]).items():
+            if pairs := _pairs(head, runs, theirs.get(key, [])):
+                label = ", ".join(f"{axis} {value}" for axis, value in json.loads(key).items())
+                said.append(f"{plain.fmean(a - b for a, b in pairs):+.2g} at {label}")
+        _say(
+            row,
+            f"chosen at another setting than {baseline}; differences at equal ones: {'; '.join(said) or 'none made'}",
+        )
+
+
+def _say(row: TableRow, said: str) -> None:
+    row["note"] = f"{row['note']}; {said}" if row["note"] else said
+
+
 def _parameters(
     head: StudyHead, chosen: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow], components: Component
 ) -> None:
@@ -181,11 +213,10 @@ def _parameters(
         row["parameters_equal"] = apart <= unit
         if not row["parameters_equal"]:
             ratio = plain.fmean(mine) / plain.fmean(theirs)
-            row["note"] = f"{ratio:.2f} × the LoRA parameters of {baseline}: not an equal budget"
+            _say(row, f"{ratio:.2f} × the LoRA parameters of {baseline}: not an equal budget")
         steps = set(counts(method, "steps")), set(counts(baseline, "steps"))
         if steps[0] != steps[1]:
-            said = f"{_span(steps[0])} optimizer steps, {baseline} {_span(steps[1])}"
-            row["note"] = f"{row['note']}; {said}" if row["note"] else said
+            _say(row, f"{_span(steps[0])} optimizer steps, {baseline} {_span(steps[1])}")
 
 
 def _span(counts: set[int]) -> str:
