@@ -16,8 +16,9 @@ STUDIES := placement gradient_delta adalora_budgets plateau quantised
 demo: $(STAMP)
 	$(BIN)/adaptive-lora demo --output demo-output/$$(date +%Y%m%d-%H%M%S)
 
+# HAS_AVX512BF16=0 or 1 answers for the processor; ATEN_CPU_CAPABILITY=avx2 limits torch. Both reach .ci/run too.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(if $(HAS_AVX512BF16),HAS_AVX512BF16=$(HAS_AVX512BF16) PYTHONPATH=tests/processor) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Every small study: hours on two cores. Killed and started again it goes on. One of them: make study-placement.
 studies: $(addprefix study-,$(STUDIES))

@@ -29,6 +29,7 @@ from adaptive_lora.allocate import RankPattern
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.fingerprint import check_fingerprint, write_fingerprint
 from adaptive_lora.importance import Sensitivity
+from adaptive_lora.quantization import keep_trainable
 from adaptive_lora.targets import ALL_LINEAR, Target, describe_targets, find_targets, head_modules, linear_features
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def attach(
     [4, 2]
     """
     _check_base(model)
+    keep_trainable(model)
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at rank 8)")
     if not 0 <= dropout < 1:
@@ -384,4 +386,5 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     if bad:
         raise IntegrityError(f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}")
     check_fingerprint(peft_model, folder)
+    keep_trainable(peft_model)
     return peft_model

@@ -18,6 +18,7 @@ from adaptive_lora.controller import RankController
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.history import Decision
 from adaptive_lora.methods import Method
+from adaptive_lora.quantization import keep_trainable
 from adaptive_lora.resizing import resize
 
 
@@ -70,6 +71,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
     ) -> None:
         if not isinstance(model, PeftModel):
             raise InputError("AdaptiveRankCallback needs a model from adaptive_lora.attach(base, method)")
+        keep_trainable(model)
         if self.method.adaptation is None:
             return
         _check_arguments(args, self.method)

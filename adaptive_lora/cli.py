@@ -14,7 +14,7 @@ import typer
 
 from adaptive_lora import cli_adapters, cli_study
 from adaptive_lora.errors import AdaptiveLoraError, InputError
-from adaptive_lora.silence import quiet
+from adaptive_lora.silence import quiet, quiet_imports
 
 if TYPE_CHECKING:
     from adaptive_lora.config import RunConfig
@@ -346,6 +346,7 @@ def demo(
 def main() -> NoReturn:
     """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no tracebacks for bad input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_imports()
     try:
         app(standalone_mode=True)
     except AdaptiveLoraError as error:

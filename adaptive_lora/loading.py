@@ -17,6 +17,7 @@ from adaptive_lora.quantization import (
     check_available,
     check_plain,
     compute_dtype,
+    keep_trainable,
     quantizable,
     quantize_in_place,
     skipped,
@@ -82,8 +83,10 @@ def load_model(config: RunConfig, task: Task, *, random_weights: bool = False) -
     pad = getattr(task.tokenizer, "pad_token_id", None)
     if getattr(model.config, "pad_token_id", None) is None and pad is not None:
         model.config.pad_token_id = pad
-    for head in head_modules(model) if quantized else ():  # trained in full, and small
-        model.get_submodule(head).float()
+    if quantized:
+        keep_trainable(model)
+        for head in head_modules(model):  # trained in full, and small
+            model.get_submodule(head).float()
     return model, _modules_of(missing_keys, model)
 
 
@@ -106,7 +109,9 @@ def _load_quantized(
     absent: list[str] = []
     skeleton = _from_config(config, task, torch.device("meta"), dtype)
     while True:
-        settings = bitsandbytes_config(config.quantization, dtype, skipped(skeleton, absent))
+        settings = bitsandbytes_config(
+            config.quantization, dtype, skipped(skeleton, config.quantization, dtype, absent)
+        )
         model, missing_keys = _from_pretrained(config, task, arguments | {"quantization_config": settings})
         # transformers leaves a module that has no weights in the files half converted: it must not be quantised.
         lacking = [name for name in _modules_of(missing_keys, skeleton) if name in quantizable(skeleton)]

@@ -124,8 +124,13 @@ def process_memory() -> int:
     """Return what this process holds now, in bytes: CUDA's allocator where there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
+    return resident() or peak_memory()
+
+
+def resident() -> int | None:
+    """Return the resident set of this process in bytes; None where the system does not say."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else peak_memory()
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else None
 
 
 def peak_memory() -> int:
@@ -133,4 +138,5 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
+    peak = peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
+    return max(peak, resident() or 0)  # Linux counts the two apart, and the peak may lag by some pages

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 
 from adaptive_lora import methods
 from adaptive_lora.adaptation import MaskedByPeft
-from adaptive_lora.adapters import adapters, all_weights, attach, lora_parameters
+from adaptive_lora.adapters import adapters, all_weights, attach, base_of, lora_parameters
 from adaptive_lora.allocate import RankPattern, proportional
 from adaptive_lora.config import RunConfig
 from adaptive_lora.errors import InputError
 from adaptive_lora.hub import locate_model
 from adaptive_lora.memory import account, statistics_bytes, total
-from adaptive_lora.quantization import check_plain, compute_dtype
+from adaptive_lora.quantization import check_plain, compute_dtype, left_out
 from adaptive_lora.simulation import Shapes, pack, step_bytes
 from adaptive_lora.targets import Target, find_targets, head_modules
 from adaptive_lora.tasks import TASKS
@@ -78,9 +78,14 @@ def plan(config: RunConfig, *, device: str | None = None) -> Plan:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     method = methods.build(config.method.name, config.method.arguments)
     model = _model(config, device, method)
+    base: Any = base_of(model)
     targets = find_targets(_skeleton(config, device), config.adapters.targets)
     stages = [_stage("start", config, device, method, model)]
-    notes = [] if config.quantization == "none" else ["the head and the output embeddings are not quantised"]
+    notes = []
+    if config.quantization != "none":
+        dtype = compute_dtype(config.dtype, device=device)
+        notes = ["the head and the output embeddings are not quantised"]
+        notes += left_out(base, config.quantization, dtype, device)
     if method.adaptation is not None:
         pattern, exact = _last_pattern(method, targets)
         static = methods.Method(name=method.name, shape=lambda _: pattern)
@@ -186,7 +191,7 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"cannot plan {config.task} with the model {config.model!r}: {error}") from error
     if config.quantization != "none":
-        pack(model, config.quantization, dtype)
+        pack(model, config.quantization, dtype, device)
         for name in head_modules(model):
             model.get_submodule(name).float()
     return model

@@ -2,12 +2,18 @@
 
 Quantised are the linear modules outside the head and the output embeddings. Embeddings, norms and biases stay in the
 compute type, the adapters and the head in float32. One code path for CPU and CUDA.
+
+Two things of bitsandbytes depend on the processor, and neither may decide what is trained. On a CPU with AVX512-BF16 a
+4-bit layer packs its weight anew in the first evaluation, for a kernel without a backward pass: `keep_trainable` turns that
+off. And some kernels compute with other weights than the layer stands for, at some widths: `kernel_is_exact` finds out.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -23,7 +29,6 @@ from adaptive_lora.targets import head_modules
 Quantization = Literal["none", "nf4", "int8"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MINIMUM = "0.48"  # the first bitsandbytes whose 4-bit and 8-bit layers run on a CPU
-KINDS = ("Linear4bit", "Linear8bitLt")
 
 
 def compute_dtype(precision: Precision, *, device: str | None = None) -> torch.dtype:
@@ -90,11 +95,8 @@ def check_plain(model_config: Any, name: str) -> None:
 
 
 def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Return {full name: (in_features, out_features)} of the linear modules that are quantised.
-
-    All but those of the head, the output embeddings, and modules whose weight another module shares.
-
-    Raises `InputError` when there is none.
+    """Return {full name: (in_features, out_features)} of the linear modules that could be quantised: all but those of the
+    head, the output embeddings, and modules whose weight another module shares. Those that are quantised are none of them.
     """
     output, heads = model.get_output_embeddings(), head_modules(model)
     owners: dict[int, int] = {}
@@ -109,12 +111,138 @@ def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
             continue
         out_features, in_features = module.weight.shape
         found[name] = (out_features, in_features) if isinstance(module, Conv1D) else (in_features, out_features)
-    if not found:
-        raise InputError(
-            f"{type(model).__name__} has no linear module that can be quantised (its layers are of types of their own); "
-            "use quantization: none"
-        )
     return found
+
+
+def to_quantize(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return {full name: (in_features, out_features)} of the modules that will be quantised: of the `quantizable` ones those
+    whose kernel computes what it should on `device` (None: the one a `Trainer` would use here).
+
+    Raises `InputError` when there is none.
+    """
+    found = quantizable(model)
+    inexact = _inexact(found, quantization, dtype, device)
+    if len(inexact) == len(found):
+        why = left_out(model, quantization, dtype, device) or ["its layers are of types of their own"]
+        raise InputError(
+            f"{type(model).__name__} has no linear module that can be quantised ({why[0]}); use quantization: none"
+        )
+    return {name: shape for name, shape in found.items() if name not in inexact}
+
+
+def left_out(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str | None = None
+) -> list[str]:
+    """Return what to say of the `quantizable` modules that are left as they are because of their kernel; [] without any."""
+    inexact = _inexact(quantizable(model), quantization, dtype, device)
+    if not inexact:
+        return []
+    widths = ", ".join(map(str, sorted({inputs for inputs, _ in inexact.values()})))
+    return [
+        f"{len(inexact)} linear modules are not quantised: on this processor bitsandbytes' 4-bit kernel computes with wrong "
+        f"weights for modules of {widths} inputs"
+    ]
+
+
+def _inexact(
+    shapes: dict[str, tuple[int, int]], quantization: Quantization, dtype: torch.dtype, device: str | None
+) -> dict[str, tuple[int, int]]:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization != "nf4" or (device == "cuda" and not torch.cuda.is_available()):  # planned for another machine
+        return {}
+    return {name: shape for name, shape in shapes.items() if not kernel_is_exact(*shape, dtype, device)}
+
+
+@functools.cache
+def kernel_is_exact(
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    quant_type: str = "nf4",
+    nested: bool = True,
+    block: int = 64,
+) -> bool:
+    """Return whether a 4-bit layer of these features gives y = x Wᵀ and g_x = g W for W = code[nibble] · absmax, here.
+
+    Some of bitsandbytes' kernels do not: on CPUs with AVX512 those of version 0.50 take the scales of other blocks where
+    `in_features` is a multiple of 16 but not of 64, an error of half the largest weight. Tried on random weights, up to 256
+    rows of them (kernels go by rows), once in a process for each shape.
+
+    Args:
+        in_features, out_features: of the layer.
+        dtype: in which it computes.
+        device: "cpu" or "cuda".
+        quant_type: "nf4" or "fp4".
+        nested: whether the scales are quantised too (double quantisation).
+        block: weights to a scale.
+    """
+    from bitsandbytes import functional, matmul_4bit  # type: ignore[attr-defined]
+
+    rows = min(out_features, 256)
+    generator = torch.Generator().manual_seed(0)  # no random number of the training's is drawn
+    true = torch.randn(rows, in_features, generator=generator).to(device, dtype)
+    x = torch.randn(4, in_features, generator=generator).to(device, dtype).requires_grad_()
+    gradient = torch.randn(4, rows, generator=generator).to(device, dtype)
+    packed, state = functional.quantize_4bit(true, blocksize=block, compress_statistics=nested, quant_type=quant_type)
+    weight = dequantized_by_definition(packed, state).to(dtype)
+    y = matmul_4bit(x, packed.t(), quant_state=state)
+    (g_x,) = torch.autograd.grad(y, x, gradient)
+    return all(
+        torch.allclose(mine, theirs, rtol=0, atol=max(8 * torch.finfo(dtype).eps, 1e-5) * float(mine.abs().max()))
+        for mine, theirs in (
+            (weight, functional.dequantize_4bit(packed, state).to(dtype)),
+            (x.detach() @ weight.T, y.detach()),
+            (gradient @ weight, g_x),
+        )
+    )
+
+
+def dequantized_by_definition(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return the weights that 4-bit storage stands for, (O, I) in float32: code[nibble] · absmax, the high nibble first.
+
+    With nested scales absmax = code₂[byte] · absmax₂ + offset.
+
+    Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3.
+    """
+    absmax = state.absmax
+    if state.nested:
+        scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
+        absmax = state.state2.code[absmax.int()] * scales + state.offset
+    nibbles = torch.stack([packed.view(torch.uint8).flatten() >> 4, packed.view(torch.uint8).flatten() & 15], dim=1)
+    values = state.code[nibbles.flatten().int()][: state.shape.numel()]
+    return (values * absmax.repeat_interleave(state.blocksize)[: values.numel()]).reshape(state.shape)
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of `model` as they are in evaluations, on every processor; nothing happens to other models.
+
+    Raises `InputError` for a layer that was packed for inference before, which rounded its scales for good, and for one whose
+    kernel computes with other weights than it holds (`kernel_is_exact`).
+    """
+    for name, module in model.named_modules():
+        if "support_avx512bf16_for_cpu" not in vars(module):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type == "meta":
+            continue
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InputError(
+                f"the 4-bit weights of {name!r} were packed for inference when the base model was evaluated, which rounds them "
+                "and leaves no gradient through them: load the base model again, and attach before it is evaluated"
+            )
+        out_features, in_features = state.shape
+        dtype = module.compute_dtype or state.dtype
+        kind = (in_features, out_features, dtype, weight.device.type, state.quant_type, state.nested, state.blocksize)
+        if not kernel_is_exact(*kind):
+            raise InputError(
+                f"on this processor bitsandbytes' 4-bit kernel computes with other weights than {name!r} holds ({in_features} "
+                "inputs): leave such modules out of the quantisation (llm_int8_skip_modules), as adaptive-lora train does"
+            )
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
@@ -134,10 +262,12 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype, skip: li
     )
 
 
-def skipped(model: PreTrainedModel, also: list[str]) -> list[str]:
+def skipped(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, also: Iterable[str] = ()
+) -> list[str]:
     """Return the linear modules that stay as they are, anchored: transformers takes a plain name for every module whose
     name begins or ends so."""
-    chosen = quantizable(model).keys() - set(also)
+    chosen = to_quantize(model, quantization, dtype).keys() - set(also)
     if not chosen:
         raise InputError(
             f"every linear module of {type(model).__name__} lacks weights in its files; nothing to quantise"
@@ -150,7 +280,7 @@ def quantize_in_place(model: PreTrainedModel, quantization: Quantization, dtype:
     """Quantise the linear modules of a model that is in memory; for models whose weights come from no file."""
     from bitsandbytes.nn import modules as bnb
 
-    for name in quantizable(model):
+    for name in to_quantize(model, quantization, dtype):
         old: Any = model.get_submodule(name)
         weight = old.weight.detach().T if isinstance(old, Conv1D) else old.weight.detach()
         out_features, in_features = weight.shape
@@ -166,8 +296,3 @@ def quantize_in_place(model: PreTrainedModel, quantization: Quantization, dtype:
         model.set_submodule(name, new.to(weight.device))
     kind = "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit"
     setattr(model, kind, True)  # where PEFT looks
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """True when a linear module of `model` holds bitsandbytes' 4-bit or 8-bit weights."""
-    return any(type(module).__name__ in KINDS for module in model.modules())

@@ -29,6 +29,7 @@ from adaptive_lora.adapters import adapters, all_weights, is_masked, park, ranks
 from adaptive_lora.allocate import Resize
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.importance import Statistic, Statistics
+from adaptive_lora.quantization import keep_trainable
 from adaptive_lora.singular import rotation
 
 SUPPORTED = (AdamW, Adam, SGD)
@@ -43,7 +44,7 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 def check_model(model: Any) -> None:
-    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, or sharded."""
+    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded, or packed for inference."""
     kind = None if isinstance(model, PeftModel) else type(model).__name__
     if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         kind = "PeftModel sharded by FSDP"
@@ -52,6 +53,7 @@ def check_model(model: Any) -> None:
             f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. Ranks cannot change inside "
             "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train on one device, unwrapped"
         )
+    keep_trainable(model)
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:

@@ -27,6 +27,7 @@ from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError,
 from adaptive_lora.history import HISTORY_FILE
 from adaptive_lora.loading import load_model, load_task
 from adaptive_lora.memory import account, peak_memory, process_memory
+from adaptive_lora.quantization import compute_dtype, left_out
 from adaptive_lora.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
 from adaptive_lora.targets import coverage, find_targets
 from adaptive_lora.task_trainer import TaskTrainer
@@ -92,6 +93,8 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     set_seed(config.seed)  # the head and A are drawn here
     base, newly_drawn = load_model(config, task, random_weights=dry_run)
     notes = coverage(base, find_targets(base, config.adapters.targets))
+    if config.quantization != "none":
+        notes += left_out(base, config.quantization, compute_dtype(config.dtype))
     model = attach(
         base,
         method,
@@ -199,10 +202,10 @@ def _describe(model: PeftModel, method: methods.Method) -> str:
 def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
     """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
-    if rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
-        return {key: value for key, value in sorted(rows[-1].items()) if key.startswith("eval_")}
-    return trainer.evaluate()
+    evaluated = rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    metrics = rows[-1] if evaluated else trainer.evaluate()
+    # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
+    return {key: value for key, value in sorted(metrics.items()) if key.startswith("eval_")}
 
 
 def _facts(
@@ -228,7 +231,7 @@ def _facts(
         "total_parameters": total,
         "memory": account(model, optimizer),
         "process_memory_before_bytes": before,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(before, peak_memory()),
         "versions": versions(),
     }
 

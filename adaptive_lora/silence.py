@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
+
+
+def quiet_imports() -> None:
+    """Silence what libraries say while they are imported. PEFT imports bitsandbytes wherever it is installed, which then
+    misses, on some processors, an inference kernel that is never used here (`quantization.keep_trainable`)."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet() -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptive_lora.quantization import Quantization, quantizable
+from adaptive_lora.quantization import Quantization, to_quantize
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 BLOCK, NESTED = 64, 256  # weights to a scale of NF4, scales to a scale of theirs
@@ -157,9 +157,9 @@ class Packed(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-def pack(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Put stand-ins for the modules that would be quantised into a model on the device "meta"."""
-    for name, (in_features, out_features) in quantizable(model).items():
+def pack(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str) -> None:
+    """Put stand-ins for the modules that would be quantised on `device` into a model on the device "meta"."""
+    for name, (in_features, out_features) in to_quantize(model, quantization, dtype, device).items():
         old: Any = model.get_submodule(name)
         bias = None if isinstance(old, Conv1D | nn.Linear) and old.bias is None else old.bias
         model.set_submodule(name, Packed(in_features, out_features, bias, quantization, dtype))

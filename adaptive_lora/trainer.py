@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from adaptive_lora.adapters import base_of, infer_task_type, non_finite, weights
 from adaptive_lora.callback import SaveAfterEpoch
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
+from adaptive_lora.quantization import keep_trainable
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -35,8 +36,9 @@ class AdaptiveTrainerMixin(_Base):
 
     A loss or gradient that is NaN or infinite never reaches the optimizer; nothing is logged as 0.0 and clipping cannot
     spread it. An adapter that learned nothing is an error at the end of `train()`. With finite numbers this is the
-    `Trainer`, bit for bit, but for two things: batch 8 equals batch 4 x accumulation 2 for all but decoders too, and training
-    resumed after its last step makes no step more.
+    `Trainer`, bit for bit, but for three things: batch 8 equals batch 4 x accumulation 2 for all but decoders too, training
+    resumed after its last step makes no step more, and an evaluation draws no random number of the training's, so that how
+    often one evaluates does not change what is trained.
 
     Args:
         on_non_finite: "stop" saves the state after the last whole step as a checkpoint and raises `DivergedError` with the
@@ -54,6 +56,8 @@ class AdaptiveTrainerMixin(_Base):
         if isinstance(max_skipped, bool) or not isinstance(max_skipped, int) or max_skipped < 1:
             raise InputError(f"max_skipped is {max_skipped!r}; expected a whole number >= 1")
         super().__init__(*args, **kwargs)
+        base = base_of(self.model)
+        keep_trainable(base)
         self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
         if on_non_finite == "skip" and (self._scaled_or_sharded() or self.args.world_size > 1):
             raise InputError(
@@ -68,7 +72,6 @@ class AdaptiveTrainerMixin(_Base):
         self.args.logging_nan_inf_filter = False
         # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of all micro-batches. Only
         # language models do, and of those not T5 and BART; the gradient of the others would grow with accumulation.
-        base = base_of(self.model)
         kind, divides = infer_task_type(base), divides_by_items(base)
         self._scale_by_tokens = kind == TaskType.SEQ_2_SEQ_LM and not divides and self.label_smoother is None
         if not self._scale_by_tokens and not (kind in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and divides):
@@ -208,7 +211,9 @@ class AdaptiveTrainerMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        accelerators = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(accelerators):  # a data loader draws a seed when it starts
+            metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise DivergedError(

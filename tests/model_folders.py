@@ -59,35 +59,30 @@ def _tokenizer(template: str, **names: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=48, **names)
 
 
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with an encoder of 2 layers x 6 linear modules and a pooler, hidden size 16."""
-    folder = str(tmp_path_factory.mktemp("models") / "bert")
-    _tokenizer("[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+def _bert(folder: Path, hidden: int, feed_forward: int) -> str:
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    _tokenizer("[CLS] $A [SEP]", **names).save_pretrained(str(folder))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=HIDDEN,
-        intermediate_size=FEED_FORWARD,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         max_position_embeddings=48,
         initializer_range=0.3,  # so that logits differ between tokens from the start
     )
     BertModel(config).save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with a causal model of 2 layers x 7 linear modules and a tokenizer without a padding token."""
-    folder = str(tmp_path_factory.mktemp("models") / "llama")
-    _tokenizer("<s> $A", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+def _llama(folder: Path, hidden: int, feed_forward: int) -> str:
+    _tokenizer("<s> $A", bos_token="<s>", eos_token="</s>").save_pretrained(str(folder))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=HIDDEN,
-        intermediate_size=FEED_FORWARD,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -98,7 +93,31 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         pad_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with an encoder of 2 layers x 6 linear modules and a pooler, hidden size 16."""
+    return _bert(tmp_path_factory.mktemp("models") / "bert", HIDDEN, FEED_FORWARD)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with a causal model of 2 layers x 7 linear modules and a tokenizer without a padding token."""
+    return _llama(tmp_path_factory.mktemp("models") / "llama", HIDDEN, FEED_FORWARD)
+
+
+@pytest.fixture(scope="session")
+def wide_bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `bert_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples of 64."""
+    return _bert(tmp_path_factory.mktemp("models") / "wide-bert", 64, 128)
+
+
+@pytest.fixture(scope="session")
+def wide_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `llama_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples of 64."""
+    return _llama(tmp_path_factory.mktemp("models") / "wide-llama", 128, 128)
 
 
 @pytest.fixture(scope="session")

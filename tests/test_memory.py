@@ -94,11 +94,11 @@ def test_bytes_fall_with_the_ranks() -> None:
 @pytest.mark.parametrize("scheme", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("method", [{"name": "lora", "rank": 3}, ADALORA, {"name": "grad_delta", "rank": 3}])
 def test_a_plan_without_weights_is_the_account_to_the_byte(
-    method: dict[str, Any], scheme: str, bert_folder: str, reviews_file: str
+    method: dict[str, Any], scheme: str, wide_bert_folder: str, reviews_file: str
 ) -> None:
     if scheme != "none":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    config = recipe_of(bert_folder, reviews_file, scheme, method=method)
+    config = recipe_of(wide_bert_folder, reviews_file, scheme, method=method)
     model, optimizer, controller = trained(config)
     planned = plan(config, device="cpu").stages[0]
     assert planned.account == account(model, optimizer, controller._statistics)
@@ -183,7 +183,8 @@ def test_result_and_report_hold_the_account(classification_run: Path, tmp_path: 
     classification_run = Path(shutil.copytree(classification_run, tmp_path / "run"))
     result = result_of(classification_run)
     assert result["memory"]["adapters"] == COLUMNS * result["lora_parameters"]
-    assert result["peak_memory_bytes"] > result["process_memory_before_bytes"] > 0
+    # Equal where an earlier test of this process took more than this run does.
+    assert result["peak_memory_bytes"] >= result["process_memory_before_bytes"] > 0
     assert total(result["memory"]) < result["peak_memory_bytes"]
     outcome = command("report", classification_run)
     assert "peak of the process" in " ".join(outcome.out.split())

@@ -31,7 +31,7 @@ from adaptive_lora.data import load_splits
 from adaptive_lora.errors import InputError
 from adaptive_lora.export import export
 from adaptive_lora.loading import load_model, load_task
-from adaptive_lora.quantization import compute_dtype, is_quantized, quantizable
+from adaptive_lora.quantization import compute_dtype, quantizable, to_quantize
 from adaptive_lora.run import run
 from adaptive_lora.simulation import enable_checkpointing
 
@@ -39,6 +39,13 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip i
 pytest_plugins = ("model_folders",)
 
 SCHEMES = ("nf4", "int8")
+
+
+@pytest.fixture(scope="session")
+def bert_folder(wide_bert_folder: str) -> str:
+    return wide_bert_folder
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 3},
     "linear_decay": {"name": "linear_decay", "base_rank": 4, "min_rank": 2},
@@ -71,6 +78,10 @@ def answers(model: nn.Module) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(6, 30).view(2, 12)).logits
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return bool({"Linear4bit", "Linear8bitLt"} & set(linear_types(model).values()))
 
 
 def linear_types(model: nn.Module) -> dict[str, str]:
@@ -230,7 +241,7 @@ def test_training_with_gradient_checkpointing_runs(
 
 def test_conv1d_of_gpt2_is_quantised_and_its_adapter_fits_the_full_precision_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_embd=16, n_head=2, n_positions=32, n_layer=2)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_head=2, n_positions=32, n_layer=2)
     GPT2Model(config).save_pretrained(tmp_path / "gpt2")
     settings = quantization.bitsandbytes_config("nf4", torch.float32, [])
     base = GPT2Model.from_pretrained(tmp_path / "gpt2", quantization_config=settings)
@@ -295,7 +306,7 @@ def test_a_model_without_linear_modules() -> None:
 
     model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
     with pytest.raises(InputError, match="no linear module that can be quantised"):
-        quantizable(model)
+        to_quantize(model, "nf4", torch.float32)
 
 
 def test_a_quantised_model_is_not_quantised_again(
