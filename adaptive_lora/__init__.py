@@ -7,43 +7,43 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adaptive_lora import methods as methods
-    from adaptive_lora.adapters import attach as attach
-    from adaptive_lora.adapters import load as load
-    from adaptive_lora.adapters import lora_parameters as lora_parameters
-    from adaptive_lora.adapters import ranks as ranks
-    from adaptive_lora.adapters import save as save
-    from adaptive_lora.allocate import Resize as Resize
-    from adaptive_lora.callback import AdaptiveRankCallback as AdaptiveRankCallback
-    from adaptive_lora.compression import compress as compress
-    from adaptive_lora.controller import RankController as RankController
-    from adaptive_lora.conversion import convert as convert
-    from adaptive_lora.drop_in import AdaptiveLoRA as AdaptiveLoRA
+    from adaptive_lora.adapter_tools.compress import compress as compress
+    from adaptive_lora.adapter_tools.convert import convert as convert
+    from adaptive_lora.adapter_tools.inspect import inspect as inspect
+    from adaptive_lora.allocation.allocate import Resize as Resize
     from adaptive_lora.errors import AdaptiveLoraError as AdaptiveLoraError
     from adaptive_lora.errors import DivergedError as DivergedError
     from adaptive_lora.errors import InputError as InputError
     from adaptive_lora.errors import IntegrityError as IntegrityError
-    from adaptive_lora.inspection import inspect as inspect
     from adaptive_lora.methods import METHODS as METHODS
     from adaptive_lora.methods import Method as Method
-    from adaptive_lora.resizing import resize as resize
-    from adaptive_lora.trainer import AdaptiveTrainer as AdaptiveTrainer
-    from adaptive_lora.trainer import AdaptiveTrainerMixin as AdaptiveTrainerMixin
+    from adaptive_lora.model.adapters import attach as attach
+    from adaptive_lora.model.adapters import load as load
+    from adaptive_lora.model.adapters import lora_parameters as lora_parameters
+    from adaptive_lora.model.adapters import ranks as ranks
+    from adaptive_lora.model.adapters import save as save
+    from adaptive_lora.model.resize import resize as resize
+    from adaptive_lora.training.callback import AdaptiveRankCallback as AdaptiveRankCallback
+    from adaptive_lora.training.controller import RankController as RankController
+    from adaptive_lora.training.drop_in import AdaptiveLoRA as AdaptiveLoRA
+    from adaptive_lora.training.trainer import AdaptiveTrainer as AdaptiveTrainer
+    from adaptive_lora.training.trainer import AdaptiveTrainerMixin as AdaptiveTrainerMixin
 
 # transformers' Trainer takes seconds to import; `adaptive-lora --help` should not wait for it.
 _HOME = {
     "methods": "methods",
-    **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "adapters"),
-    **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
     **dict.fromkeys(("METHODS", "Method"), "methods"),
-    "AdaptiveLoRA": "drop_in",
-    "AdaptiveRankCallback": "callback",
-    "compress": "compression",
-    "convert": "conversion",
-    "inspect": "inspection",
-    "RankController": "controller",
-    "Resize": "allocate",
-    "resize": "resizing",
-    **dict.fromkeys(("AdaptiveTrainer", "AdaptiveTrainerMixin"), "trainer"),
+    **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
+    "Resize": "allocation.allocate",
+    **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "model.adapters"),
+    "resize": "model.resize",
+    "RankController": "training.controller",
+    "AdaptiveRankCallback": "training.callback",
+    **dict.fromkeys(("AdaptiveTrainer", "AdaptiveTrainerMixin"), "training.trainer"),
+    "AdaptiveLoRA": "training.drop_in",
+    "compress": "adapter_tools.compress",
+    "convert": "adapter_tools.convert",
+    "inspect": "adapter_tools.inspect",
 }
 __all__ = sorted(_HOME)
 

@@ -14,14 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.adaptation import Adaptation, At, MaskedByPeft, OnPlateau
-from adaptive_lora.allocate import RankPattern, proportional
-from adaptive_lora.budget import Cubic
-from adaptive_lora.custom_ranks import by_layer, by_pattern, read_ranks
+from adaptive_lora.allocation.adaptation import Adaptation, At, MaskedByPeft, OnPlateau
+from adaptive_lora.allocation.allocate import RankPattern, proportional
+from adaptive_lora.allocation.budget import Cubic
+from adaptive_lora.allocation.custom_ranks import by_layer, by_pattern, read_ranks
+from adaptive_lora.allocation.importance import (
+    GradientNorm,
+    Sensitivity,
+    SingularValues,
+    Uniform,
+    WeightDelta,
+    Weighted,
+)
+from adaptive_lora.allocation.rules import Grow, Proportional, TopK, Truncate
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.importance import GradientNorm, Sensitivity, SingularValues, Uniform, WeightDelta, Weighted
-from adaptive_lora.rules import Grow, Proportional, TopK, Truncate
-from adaptive_lora.targets import Target
+from adaptive_lora.model.targets import Target
 
 Shape = Callable[[Sequence[Target]], dict[str, int]]
 """Targets -> the raw rank of each: what a method gives when nobody names a budget."""

@@ -31,15 +31,15 @@ from transformers import (
     set_seed,
 )
 
-from adaptive_lora import history
-from adaptive_lora.adapters import attach, lora_parameters, ranks, save, targets_of
-from adaptive_lora.allocate import RankPattern, parameters
-from adaptive_lora.callback import AdaptiveRankCallback
-from adaptive_lora.history import Decision
+from adaptive_lora.allocation import history
+from adaptive_lora.allocation.allocate import RankPattern, parameters
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.methods import Method
-from adaptive_lora.resizing import unwrap
-from adaptive_lora.targets import Target, find_targets
-from adaptive_lora.trainer import AdaptiveTrainer
+from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.model.resize import unwrap
+from adaptive_lora.model.targets import Target, find_targets
+from adaptive_lora.training.callback import AdaptiveRankCallback
+from adaptive_lora.training.trainer import AdaptiveTrainer
 
 MakeMethod = Callable[[], Method]
 Check = Callable[[MakeMethod, Path], None]

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adaptive_lora as al
-from adaptive_lora.run import peak_memory, versions
+from adaptive_lora.runs.run import peak_memory, versions
 
 HIDDEN, INNER, LAYERS, RANK = 4096, 11008, 32, 64
 SHAPES = {  # kind: (I, O)

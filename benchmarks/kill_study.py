@@ -105,7 +105,7 @@ def main() -> None:
         command = [
             sys.executable,
             "-m",
-            "adaptive_lora.cli",
+            "adaptive_lora.cli.main",
             "study",
             str(here / "study.yaml"),
             "--output",

@@ -21,10 +21,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import adaptive_lora as al
-from adaptive_lora.adapters import adapters, weights
-from adaptive_lora.export import GGUF_FILE, export
+from adaptive_lora.adapter_tools.export import GGUF_FILE, export
+from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.model.adapters import adapters, weights
 from adaptive_lora.report.tables import show
-from adaptive_lora.silence import quiet
 
 READER = """
 import json, sys

@@ -35,10 +35,10 @@ from transformers import (
     ViTConfig,
 )
 
-from adaptive_lora.cli import quiet
-from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.recipe import read_recipe
-from adaptive_lora.run import run
+from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.files import read_recipe
+from adaptive_lora.recipe.config import RunConfig, parse
+from adaptive_lora.runs.run import run
 
 HERE = Path(__file__).parent
 RECIPES = sorted((HERE.parent / "recipes").glob("*.yaml"))

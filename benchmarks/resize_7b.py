@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaptive_lora as al
-from adaptive_lora.adapters import adapters, weights
+from adaptive_lora.model.adapters import adapters, weights
 
 
 def decision_seconds() -> tuple[float, float, int]:

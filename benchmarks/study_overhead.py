@@ -17,7 +17,7 @@ from pathlib import Path
 
 import study_data
 
-from adaptive_lora.config import parse
+from adaptive_lora.recipe.config import parse
 from adaptive_lora.study.plan import make_plan, write_plan
 from adaptive_lora.study.study import run_study, write_results
 from adaptive_lora.study.worker import work

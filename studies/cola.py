@@ -30,8 +30,8 @@ from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import adaptive_lora as al
-from adaptive_lora.cli import quiet
-from adaptive_lora.data import read_table
+from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.tasks.data import read_table
 
 BATCH = 16
 

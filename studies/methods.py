@@ -30,17 +30,17 @@ from rich.table import Table
 from scipy.stats import t as student
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from adaptive_lora.cli import quiet
-from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.data import load_splits
+from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError, InputError
+from adaptive_lora.files import read_recipe
 from adaptive_lora.hub import locate_model
-from adaptive_lora.recipe import read_recipe
+from adaptive_lora.model.targets import find_targets
+from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.report import read_run
 from adaptive_lora.report.tables import show
-from adaptive_lora.resuming import CONFIG_FILE
-from adaptive_lora.run import RESULT_FILE, run
-from adaptive_lora.targets import find_targets
+from adaptive_lora.runs.resuming import CONFIG_FILE
+from adaptive_lora.runs.run import RESULT_FILE, run
+from adaptive_lora.tasks.data import load_splits
 
 BASELINE = "lora"
 RATES = {"peft_adalora-10x": 10.0}  # times the learning rate of the others

@@ -24,13 +24,13 @@ from transformers import set_seed
 from transformers.utils import logging
 
 import adaptive_lora as al
-from adaptive_lora.config import parse
-from adaptive_lora.data import load_splits
-from adaptive_lora.loading import load_model, load_task
-from adaptive_lora.planning import plan
-from adaptive_lora.recipe import read_recipe
+from adaptive_lora.files import read_recipe
+from adaptive_lora.recipe.config import parse
 from adaptive_lora.report.memory import memory_bars, parts_of
 from adaptive_lora.report.tables import show
+from adaptive_lora.runs.loading import load_model, load_task
+from adaptive_lora.runs.plan import plan
+from adaptive_lora.tasks.data import load_splits
 
 HERE = Path(__file__).parent
 METHODS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from rich.progress import track
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import adaptive_lora as al
-from adaptive_lora.adapters import adapters
-from adaptive_lora.cli import quiet
+from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.model.adapters import adapters
 
 ARMS = {
     "adalora": al.methods.adalora(8, every=8),

@@ -31,12 +31,12 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import adaptive_lora as al
-from adaptive_lora.adaptation import At
-from adaptive_lora.adapters import adapters, all_weights
-from adaptive_lora.cli import quiet
-from adaptive_lora.importance import Magnitude
+from adaptive_lora.allocation.adaptation import At
+from adaptive_lora.allocation.importance import Magnitude
+from adaptive_lora.allocation.rules import TopK
+from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.model.adapters import adapters, all_weights
 from adaptive_lora.report.tables import show
-from adaptive_lora.rules import TopK
 
 RANK, FACTOR, BATCH, PROBE, AFTER = 2, 4.0, 12, 24, (1, 2, 4, 7)  # the probe is read AFTER steps after a cut, too
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]

@@ -23,14 +23,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from adaptive_lora.cli import quiet
-from adaptive_lora.config import RunConfig, parse
-from adaptive_lora.data import load_splits
+from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError
-from adaptive_lora.recipe import read_recipe
+from adaptive_lora.files import read_recipe
+from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.report.read import read_run
 from adaptive_lora.report.tables import show
-from adaptive_lora.run import METRICS_FILE, RESULT_FILE, run
+from adaptive_lora.runs.run import METRICS_FILE, RESULT_FILE, run
+from adaptive_lora.tasks.data import load_splits
 
 COLUMNS = ("task", "model", "train / eval", "metric", "reference", "trained", "minutes")
 

@@ -32,12 +32,12 @@ from transformers import (
     ViTModel,
 )
 
-from adaptive_lora.cli import main
-from adaptive_lora.config import parse
-from adaptive_lora.data import load_splits
-from adaptive_lora.loading import load_task
-from adaptive_lora.run import run
+from adaptive_lora.cli.main import main
+from adaptive_lora.recipe.config import parse
+from adaptive_lora.runs.loading import load_task
+from adaptive_lora.runs.run import run
 from adaptive_lora.tasks import Task
+from adaptive_lora.tasks.data import load_splits
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 OPINIONS = ["good", "fine", "great", "bad", "awful", "poor"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from adaptive_lora.allocate import Resize
-from adaptive_lora.history import Decision, write
+from adaptive_lora.allocation.allocate import Resize
+from adaptive_lora.allocation.history import Decision, write
 from adaptive_lora.study.records import COSTS_FILE, RESULTS_FILE, VERSION
 from adaptive_lora.study.table import make_table
 

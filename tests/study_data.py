@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.config import RunConfig
 from adaptive_lora.errors import DivergedError, InputError
+from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.study.executors import Executor
 from adaptive_lora.study.plan import make_plan, write_plan
 from adaptive_lora.study.records import StudyRecord

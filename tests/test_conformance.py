@@ -11,14 +11,15 @@ import pytest
 import torch
 from dynamic import DYNAMIC
 
-from adaptive_lora import Method, adapters, controller, methods, testing
-from adaptive_lora.adaptation import Adaptation, At
-from adaptive_lora.allocate import Resize
-from adaptive_lora.history import Decision
-from adaptive_lora.importance import GradientNorm, Importance, Pairs, Scores, Statistics, Uniform
+from adaptive_lora import Method, methods, testing
+from adaptive_lora.allocation.adaptation import Adaptation, At
+from adaptive_lora.allocation.allocate import Resize
+from adaptive_lora.allocation.history import Decision
+from adaptive_lora.allocation.importance import GradientNorm, Importance, Pairs, Scores, Statistics, Uniform
+from adaptive_lora.allocation.rules import Grow, Rule, TopK, View
 from adaptive_lora.methods import METHODS
-from adaptive_lora.resizing import resize, unwrap
-from adaptive_lora.rules import Grow, Rule, TopK, View
+from adaptive_lora.model import adapters
+from adaptive_lora.model.resize import resize, unwrap
 from adaptive_lora.testing import (
     CHECKS,
     Check,
@@ -36,7 +37,8 @@ from adaptive_lora.testing import (
     check_resume,
     check_same_seed,
 )
-from adaptive_lora.trainer import AdaptiveTrainer
+from adaptive_lora.training import controller
+from adaptive_lora.training.trainer import AdaptiveTrainer
 
 # Arguments with which a method decides within twelve steps; the others are run at the budget of uniform rank 2.
 PRESETS: dict[str, MakeMethod] = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_readme import python_blocks
 
-from adaptive_lora.adapters import attach
 from adaptive_lora.methods import METHODS
+from adaptive_lora.model.adapters import attach
 from adaptive_lora.testing import CHECKS, Check
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Imports point one way, and the command line does not wait for torch."""
+"""Packages are floors: each imports from those below it only. And the command line does not wait for torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ import pytest
 import adaptive_lora
 
 ROOT = Path(adaptive_lora.__file__).parent
+FLOORS = (
+    "errors", "naming", "hub", "files", "allocation", "model", "methods", "adapter_tools", "training", "testing", "recipe",
+    "tasks", "runs", "study", "report", "demo", "cli",
+)  # fmt: skip
+"""Packages and modules at the top level, the lowest first."""
+HEAVY = {"torch", "transformers", "peft", "datasets"}
+STILL_UP = {  # as the files stood before they were moved
+    ("adaptive_lora.adapter_tools.export", "adaptive_lora.runs.resuming"),
+    ("adaptive_lora.adapter_tools.export", "adaptive_lora.runs.use"),
+    ("adaptive_lora.allocation.custom_ranks", "adaptive_lora.model.targets"),
+    ("adaptive_lora.study.worker", "adaptive_lora.cli.quiet"),
+}
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
@@ -45,82 +57,30 @@ def imported(path: Path) -> set[str]:
 GRAPH = {name: imported(path) for name, path in MODULES.items()}
 
 
-def offenders(modules: set[str], forbidden: set[str]) -> set[tuple[str, str]]:
-    """Return (module, import) where a module imports a forbidden package, or a module inside it."""
-    return {
-        (module, name)
-        for module in modules
-        for name in GRAPH[module]
-        if any(name == bad or name.startswith(f"{bad}.") for bad in forbidden)
-    }
+def floor(module: str) -> int:
+    """Return how high the package of a module stands; the bare package `adaptive_lora` is a door on the ground."""
+    return -1 if module == "adaptive_lora" else FLOORS.index(module.split(".")[1])
 
 
-def modules(*names: str) -> set[str]:
-    """Return those of `names` that exist, and what is inside those that are packages."""
-    wanted = {f"adaptive_lora.{name}" for name in names}
-    return {m for m in GRAPH if m in wanted or any(m.startswith(f"{package}.") for package in wanted)}
+def below(*packages: str) -> set[tuple[str, str]]:
+    """Return (module, import) for all imports of these packages and modules."""
+    return {(m, name) for m in GRAPH for name in GRAPH[m] if m.removeprefix("adaptive_lora.").startswith(packages)}
 
 
 def test_the_graph_is_of_this_package() -> None:
     """The tests below would hold of an empty graph."""
-    assert "adaptive_lora.errors" in GRAPH["adaptive_lora.allocate"]
-    assert "torch" in GRAPH["adaptive_lora.adapters"]
-    assert "adaptive_lora.run" in GRAPH["adaptive_lora.cli"]  # inside a function
+    assert "adaptive_lora.errors" in GRAPH["adaptive_lora.allocation.allocate"]
+    assert "torch" in GRAPH["adaptive_lora.model.adapters"]
+    assert "adaptive_lora.runs.run" in GRAPH["adaptive_lora.cli.main"]  # inside a function
 
 
-@pytest.mark.parametrize("name", ["allocate", "budget", "history", "rules", "adapter_file", "naming", "errors"])
-def test_what_is_pure_knows_nothing_of_models(name: str) -> None:
-    assert not offenders(modules(name), {"torch", "transformers", "peft", "datasets"})
+def test_every_package_has_its_floor() -> None:
+    assert {name.split(".")[1] for name in MODULES if name != "adaptive_lora"} == set(FLOORS)
 
 
-def test_reports_read_files_only() -> None:
-    own = {name for name in GRAPH if name.startswith("adaptive_lora")}
-    allowed = modules("errors", "naming", "history", "adapter_file", "report", "study")
-    assert not offenders(
-        modules("report"), {"torch", "transformers", "peft", "datasets", *(own - allowed - {"adaptive_lora"})}
-    )
-    assert not {m for m in modules("report") if "adaptive_lora" in GRAPH[m]}
-    of_studies = {name for m in modules("report") for name in GRAPH[m] if name.startswith("adaptive_lora.study")}
-    assert of_studies == {"adaptive_lora.study.records", "adaptive_lora.study.analysis"}  # neither grid nor workers
-
-
-def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
-    """`plan` checks recipes and `worker` trains; both import what they need of them inside functions."""
-    heavy = {"torch", "transformers", "peft", "datasets", "adaptive_lora.run", "adaptive_lora.config"}
-    doing = modules("study.plan", "study.worker", "study.executors")
-    assert not offenders(modules("study") - doing, heavy)
-    assert not offenders(
-        modules("study.statistics", "study.selection", "study.records", "study.grid"), {"adaptive_lora.run"}
-    )
-    own = {name for name in GRAPH if name.startswith("adaptive_lora")}
-    pure = modules("errors")
-    assert not offenders(
-        modules("study.statistics"),
-        own - pure - {"adaptive_lora", "adaptive_lora.study", "adaptive_lora.study.records"},
-    )
-    users = modules("study", "cli_study", "report")
-    assert not offenders(set(GRAPH) - users, {"adaptive_lora.study"})
-
-
-def test_the_command_line_is_at_the_top() -> None:
-    assert not offenders(set(GRAPH), {"adaptive_lora.cli"})
-    assert not offenders(set(GRAPH) - {"adaptive_lora.cli"}, {"adaptive_lora.cli_adapters"})
-
-
-def test_the_core_knows_nothing_of_trainers_runs_and_recipes() -> None:
-    above = {
-        f"adaptive_lora.{name}" for name in ("trainer", "run", "config", "data", "tasks", "report", "demo", "study")
-    }
-    assert not offenders(
-        modules("targets", "adapters", "methods", "allocate", "resizing", "importance", "controller"), above
-    )
-
-
-def test_tools_on_adapter_folders_need_no_runs_and_no_reports() -> None:
-    above = {f"adaptive_lora.{name}" for name in ("run", "use", "config", "data", "tasks", "report", "demo", "cli")}
-    tools = modules("adapter_folder", "adapter_checks", "compression", "conversion", "inspection", "singular")
-    assert len(tools) == 6
-    assert not offenders(tools, above)
+def test_no_arrow_runs_back_up() -> None:
+    ours = {(m, name) for m in GRAPH for name in GRAPH[m] & MODULES.keys() if m != "adaptive_lora"}
+    assert {(m, name) for m, name in ours if floor(name) > floor(m)} == STILL_UP
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
@@ -137,6 +97,33 @@ def test_no_module_imports_itself_by_a_detour() -> None:
         visit(module, ())
 
 
+def test_allocation_is_numbers_in_and_ranks_out() -> None:
+    """Only importances are made of tensors, and none knows a module, a Trainer or PEFT."""
+    found = below("allocation")
+    assert {name for _, name in found} & HEAVY <= {"torch"}
+    assert {m for m, name in found if name == "torch"} == {
+        f"adaptive_lora.allocation.{name}" for name in ("importance", "singular")
+    }
+
+
+def test_reports_read_files_only() -> None:
+    """Of studies they know the records and their analysis, neither grid nor workers."""
+    found = {name for _, name in below("report")}
+    assert not found & HEAVY
+    above = {name for name in found & MODULES.keys() if floor(name) >= FLOORS.index("model")}
+    study = {f"adaptive_lora.study.{name}" for name in ("records", "analysis")}
+    assert {name for name in above if not name.startswith("adaptive_lora.report")} <= study | {
+        "adaptive_lora.adapter_tools.file"
+    }
+
+
+def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
+    """`plan` checks recipes and `worker` trains; both import what they need of them inside functions."""
+    doing = {f"adaptive_lora.study.{name}" for name in ("plan", "worker", "executors")}
+    heavy = HEAVY | {"adaptive_lora.runs.run", "adaptive_lora.recipe.config"}
+    assert {(m, name) for m, name in below("study") if m not in doing and name in heavy} == set()
+
+
 @pytest.mark.parametrize("name", adaptive_lora.__all__)
 def test_no_module_takes_the_name_of_what_the_package_offers(name: str) -> None:
     """Importing `package.thing` sets `package.thing` to the module, and a function of that name is gone."""
@@ -147,8 +134,8 @@ def test_neither_the_package_nor_the_help_imports_torch() -> None:
     """A real process: `adaptive-lora --help` answers in a fraction of the time torch takes to import."""
     script = (
         "import sys; sys.argv = ['adaptive-lora', '--help']\n"
-        "import adaptive_lora.cli\n"
-        "try: adaptive_lora.cli.main()\n"
+        "import adaptive_lora.cli.main\n"
+        "try: adaptive_lora.cli.main.main()\n"
         "finally: print('loaded:', sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

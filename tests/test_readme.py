@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 import adaptive_lora as al
-from adaptive_lora.targets import find_targets
+from adaptive_lora.model.targets import find_targets
 
 ROOT = Path(__file__).parent.parent
 

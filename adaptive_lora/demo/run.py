@@ -16,12 +16,12 @@ from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-from adaptive_lora.config import parse
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe.config import parse
 from adaptive_lora.report import read_run
 from adaptive_lora.report.figures import accuracy_bars, rank_heatmap, rank_steps
 from adaptive_lora.report.tables import show
-from adaptive_lora.run import run
+from adaptive_lora.runs.run import run
 
 RANK = 8
 METHODS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from adaptive_lora.history import Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.naming import by_kind
 from adaptive_lora.report.read import RunRecord
 

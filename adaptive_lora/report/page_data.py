@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from adaptive_lora.history import Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.naming import by_kind
 from adaptive_lora.report.study_read import Run, StudyRecord, TableRow
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adaptive_lora.history import Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.naming import by_kind
 from adaptive_lora.report.read import RunRecord
 

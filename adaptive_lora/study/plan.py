@@ -92,7 +92,7 @@ def recipe_keys() -> list[str]:
     from pydantic import BaseModel
     from transformers import TrainingArguments
 
-    from adaptive_lora.config import RunConfig
+    from adaptive_lora.recipe.config import RunConfig
 
     keys = []
     for name, info in RunConfig.model_fields.items():
@@ -105,7 +105,7 @@ def recipe_keys() -> list[str]:
 
 
 def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    from adaptive_lora.config import parse
+    from adaptive_lora.recipe.config import parse
 
     resolved = parse({**recipe, "output": UNUSED}, origin=origin).model_dump(mode="json")
     del resolved["output"]
@@ -198,7 +198,7 @@ def read_study_head(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    from adaptive_lora.recipe import read_file
+    from adaptive_lora.files import read_file
 
     values = read_file(file, "study")
     if not isinstance(values, dict):

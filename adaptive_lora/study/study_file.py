@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.recipe import load_yaml, read_file, set_key
+from adaptive_lora.files import load_yaml, read_file, set_key
 from adaptive_lora.study.selection import RULES
 
 LEARNING_RATE = "training.learning_rate"
@@ -115,7 +115,7 @@ def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
     values = dict(values)
     base = values.get("base")
     if isinstance(base, str):
-        from adaptive_lora.recipe import read_recipe
+        from adaptive_lora.files import read_recipe
 
         values["base"] = read_recipe(Path(file).parent / base)
     for assignment in assignments:

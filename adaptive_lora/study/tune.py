@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
-from adaptive_lora.recipe import read_file
+from adaptive_lora.files import read_file
 from adaptive_lora.study import claims
 from adaptive_lora.study.grid import expand
 from adaptive_lora.study.outcomes import UnusableError, is_over, read_outcome, read_result
@@ -77,7 +77,7 @@ class Trial:
 
 def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     """Return the search in a YAML file, after `key=value` assignments."""
-    from adaptive_lora.recipe import set_key
+    from adaptive_lora.files import set_key
 
     values = read_file(Path(file), "tune file")
     if not isinstance(values, dict):

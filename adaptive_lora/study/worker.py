@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from adaptive_lora.cli.quiet import quiet_imports
 from adaptive_lora.errors import AdaptiveLoraError, IntegrityError
-from adaptive_lora.silence import quiet_imports
 from adaptive_lora.study import claims
 from adaptive_lora.study.outcomes import RESULT_FILE, digests, is_over, write_outcome
 from adaptive_lora.study.plan import read_plan
 from adaptive_lora.study.records import CLAIMS, LOGS, RUNS, VERSION, Outcome, PlannedRun
 
-TRAIN = "adaptive_lora.run:run"
+TRAIN = "adaptive_lora.runs.run:run"
 MAX_CRASHES = 3
 WAIT = 1.0  # seconds between two looks at runs that others work on
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -103,7 +103,7 @@ def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train,
 
 def _train(folder: Path, planned: PlannedRun, train: Train, *, begun: bool) -> None:
     """Train where nothing is, go on where an earlier claim has left a run, if that gives the same result."""
-    from adaptive_lora.config import parse
+    from adaptive_lora.recipe.config import parse
 
     config = parse({**planned["config"], "output": str(folder)}, origin=planned["id"])
     if folder.is_dir() and any(folder.iterdir()):
@@ -144,7 +144,7 @@ def _log(file: Path) -> Iterator[None]:
 
 def _costliest_component(folder: Path) -> int | None:
     """Return I + O of the costliest target with an adapter; None without a saved adapter."""
-    from adaptive_lora.adapter_file import component_costs
+    from adaptive_lora.adapter_tools.file import component_costs
     from adaptive_lora.study.outcomes import ADAPTER_FILE
 
     if not (folder / ADAPTER_FILE).is_file():

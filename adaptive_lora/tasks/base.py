@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from adaptive_lora.config import RunConfig
-from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe.config import RunConfig
+from adaptive_lora.tasks.data import RECORD, Split
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
 ROW, LENGTH = "row", "length"  # columns of every features table: the record's row in its split from 0; tokens

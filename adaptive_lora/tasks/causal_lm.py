@@ -7,9 +7,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import IGNORED, ROW
+from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, fill, fill_each, template_columns
 
 

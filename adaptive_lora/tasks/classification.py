@@ -10,10 +10,10 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from torch import nn
 
-from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task, by_record
+from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 
 

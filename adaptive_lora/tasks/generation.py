@@ -14,8 +14,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from adaptive_lora.config import GenerationConfig
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe.config import GenerationConfig
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from datasets import Dataset, concatenate_datasets
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageClassification
 
-from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import LENGTH, ROW
 from adaptive_lora.tasks.classification import ClassTask
+from adaptive_lora.tasks.data import RECORD, Split
 
 
 class ImageClassification(ClassTask):

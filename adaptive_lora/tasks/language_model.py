@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from adaptive_lora.config import RunConfig
-from adaptive_lora.data import Split
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW, Task, by_record
+from adaptive_lora.tasks.data import Split
 from adaptive_lora.tasks.generation import generate
 
 BYTES, PROMPT = "bytes", "prompt_ids"  # columns: bytes of the text that bears loss; what generation starts from

@@ -10,10 +10,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 
-from adaptive_lora.data import RECORD, Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task
+from adaptive_lora.tasks.data import RECORD, Split
 
 N_BEST = 20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
 SPANS, CONTEXT, ANSWERS = "spans", "context_text", "answer_texts"

@@ -9,10 +9,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adaptive_lora.data import Split
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW
+from adaptive_lora.tasks.data import Split
 from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, template_columns, template_parts
 
 REFERENCE = "reference"

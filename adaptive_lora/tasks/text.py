@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from adaptive_lora.data import Split, columns_of
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import ROW, Task
+from adaptive_lora.tasks.data import Split, columns_of
 
 LABEL_COLUMNS = ("label", "labels")
 

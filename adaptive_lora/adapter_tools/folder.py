@@ -1,0 +1,296 @@
+"""Any PEFT LoRA adapter folder as plain data, and back: no model, no base weights.
+
+    update of a target = scale · B A,   A (R, I), B (O, R)
+
+The scale is the one PEFT applies: alpha / R, or alpha / √R with `use_rslora`, alpha and R by `alpha_pattern` and
+`rank_pattern`. What is no sum of scaled components of a linear layer is refused by name, with a way out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from adaptive_lora.adapter_tools.checks import (
+    Tensors,
+    check_finite,
+    check_names,
+    check_supported,
+    kind_of,
+    split_tensors,
+)
+from adaptive_lora.adapter_tools.file import PREFIX
+from adaptive_lora.allocation.allocate import RankPattern
+from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.model.adapters import scaled_config
+from adaptive_lora.model.fingerprint import FINGERPRINT_FILE
+
+# What belongs to the base model's text or images rather than to the adapter, and is copied along.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "*processor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one target: scale · B A, with A (R, I) and B (O, R)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one component, I + O."""
+        return self.a.shape[1] + self.b.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter folder holds.
+
+    Args:
+        config: PEFT's config; it describes `updates`.
+        updates: {full target name: its update}, in the order of layers.
+        rest: the other tensors by their name in the file: trained heads, biases, embeddings.
+        folder: where it was read from.
+    """
+
+    config: LoraConfig
+    updates: dict[str, Update]
+    rest: Tensors = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def ranks(self) -> RankPattern:
+        """{full target name: rank}."""
+        return {name: update.rank for name, update in self.updates.items()}
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """{full target name: parameters of one component, I + O}."""
+        return {name: update.cost for name, update in self.updates.items()}
+
+    @property
+    def parameters(self) -> int:
+        """The LoRA parameters, Σ R (I + O)."""
+        return sum(update.rank * update.cost for update in self.updates.values())
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name, as the config has it."""
+        return self.config.base_model_name_or_path
+
+
+def find_folder(path: str | Path) -> Path:
+    """Return the adapter folder at `path`: itself, or `adapter` inside a run directory. Raises `InputError` without one."""
+    folder = Path(path).expanduser()
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / CONFIG_NAME).is_file():
+            return candidate
+    if not folder.exists():
+        fetch = f". One on the hub must be fetched first: hf download {path} --local-dir FOLDER"
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+        raise InputError(f"there is no folder {folder}; expected a PEFT adapter folder" + (fetch if on_hub else ""))
+    raise InputError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
+
+
+def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
+    """Return (folder, config, tensors by their name in the file) of an adapter of any kind PEFT knows.
+
+    Raises `InputError` for what is no adapter folder or is pickled, `IntegrityError` for damaged files.
+    """
+    folder = find_folder(path)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() and (folder / WEIGHTS_NAME).is_file():
+        raise InputError(
+            f"{folder} holds its weights as a pickle ({WEIGHTS_NAME}), which can run any code when it is read; expected "
+            f"{SAFETENSORS_WEIGHTS_NAME}. If you trust it, convert it once: "
+            f"PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(NEW_FOLDER)"
+        )
+    if not file.is_file():
+        raise InputError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; expected the weights of the adapter there")
+    where = folder / CONFIG_NAME
+    try:
+        kind = json.loads(where.read_text(encoding="utf-8"))["peft_type"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice for training
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
+        raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    if kind_of(config) != kind:
+        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}")
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # as above, of safetensors
+        raise IntegrityError(f"{file} is damaged: {error}") from error
+    return folder, config, tensors
+
+
+def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
+    """Return the LoRA adapter in the folder `path` (or in `adapter` of a run directory).
+
+    Args:
+        finite: refuse tensors that hold a NaN or an infinity.
+
+    Raises `InputError` for what is no LoRA adapter folder or a kind of LoRA that is no sum of components,
+    `IntegrityError` for damaged files: tensors missing, unexpected, of shapes that do not fit, or not finite.
+
+    >>> import tempfile
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import BertConfig, BertModel
+    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> model = get_peft_model(tiny, LoraConfig(r=4, lora_alpha=8, target_modules=["query"], use_rslora=True))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     adapter = read_adapter(folder)
+    >>> {name: (update.rank, update.scale) for name, update in adapter.updates.items()}
+    {'encoder.layer.0.attention.self.query': (4, 4.0)}
+    """
+    folder, config, tensors = read_files(path)
+    kind = kind_of(config)
+    if kind == "ADALORA":
+        raise InputError(
+            f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora convert {folder} --output NEW"
+        )
+    if not isinstance(config, LoraConfig) or kind != "LORA":
+        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
+    check_supported(f"the adapter in {folder}", config)
+    pairs, rest = split_tensors(folder, tensors, {"a": ".lora_A.weight", "b": ".lora_B.weight"})
+    check_names(folder, config, pairs, rest)
+    updates = {
+        name: Update(parts["a"], parts["b"], _scale(folder, config, name, parts["a"].shape[0]))
+        for name, parts in pairs.items()
+    }
+    if finite:
+        check_finite(folder, tensors)
+    return Adapter(config, updates, rest, folder)
+
+
+def _scale(folder: Path, config: LoraConfig, name: str, rank: int) -> float:
+    """Return what PEFT multiplies B A with. Raises `IntegrityError` when the config gives another rank than the tensor's."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    try:
+        r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    except re.error as error:
+        raise IntegrityError(f"a pattern in {folder / CONFIG_NAME} is no regular expression: {error}") from error
+    if r != rank:
+        raise IntegrityError(
+            f"{name!r} in {folder} has rank {rank}, but its {CONFIG_NAME} says {r}; PEFT could not load it"
+        )
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise IntegrityError(f"lora_alpha of {name!r} in {folder} is {alpha!r}; expected a finite number")
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def one_scale(updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Return the same updates with one constant scale, the most frequent; what differs from it goes into B.
+
+    Exact in float32 up to one rounding of B; a scale that is not positive becomes 1.
+    """
+    counts = Counter(update.scale for update in updates.values() if update.scale > 0)
+    scale = max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
+    return {
+        name: update
+        if update.scale == scale
+        else Update(update.a, (update.b.double() * (update.scale / scale)).to(update.b.dtype), scale)
+        for name, update in updates.items()
+    }
+
+
+def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
+    """Return `adapter` with these updates, all of one scale and none of rank 0, and a config in native form for them.
+
+    Native form: r the largest rank, lora_alpha = scale · r, rank_pattern and alpha_pattern by full names; exact in PEFT
+    and under readers that know one lora_alpha / r.
+    """
+    if not updates:
+        raise InputError("no target is left: an adapter of rank 0 everywhere changes nothing")
+    (scale,) = {update.scale for update in updates.values()}
+    config = copy.copy(adapter.config)
+    for name, value in scaled_config({name: update.rank for name, update in updates.items()}, scale).items():
+        setattr(config, name, value)
+    if set(updates) != set(adapter.updates) or config.target_modules == "all-linear" or config.target_modules is None:
+        config.target_modules = _target_modules(updates, adapter.updates)
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    config.init_lora_weights = True
+    return replace(adapter, config=config, updates=dict(updates))
+
+
+def _target_modules(names: Iterable[str], known: Iterable[str]) -> Any:
+    """Return full names in a list, as readers like them; a regular expression where a name could end another's."""
+    wanted = sorted(names)
+    others = set(known) - set(wanted)
+    if all("." in name for name in wanted) and not any(o.endswith(f".{name}") for name in wanted for o in others):
+        return wanted
+    return "|".join(map(re.escape, wanted))
+
+
+def state_dict(adapter: Adapter) -> Tensors:
+    """Return the tensors by their names in an adapter file."""
+    pairs = {
+        f"{PREFIX}{name}.lora_{part}.weight": tensor.contiguous()
+        for name, update in adapter.updates.items()
+        for part, tensor in (("A", update.a), ("B", update.b))
+    }
+    return {**pairs, **adapter.rest}
+
+
+def check_output(output: str | Path) -> Path:
+    """Return the path of a folder to be made. Raises `InputError` when something is there already."""
+    path = Path(output).expanduser()
+    if path.exists() or path.is_symlink():
+        raise InputError(f"output {path} exists; give another name or remove it")
+    return path
+
+
+def write_adapter(adapter: Adapter, output: str | Path) -> Path:
+    """Write the adapter as a folder that PEFT reads, with the tokenizer of the folder it came from, and return its path.
+
+    Written beside and moved into place when complete. Raises `InputError` when `output` exists or cannot be written,
+    `IntegrityError` when a tensor is not finite.
+    """
+    path = check_output(output)
+    tensors = state_dict(adapter)
+    check_finite(adapter.folder, tensors)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice on the config
+            staging = Path(folder) / "new"
+            staging.mkdir()
+            adapter.config.save_pretrained(str(staging))
+            save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            for file in _companions(adapter.folder) if adapter.folder is not None else ():
+                shutil.copy(file, staging)
+            staging.rename(check_output(path))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _companions(folder: Path) -> list[Path]:
+    return [file for pattern in (*COMPANIONS, FINGERPRINT_FILE) for file in folder.glob(pattern) if file.is_file()]

@@ -1,0 +1,1 @@
+"""What touches a live model: targets, adapters, changes of rank, quantised bases, memory."""

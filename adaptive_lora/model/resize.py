@@ -1,0 +1,306 @@
+"""Change the rank of adapters in place: weights, optimizer moments and importance statistics by one rule.
+
+A `Resize` says which components stay and how many are new. Kept components keep everything bit for bit. New ones get a
+fresh row in A, zero in B (so the function is unchanged), zero in the first moment, and the mean of the kept entries in
+the second moment and in the statistics (with 0 there, Adam's first updates of the new entries would be several lr).
+
+A rotated `Resize` first turns the adapter to its singular components (`singular.rotation`): A' = Nᵀ A, B' = B Pᵀ, and the
+moments as the gradients they average: m_A' = P m_A, v_A' = P² v_A, m_B' = m_B N, v_B' = v_B N² (squares entry by entry,
+as if the entries of a gradient were uncorrelated). Measured in `studies/squeeze.py`.
+
+The `nn.Parameter` objects stay the same; only their storage is new. New objects behind an optimizer would silently stop
+training, and moments of the wrong shape silently corrupt it under fused AdamW, so shapes are checked after every change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from adaptive_lora.allocation.allocate import Resize
+from adaptive_lora.allocation.importance import Statistic, Statistics
+from adaptive_lora.allocation.singular import rotation
+from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.model.adapters import adapters, all_weights, is_masked, park, ranks, sync_config, unpark, weights
+from adaptive_lora.model.quantization import keep_trainable
+
+SUPPORTED = (AdamW, Adam, SGD)
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_model(model: Any) -> None:
+    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded, or packed for inference."""
+    kind = None if isinstance(model, PeftModel) else type(model).__name__
+    if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        kind = "PeftModel sharded by FSDP"
+    if kind is not None:
+        raise InputError(
+            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. Ranks cannot change inside "
+            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train on one device, unwrapped"
+        )
+    keep_trainable(model)
+
+
+def check_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer, or raise `InputError` naming it when its state cannot be resized."""
+    inner = unwrap(optimizer)
+    if type(inner) not in SUPPORTED:
+        names = ", ".join(kind.__name__ for kind in SUPPORTED)
+        raise InputError(
+            f"the optimizer {type(inner).__module__}.{type(inner).__name__} cannot be resized; expected one of {names} "
+            "from torch.optim, whose state has the shape of its parameters (training.optim: adamw_torch)"
+        )
+    return inner
+
+
+def resize(
+    model: PeftModel,
+    changes: Mapping[str, int | Resize],
+    optimizer: Any = None,
+    statistics: Statistics | None = None,
+    *,
+    seed: int = 0,
+) -> None:
+    """Change the rank of the named adapters, all or none.
+
+    Kept: A[keep], B[:, keep] and all their state, bit for bit. New: A ~ U(±1/√I) (PEFT's own start), B = 0. A `Resize`
+    with `rotated` keeps singular components of B A instead, with the moments carried over.
+
+    Args:
+        model: a model with adapters.
+        changes: {full target name: new rank, or `Resize`}. A plain rank keeps the components of largest |b_k| |a_k|
+            when it shrinks, and adds new ones at the end when it grows.
+        optimizer: the optimizer that trains the adapters, bare or wrapped by accelerate; None before training.
+        statistics: tensors of an importance, resized by the same rule, in place.
+        seed: of the new rows of A; drawn from a generator of their own, so that no other random number changes.
+
+    Raises `InputError` for unknown targets, impossible ranks or an unsupported optimizer, `DivergedError` when a new
+    tensor would not be finite; nothing is changed then. Gradients of changed adapters are dropped.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from adaptive_lora import attach, methods, ranks
+    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> model = attach(tiny, methods.lora(4), targets=["query"])
+    >>> resize(model, {"encoder.layer.0.attention.self.query": 2})
+    >>> ranks(model)
+    {'encoder.layer.0.attention.self.query': 2}
+    """
+    check_model(model)
+    if is_masked(model):
+        raise InputError("PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that shrink")
+    layers = adapters(model)
+    inner = check_optimizer(optimizer) if optimizer is not None else None
+    generator = torch.Generator().manual_seed(seed)
+    plans = {name: _plan(name, layers, change) for name, change in changes.items()}
+    if not any((ranks(model) | {name: plan.rank for name, plan in plans.items()}).values()):
+        raise InputError("every adapter would have rank 0; at least one must keep a component")
+    staged_pairs = {name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()}
+    staged = [item for pair in staged_pairs.values() for item in pair]
+    staged_statistics: list[tuple[Statistic, torch.Tensor]] = []
+    for kind in (statistics or {}).values():
+        for name, statistic in kind.items():
+            if name in plans and statistic.dim is not None:
+                if plans[name].rotated:
+                    raise InputError(
+                        "an importance that remembers something of each component cannot be used with a rule that rotates "
+                        "components; use importance.SingularValues"
+                    )
+                new = _take(statistic.tensor, statistic.dim, plans[name], _mean)
+                if statistic.copies:
+                    kept, grown = len(plans[name].keep), plans[name].grow
+                    weight = staged_pairs[name][statistic.dim].value
+                    new.narrow(statistic.dim, kept, grown).copy_(weight.narrow(statistic.dim, kept, grown))
+                staged_statistics.append((statistic, new))
+    for new in (
+        *(tensor for item in staged for tensor in item.tensors()),
+        *(tensor for _, tensor in staged_statistics),
+    ):
+        if not torch.isfinite(new).all():
+            raise DivergedError("a resize was refused: weights, moments or statistics would not be finite")
+
+    _swap(staged)
+    for item in staged:
+        if inner is not None and item.state:
+            inner.state[item.parameter].update(item.state)
+    for name, plan in plans.items():
+        unpark(layers[name])
+        layers[name].r[layers[name].active_adapters[0]] = plan.rank
+    for statistic, tensor in staged_statistics:
+        statistic.tensor = tensor
+    for name, plan in plans.items():
+        _sync_layer(layers[name], plan.rank)
+    if plans:
+        sync_config(model)
+    if inner is not None:
+        check_state_shapes(layers, inner)
+
+
+def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
+    """Raise `IntegrityError` unless every adapter parameter is in the optimizer, with state of its own shape."""
+    inner = unwrap(optimizer)
+    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        for parameter in all_weights(layer):
+            if id(parameter) not in known:
+                raise IntegrityError(
+                    f"an adapter parameter of {name!r} is not in the optimizer: it would not be trained"
+                )
+            for key, value in inner.state.get(parameter, {}).items():
+                if _is_moment(value) and value.shape != parameter.shape:
+                    raise IntegrityError(
+                        f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, its parameter "
+                        f"{tuple(parameter.shape)}: the next step would be wrong. Change ranks with adaptive_lora.resize only"
+                    )
+
+
+@dataclass
+class _Staged:
+    """One parameter with its new value and new optimizer state, not yet in place."""
+
+    parameter: nn.Parameter
+    value: torch.Tensor
+    state: dict[str, torch.Tensor]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield self.value
+        yield from self.state.values()
+
+
+def _swap(staged: list[_Staged]) -> None:
+    """Put every new value into its parameter, or none.
+
+    swap_tensors, not `.data =`: the latter breaks the next backward while an old graph (a live `loss`) exists. It
+    refuses a parameter that a graph still needs, one that was never run backward; then the others are swapped back.
+    """
+    done: list[tuple[nn.Parameter, nn.Parameter]] = []
+    try:
+        for item in staged:
+            item.parameter.grad = None
+            other = nn.Parameter(item.value, requires_grad=item.parameter.requires_grad)
+            torch.utils.swap_tensors(item.parameter, other)
+            done.append((item.parameter, other))
+    except RuntimeError as error:
+        for parameter, other in done:
+            torch.utils.swap_tensors(parameter, other)
+        raise InputError(
+            "ranks cannot change while a graph over the adapters waits for backward(): run evaluations under "
+            f"torch.no_grad(), and delete losses that are not used. Nothing was changed ({error})"
+        ) from error
+
+
+def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
+    if name not in layers:
+        raise InputError(f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ...")
+    layer = layers[name]
+    pair = weights(layer)
+    now = 0 if pair is None else pair[0].shape[0]
+    full_rank = min(layer.in_features, layer.out_features)
+    impossible = f"rank {{rank}} for {name!r} is impossible; expected 0..{full_rank} = min(in, out features)"
+    if isinstance(change, int):
+        if not 0 <= change <= full_rank:
+            raise InputError(impossible.format(rank=change))
+        if pair is None or change >= now:
+            change = Resize(tuple(range(now)), change - now)
+        else:
+            size = pair[0].detach().norm(dim=1) * pair[1].detach().norm(dim=0)
+            change = Resize(tuple(sorted(size.topk(change).indices.tolist())))
+    if change.grow < 0 or change.rank > full_rank:
+        raise InputError(impossible.format(rank=change.rank))
+    if len(set(change.keep)) != len(change.keep) or not all(0 <= k < now for k in change.keep):
+        raise InputError(f"{name!r} has components 0..{now - 1}; asked to keep {change.keep}")
+    return change
+
+
+def _mean(kept: torch.Tensor) -> float:
+    return kept.mean().item() if kept.numel() else 0.0
+
+
+def _zero(_kept: torch.Tensor) -> float:
+    return 0.0
+
+
+def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tensor:
+    """Return `tensor` with the kept components along `dim`, then `plan.grow` new ones filled from the kept."""
+    kept = tensor.index_select(dim, torch.tensor(plan.keep, dtype=torch.long, device=tensor.device))
+    if not plan.grow:
+        return kept
+    shape = list(kept.shape)
+    shape[dim] = plan.grow
+    return torch.cat([kept, kept.new_full(shape, fill(kept))], dim=dim)
+
+
+def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator) -> list[_Staged]:
+    staged = []
+    pair = all_weights(layer)
+    turns: tuple[_Turn | None, ...] = (None, None)
+    if plan.rotated and len(pair[0]):
+        p, n = rotation(pair[0].detach(), pair[1].detach())
+        turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
+    for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
+        value = _take(
+            parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero
+        )
+        if dim == 0 and plan.grow:
+            bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(-bound, bound, generator=generator)
+            value[len(plan.keep) :] = fresh.to(value)
+        state = {
+            key: _take(
+                moment if turn is None else turn.of_moment(key, moment, dim),
+                dim,
+                plan,
+                _mean if key in SECOND_MOMENTS else _zero,
+            )
+            for key, moment in (optimizer.state.get(parameter, {}) if optimizer else {}).items()
+            if _is_moment(moment)
+        }
+        staged.append(_Staged(parameter, value, state))
+    return staged
+
+
+@dataclass
+class _Turn:
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component j."""
+
+    weights: torch.Tensor
+    moments: torch.Tensor
+
+    def of_weights(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.weights, tensor, dim)
+
+    def of_moment(self, key: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._apply(self.moments.square() if key in SECOND_MOMENTS else self.moments, tensor, dim)
+
+    @staticmethod
+    def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = tensor.to(by.dtype)
+        return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
+
+
+def _is_moment(value: Any) -> bool:
+    """True for state shaped like its parameter; Adam's step count is a scalar."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _sync_layer(layer: Any, rank: int) -> None:
+    """Make the layer's own numbers agree with its tensors; the scale stays as it is."""
+    adapter = layer.active_adapters[0]
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
+    layer.lora_alpha[adapter] = layer.scaling[adapter] * rank
+    if rank == 0:
+        park(layer)

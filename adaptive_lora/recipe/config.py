@@ -1,0 +1,288 @@
+"""The recipe of a run: what a YAML file may say, with every default in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import torch
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticSchemaGenerationError,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from transformers import TrainingArguments
+
+from adaptive_lora import methods
+from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.model.quantization import Precision, Quantization, compute_dtype
+from adaptive_lora.recipe.presets import expand
+
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
+Location = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~ is the home folder, or a hub name
+
+
+def _class_name(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise InputError(f"data.classes holds {value}: YAML reads a bare yes, no, on or off so; put it in quotes")
+    return str(value) if isinstance(value, int | float) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_class_name)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(_Strict):
+    """Where the records come from and what their columns mean. Names of columns that a task does not read are ignored."""
+
+    train: Location  # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
+    eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
+    extra_eval: dict[str, Location] = {}  # name -> further records, evaluated once after training
+    config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
+    train_split: str = "train"  # hub only
+    eval_split: str | None = None  # hub only
+    extra_eval_split: dict[str, str] = {}  # hub only: name -> split
+    rows: Positive | None = None  # take this many records (a seeded choice); None: all
+    eval_rows: Positive | None = None
+    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1  # a fraction, or a number of records
+    seed: Seed = 0  # of the split and of the choice of rows, not of the training
+    id: str = "id"  # where there is such a column, no two records may share a value
+    duplicate_ids: Literal["refuse", "keep"] = "refuse"
+    max_length: Positive = 128  # tokens of an input
+    too_long: Literal["cut", "drop", "refuse"] = "cut"  # what becomes of a longer one; counted and printed
+    text: str | list[str] | None = None  # what is read: one column, or a pair (classification, regression)
+    label: str | None = None  # classification, regression
+    classes: list[ClassName] | None = (
+        None  # classification: names of the classes; None reads them off the training split
+    )
+    class_numbers: bool = (
+        False  # whether a label may be the number of a class; turned on by giving classes without numbers
+    )
+    instruction: str = "instruction"  # causal_lm, Alpaca-style records
+    input: str = "input"
+    output: str = "output"  # causal_lm: what is learned, after the prompt
+    prompt: str | None = None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    summary: str = "summary"  # summarization
+    max_target_length: Positive = 128  # summarization: tokens of a summary
+    question: str = "question"  # question_answering
+    context: str = "context"
+    answers: str = "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
+    answer_start: str = "answer_start"  # characters; without this column the first occurrence is taken
+    unanswerable: bool = False  # whether no answer is an answer; turned on by training records without one
+    stride: Positive = 64  # tokens that two windows of one long context share
+    max_answer_length: Positive = 30  # tokens
+
+
+class GenerationConfig(_Strict):
+    """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always greedy or beam search."""
+
+    max_new_tokens: Positive = 128
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    num_beams: Positive = 1
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # of beams; above 0 favours longer texts
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0  # no run of so many tokens twice; 0: no such rule
+    batch_size: Positive = 16
+    rows: Positive | None = None  # how many evaluation records are generated for at each evaluation; None: all
+
+
+class MethodConfig(BaseModel):
+    """A name in `adaptive_lora.METHODS` and its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "lora"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class AdapterConfig(_Strict):
+    """Where adapters go, and their constant scale."""
+
+    targets: str | list[str] = "all-linear"
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be given.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,  # below 1: a fraction of all steps
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "optim": "adamw_torch",
+    "logging_steps": 20,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+}
+# Fields the run decides itself, with the recipe key that sets them.
+TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkpoint": "--resume"}
+
+TaskName = Literal[
+    "classification", "regression", "causal_lm", "summarization", "question_answering", "image_classification"
+]
+
+
+class RunConfig(_Strict):
+    """Everything that determines a run."""
+
+    model: Location  # a local folder, or a model name on the hub
+    task: TaskName
+    data: DataConfig
+    output: Location
+    preset: str | None = None  # a name in `presets.PRESETS`, from which keys not given were filled in
+    metric: str | None = None  # the one to report first; None: the task's
+    method: MethodConfig = MethodConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    generation: GenerationConfig = GenerationConfig()
+    training: dict[str, Any] = {}
+    on_non_finite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to its step
+    max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
+    quantization: Quantization = (
+        "none"  # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
+    )
+    # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's files, and on a quantised
+    # base float32 on a CPU, bfloat16 (else float16) on CUDA.
+    dtype: Precision = "auto"
+    seed: Seed = 42
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _training_is_known(self) -> Self:
+        self.training = _check_training({**TRAINING_DEFAULTS, **self.training})
+        return self
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass, by either name that transformers gives it."""
+        return any(bool(self.training.get(f"{kind}_checkpointing")) for kind in ("activation", "gradient"))
+
+    def training_arguments(self, **overrides: Any) -> TrainingArguments:
+        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own words."""
+        values = {**self.training, "seed": self.seed, **overrides}
+        if self.quantization != "none" and not (values.get("bf16") or values.get("fp16")):
+            # The head is trained in float32 on what the base computes in 16 bits: autocast joins them.
+            dtype = compute_dtype(self.dtype)
+            values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # the name before transformers 5.23
+            newer = name.replace("gradient", "activation")
+            if name in values and newer in {field.name for field in dataclasses.fields(TrainingArguments)}:
+                values.setdefault(newer, values.pop(name))
+        try:
+            return TrainingArguments(**values)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"training: {error}") from error
+
+    def to_yaml(self) -> str:
+        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _check_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with each field as its declared type (YAML reads 3e-4 as a string)."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    checked = {}
+    for name, value in values.items():
+        if name in TRAINING_RESERVED:
+            raise InputError(f"training.{name} cannot be set; use {TRAINING_RESERVED[name]}")
+        if name not in known:
+            raise InputError(
+                f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments"
+            )
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # YAML 1.1 reads a bare `no` as false
+        kind = _training_type(name)
+        try:
+            checked[name] = value if kind is None else kind.validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"training.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
+            raise InputError(f"training.{name} is {value!r}; expected a finite number")
+        if hasattr(checked[name], "value"):  # an enum: keep the config plain data
+            checked[name] = checked[name].value
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in ("learning_rate", "num_train_epochs", *batches):
+        if name in checked and not checked[name] > 0:
+            raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
+    return checked
+
+
+@functools.cache  # a study checks thousands of recipes
+def _training_type(name: str) -> TypeAdapter[Any] | None:
+    """Return what checks a field of `TrainingArguments`; None for a type that pydantic cannot check: its own check will."""
+    try:
+        return TypeAdapter(_training_hints()[name])
+    except PydanticSchemaGenerationError:
+        return None
+
+
+@functools.cache
+def _training_hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingArguments)
+
+
+def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
+    """Return the `RunConfig` of a plain mapping, such as a parsed YAML file.
+
+    Raises `InputError` naming `origin`, the key, and the nearest known spelling. The method is built once, so that a
+    wrong method or argument is found here and not after the model is loaded.
+    """
+    try:
+        config = RunConfig.model_validate(expand(values))
+        methods.build(config.method.name, config.method.arguments)
+    except ValidationError as error:
+        problems = dict.fromkeys(_explain(problem) for problem in error.errors())
+        raise InputError(f"{origin}: {'; '.join(problems)}") from None
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    return config
+
+
+def _explain(problem: Any) -> str:
+    key, last, known = _key_at(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}.{nearest(last, known)} Known here: {', '.join(known)}"
+    if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {problem['input']!r}: {problem['msg']}"
+
+
+def _key_at(location: Iterable[Any]) -> tuple[str, str, list[str]]:
+    """Return (dotted key, its last part, the keys known beside it). What follows the key in a location (positions in a
+    list, arms of a union) is pydantic's."""
+    path: list[str] = []
+    model: Any = RunConfig
+    known = list(model.model_fields)
+    for part in location:
+        path.append(str(part))
+        known = list(model.model_fields)
+        if part not in known:
+            break
+        model = model.model_fields[part].annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+    return ".".join(path), path[-1] if path else "", known

@@ -1,0 +1,251 @@
+"""One run: a recipe in, a run directory out. Readable from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from adaptive_lora import methods
+from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.training.callback import AdaptiveRankCallback
+from adaptive_lora.recipe.config import RunConfig
+from adaptive_lora.training.controller import NeverDecidedError
+from adaptive_lora.tasks.data import load_splits
+from adaptive_lora.runs.dry_run import few, soon, two_steps
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
+from adaptive_lora.allocation.history import HISTORY_FILE
+from adaptive_lora.runs.loading import load_model, load_task
+from adaptive_lora.model.memory import account, peak_memory, process_memory
+from adaptive_lora.model.quantization import compute_dtype, left_out
+from adaptive_lora.runs.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
+from adaptive_lora.model.targets import coverage, find_targets
+from adaptive_lora.runs.task_trainer import TaskTrainer
+from adaptive_lora.tasks import Task
+from adaptive_lora.training.trainer import MetricsFile, finite, use_progress
+
+METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
+LEARNED = {
+    "text",
+    "label",
+    "classes",
+    "class_numbers",
+    "unanswerable",
+}  # keys of `data` that the training records may complete
+WIDTH = 100  # columns of the terminal
+
+
+def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Train as `config` says and return the content of `result.json`.
+
+    Everything that can be wrong with the request is found before the run directory is made. Training that diverges
+    or changes nothing leaves `result.json` with status "failed" and raises. A dry run draws the model's weights at random
+    and takes two steps.
+
+    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `NothingLearnedError` (no update),
+    `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that cannot be resumed as asked).
+    """
+    folder = Path(config.output)
+    checkpoint = check_folder(folder, config, resume=resume)
+    existed = folder.is_dir()
+    try:
+        return _train(config, folder, checkpoint, dry_run=dry_run)
+    except InputError:
+        # Some faults come out only when the Trainer starts. What is in the folder then is ours: it was empty or absent.
+        metrics = folder / METRICS_FILE
+        if not resume and not (metrics.is_file() and metrics.stat().st_size):
+            shutil.rmtree(folder, ignore_errors=True)
+            if existed:
+                folder.mkdir()
+        raise
+
+
+def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool) -> dict[str, Any]:
+    method = methods.build(config.method.name, config.method.arguments)
+    task = load_task(config)
+    overrides: dict[str, Any] = {"output_dir": str(folder / CHECKPOINT_FOLDER), **task.training}
+    if checkpoint is not None:
+        overrides["eval_on_start"] = False  # the log of the resumed run has that row
+    if dry_run:
+        method = soon(method)
+        overrides |= two_steps(config)
+    arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
+    splits = load_splits(config.data)
+    task.learn(splits.train)
+    _check_arguments(arguments, task, config.metric)
+    train, held_out = task.features(splits.train), task.features(splits.eval)
+    extra = {name: task.features(split) for name, split in splits.extra.items()}
+    if dry_run:  # every record has been looked at
+        held_out = few(held_out, arguments)
+        extra = {name: few(features, arguments) for name, features in extra.items()}
+
+    before = process_memory()
+    set_seed(config.seed)  # the head and A are drawn here
+    base, newly_drawn = load_model(config, task, random_weights=dry_run)
+    notes = coverage(base, find_targets(base, config.adapters.targets))
+    if config.quantization != "none":
+        notes += left_out(base, config.quantization, compute_dtype(config.dtype))
+    model = attach(
+        base,
+        method,
+        config.adapters.targets,
+        scale=config.adapters.scale,
+        dropout=config.adapters.dropout,
+        modules_to_save=newly_drawn,
+    )
+    initial_ranks = ranks(model)
+
+    try:
+        TaskTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
+        trainer = TaskTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            task=task,
+            callbacks=[MetricsFile(folder / METRICS_FILE), *_rank_callback(method, folder)],
+            on_non_finite=config.on_non_finite,
+            max_skipped=config.max_skipped,
+        )
+        main_process = trainer.is_world_process_zero()
+        folder.mkdir(parents=True, exist_ok=True)
+        if main_process:
+            (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to the output folder {folder}: {error}") from error
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"training: {error}") from error
+    for note in [*task.notes, *notes, _describe(model, method)] if main_process else []:
+        print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
+    use_progress(trainer)
+
+    started = time.perf_counter()
+    checkpoints = folder / CHECKPOINT_FOLDER
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        metrics = _final_metrics(trainer)
+        for name, features in extra.items():
+            metrics |= trainer.evaluate(features, metric_key_prefix=f"eval_{name}")
+        if main_process:
+            save(model, folder / ADAPTER_FOLDER)
+            task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+    except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
+        good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
+        failure["skipped_steps"] = trainer.skipped_steps
+        if isinstance(error, DivergedError):
+            failure |= {"step": error.step, "where": list(error.where)}
+        failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
+        if main_process:
+            _write_result(
+                folder,
+                {**failure, **_facts(config, model, method, initial_ranks, trainer.optimizer, before), "metrics": {}},
+            )
+        raise
+    result = {
+        "status": "ok",
+        "reason": None,
+        **_facts(config, model, method, initial_ranks, trainer.optimizer, before),
+        "metric": f"eval_{config.metric or task.metrics[0]}",
+        "metrics": metrics,
+        "data": task.data.model_dump(mode="json", include=LEARNED),
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
+        "train_seconds": seconds,
+    }
+    if main_process:
+        _write_result(folder, result)
+    return result
+
+
+def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
+    """Raise `InputError` for what the Trainer would find out only when it gets there."""
+    if metric is not None and metric not in task.metrics:
+        raise InputError(f"metric is {metric!r}.{nearest(metric, task.metrics)} Known here: {', '.join(task.metrics)}")
+    known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *task.metrics)]
+    wanted = arguments.metric_for_best_model
+    if wanted is not None and wanted not in known:
+        raise InputError(
+            f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: {', '.join(known)}"
+        )
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise InputError("training.fp16 is true and there is no GPU; expected bf16, or neither for float32")
+    if arguments.dataloader_num_workers < 0:
+        raise InputError(
+            f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a whole number >= 0"
+        )
+
+
+def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:
+    return [AdaptiveRankCallback(method, folder / HISTORY_FILE)] if method.adaptation is not None else []
+
+
+def _describe(model: PeftModel, method: methods.Method) -> str:
+    spread = sorted(ranks(model).values())
+    return (
+        f"method {method.name}: {len(spread)} targets, ranks {spread[0]}..{spread[-1]}, "
+        f"{lora_parameters(model):,} LoRA parameters"
+    )
+
+
+def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
+    """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    evaluated = rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    metrics = rows[-1] if evaluated else trainer.evaluate()
+    # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
+    return {key: value for key, value in sorted(metrics.items()) if key.startswith("eval_")}
+
+
+def _facts(
+    config: RunConfig,
+    model: PeftModel,
+    method: methods.Method,
+    initial_ranks: dict[str, int],
+    optimizer: Any,
+    before: int,
+) -> dict[str, Any]:
+    """Return what is true of the run whether it succeeded or not, read from the model and not from the plan."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "method": method.name,
+        "task": config.task,
+        "model": config.model,
+        "seed": config.seed,
+        "initial_ranks": initial_ranks,
+        "ranks": ranks(model),
+        "lora_parameters": lora_parameters(model),
+        "budget_parameters": method.budget_parameters(targets_of(model)),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "memory": account(model, optimizer),
+        "process_memory_before_bytes": before,
+        "peak_memory_bytes": max(before, peak_memory()),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    from importlib.metadata import version
+
+    names = ("adaptive-lora", "torch", "transformers", "peft", "datasets", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(finite(result), indent=2, allow_nan=False)
+    staging = folder / f".{RESULT_FILE}"
+    staging.write_text(text + "\n", encoding="utf-8")
+    os.replace(staging, folder / RESULT_FILE)
