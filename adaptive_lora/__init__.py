@@ -1,4 +1,5 @@
-"""adaptive-lora: every layer gets the LoRA rank it earns; what comes out is an ordinary LoRA adapter."""
+"""adaptive-lora: every layer gets the LoRA rank it earns; what comes out is an ordinary LoRA
+adapter."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 _HOME = {
     "methods": "methods",
     **dict.fromkeys(("METHODS", "Method"), "methods"),
-    **dict.fromkeys(("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"),
+    **dict.fromkeys(
+        ("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"
+    ),
     "Resize": "allocation.allocate",
     **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "model.adapters"),
     "resize": "model.resize",

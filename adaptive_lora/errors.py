@@ -7,23 +7,28 @@ from collections.abc import Iterable
 
 
 class AdaptiveLoraError(Exception):
-    """Base of every error this library raises on purpose; `exit_code` is what the command line returns."""
+    """Base of every error this library raises on purpose; `exit_code` is what the command line
+    returns."""
 
     exit_code = 1
 
 
 class InputError(AdaptiveLoraError, ValueError):
-    """The request cannot be carried out: what was wrong, what was got, what was expected, what to do."""
+    """The request cannot be carried out: what was wrong, what was got, what was expected, what to
+    do."""
 
     exit_code = 2
 
 
 class DivergedError(AdaptiveLoraError, ArithmeticError):
-    """A loss, gradient or weight stopped being finite. `step` is the optimizer step (from 1), `where` the culprits."""
+    """A loss, gradient or weight stopped being finite. `step` is the optimizer step (from 1),
+    `where` the culprits."""
 
     exit_code = 3
 
-    def __init__(self, message: str, *, step: int | None = None, where: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: str, *, step: int | None = None, where: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.step = step
         self.where = where
@@ -36,7 +41,8 @@ class IntegrityError(AdaptiveLoraError):
 
 
 class NothingLearnedError(AdaptiveLoraError):
-    """Training ended as if it had not been: the adapter changes nothing, or no trainable parameter has changed."""
+    """Training ended as if it had not been: the adapter changes nothing, or no trainable parameter
+    has changed."""
 
     exit_code = 2
 

@@ -1,4 +1,5 @@
-"""Recipes as plain mappings: read from YAML, changed by flags. Light, so that the command line can fail fast."""
+"""Recipes as plain mappings: read from YAML, changed by flags. Light, so that the command line can
+fail fast."""
 
 from __future__ import annotations
 
@@ -16,31 +17,39 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets these through: a date such as 2001-99-99, `!!int abc`, brackets a thousand deep.
+        # PyYAML lets these through: a date such as 2001-99-99, `!!int abc`, brackets a thousand
+        # deep.
         raise yaml.YAMLError(str(error)) from None
 
 
 def read_file(path: Path, what: str) -> Any:
-    """Return what a JSON (by its ending) or YAML file holds. Raises `InputError` with line and column when broken;
-    `what` says in messages what the file is for."""
+    """Return what a JSON (by its ending) or YAML file holds. Raises `InputError` with line and
+    column when broken; `what` says in messages what the file is for."""
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else load_yaml(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise InputError(
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the {what} {path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+        raise InputError(
+            f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}"
+        ) from None
 
 
 def read_recipe(file: str | Path) -> dict[str, Any]:
-    """Return the mapping a recipe holds. Raises `InputError` as `read_file`, or when it is no mapping."""
+    """Return the mapping a recipe holds. Raises `InputError` as `read_file`, or when it is no
+    mapping."""
     values, path = read_file(Path(file), "recipe"), Path(file)
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; expected a mapping of recipe keys")
+        raise InputError(
+            f"{path} holds a {type(values).__name__}; expected a mapping of recipe keys"
+        )
     return values
 
 
@@ -55,7 +64,9 @@ def set_key(values: dict[str, Any], assignment: str) -> None:
     path, separator, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
-        raise InputError(f"--set {assignment!r}: expected key=value, such as training.learning_rate=0.0003")
+        raise InputError(
+            f"--set {assignment!r}: expected key=value, such as training.learning_rate=0.0003"
+        )
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:

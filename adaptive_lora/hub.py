@@ -1,4 +1,5 @@
-"""Names that may be local folders or live on the hub: what is tried, and a quick clear answer when neither is there."""
+"""Names that may be local folders or live on the hub: what is tried, and a quick clear answer when
+neither is there."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ SECONDS_TO_WAIT = 3.0
 def is_local(source: str) -> bool:
     """True when `source` exists here, or is written as a path and can be nothing else."""
     path = Path(source).expanduser()
-    return path.exists() or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    return (
+        path.exists()
+        or path.is_absolute()
+        or source.startswith((".", "~"))
+        or source.count("/") > 1
+    )
 
 
 @cache
@@ -27,27 +33,37 @@ def reachable() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_WAIT)
-    except Exception:  # which HTTP library this is, and so its errors, changes with the hub client's version
+    except (
+        Exception
+    ):  # which HTTP library this is, and so its errors, changes with the hub client's version
         return False
     return True
 
 
 def locate_model(source: str) -> bool:
-    """Return True when the model is here (a folder, or in the cache with no hub to ask), False when on the hub.
+    """Return True when the model is here (a folder, or in the cache with no hub to ask), False when
+    on the hub.
 
     Raises `InputError` saying what was tried.
     """
     if is_local(source):
         if not Path(source).is_dir():
-            raise InputError(f"model folder {source} does not exist; give a folder with config.json, or a hub name")
+            raise InputError(
+                f"model folder {source} does not exist; give a folder with config.json, or a hub "
+                "name"
+            )
         if not (Path(source) / "config.json").is_file():
-            raise InputError(f"model folder {source} has no config.json; expected a Hugging Face model folder")
+            raise InputError(
+                f"model folder {source} has no config.json; expected a Hugging Face model folder"
+            )
         return True
     if reachable():
         return False
     if cached(source):
         return True
-    raise InputError(explain_missing("model", source, tried=[f"local folder {Path(source).resolve()}"]))
+    raise InputError(
+        explain_missing("model", source, tried=[f"local folder {Path(source).resolve()}"])
+    )
 
 
 def cached(repository: str) -> bool:
@@ -63,6 +79,7 @@ def explain_missing(what: str, name: str, *, tried: Sequence[str]) -> str:
         hub = f"the hub at {constants.ENDPOINT} (no answer within {SECONDS_TO_WAIT:g} s)"
     cache_dir = os.path.relpath(constants.HF_HUB_CACHE, Path.home())
     return (
-        f"{what} {name!r} was not found. Tried: {', '.join([*tried, f'the local cache ~/{cache_dir}', hub])}. "
+        f"{what} {name!r} was not found. Tried: "
+        f"{', '.join([*tried, f'the local cache ~/{cache_dir}', hub])}. "
         "Give an existing local path, or connect to the network"
     )

@@ -1,7 +1,8 @@
 """Methods: named ways to choose ranks, each a preset of one class. `METHODS` maps names to presets.
 
-A preset called without a budget gives its published numbers. Called with `rank=8` (as many parameters as uniform rank 8
-on the same targets) or `budget=300_000` (parameters) the shape is kept and the total is that budget, met exactly.
+A preset called without a budget gives its published numbers. Called with `rank=8` (as many
+parameters as uniform rank 8 on the same targets) or `budget=300_000` (parameters) the shape is kept
+and the total is that budget, met exactly.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Method:
 
     Raises `InputError` when both are given, or one is not a positive whole number.
 
-    >>> halves = Method(name="halves", shape=lambda targets: {t.name: t.full_rank // 2 for t in targets})
+    >>> half = lambda targets: {target.name: target.full_rank // 2 for target in targets}
+    >>> halves = Method(name="halves", shape=half)
     """
 
     name: str
@@ -60,14 +62,18 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.budget is not None:
-            raise InputError(f"method {self.name!r}: give rank ({self.rank}) or budget ({self.budget}), not both")
+            raise InputError(
+                f"method {self.name!r}: give rank ({self.rank}) or budget ({self.budget}), not both"
+            )
         for field in ("rank", "budget"):
             if getattr(self, field) is not None:
                 _check_whole(f"method {self.name!r}: {field}", getattr(self, field), at_least=1)
 
     def budget_parameters(self, targets: Sequence[Target]) -> int | None:
         """Return the budget on these targets in parameters; None when the raw ranks are used."""
-        return self.budget if self.rank is None else sum(self.rank * target.cost for target in targets)
+        return (
+            self.budget if self.rank is None else sum(self.rank * target.cost for target in targets)
+        )
 
     def initial_pattern(self, targets: Sequence[Target]) -> RankPattern:
         """Return the rank of every target before training.
@@ -77,7 +83,9 @@ class Method:
         raw = self.shape(targets)
         for target in targets:
             if target.name not in raw:
-                raise InputError(f"the shape of method {self.name!r} gives no rank to target {target.name!r}")
+                raise InputError(
+                    f"the shape of method {self.name!r} gives no rank to target {target.name!r}"
+                )
         budget = None if self.raw_start else self.budget_parameters(targets)
         if budget is not None and self.adaptation is not None:
             budget = int(budget * self.adaptation.schedule.factor)
@@ -85,8 +93,10 @@ class Method:
             for target in targets:
                 if raw[target.name] > target.full_rank:
                     raise InputError(
-                        f"rank {raw[target.name]} for {target.name!r} exceeds min(in_features, out_features) = "
-                        f"min({target.in_features}, {target.out_features}) = {target.full_rank}; choose a lower rank"
+                        f"rank {raw[target.name]} for {target.name!r} exceeds min(in_features, "
+                        "out_features) = "
+                        f"min({target.in_features}, {target.out_features}) = {target.full_rank}; "
+                        "choose a lower rank"
                     )
             return raw
         if self.rank is not None and self.rank > max(target.full_rank for target in targets):
@@ -95,13 +105,16 @@ class Method:
                 f"{max(target.full_rank for target in targets)}; choose a lower rank"
             )
         costs = {target.name: target.cost for target in targets}
-        # A target the shape gives any rank keeps at least one component; one at rank 0 stays without.
+        # A target the shape gives any rank keeps at least one component; one at rank 0 stays
+        # without.
         return proportional(
             raw,
             costs,
             budget,
             minimum={name: min(rank, 1) for name, rank in raw.items()},
-            maximum={target.name: target.full_rank if raw[target.name] else 0 for target in targets},
+            maximum={
+                target.name: target.full_rank if raw[target.name] else 0 for target in targets
+            },
         )
 
 
@@ -114,7 +127,8 @@ def _check_whole(what: str, value: object, *, at_least: int) -> int:
 
 
 def _depth(target: Target) -> float:
-    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single layer."""
+    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single
+    layer."""
     return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
 
 
@@ -138,7 +152,9 @@ def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
     Source: Hu et al. 2022, LoRA, arXiv 2106.09685.
     """
     if rank is None:
-        return Method(name="lora", shape=lambda targets: {t.name: 8 for t in targets}, budget=budget)
+        return Method(
+            name="lora", shape=lambda targets: {t.name: 8 for t in targets}, budget=budget
+        )
     uniform = _check_whole("method 'lora': rank", rank, at_least=1)
     if budget is not None:
         raise InputError(f"method 'lora': give rank ({rank}) or budget ({budget}), not both")
@@ -148,7 +164,8 @@ def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
 def linear_decay(
     *, base_rank: int = 16, min_rank: int = 4, rank: int | None = None, budget: int | None = None
 ) -> Method:
-    """High rank in early layers, falling linearly with depth: max(r_min, int(r - (r - r_min) i / (L - 1))).
+    """High rank in early layers, falling linearly with depth: max(r_min, int(r - (r - r_min) i / (L
+    - 1))).
 
     Source: system 1, adaptive-lora-placement (2024), strategy "linear decay".
     """
@@ -179,7 +196,9 @@ def attention_heavy(
     _check_range("attention_heavy", base_rank, min_rank)
 
     def shape(targets: Sequence[Target]) -> dict[str, int]:
-        return {t.name: base_rank if t.attention else max(min_rank, base_rank // 2) for t in targets}
+        return {
+            t.name: base_rank if t.attention else max(min_rank, base_rank // 2) for t in targets
+        }
 
     return Method(name="attention_heavy", shape=shape, rank=rank, budget=budget)
 
@@ -197,7 +216,10 @@ def empirical(*, base_rank: int = 16, rank: int | None = None, budget: int | Non
         return max(1, base_rank * tenths // 10)
 
     return Method(
-        name="empirical", shape=lambda targets: {t.name: at(_depth(t)) for t in targets}, rank=rank, budget=budget
+        name="empirical",
+        shape=lambda targets: {t.name: at(_depth(t)) for t in targets},
+        rank=rank,
+        budget=budget,
     )
 
 
@@ -209,10 +231,12 @@ def custom(
     rank: int | None = None,
     budget: int | None = None,
 ) -> Method:
-    """Your own ranks: one per layer, or a pattern by target name or regular expression; from a file or directly.
+    """Your own ranks: one per layer, or a pattern by target name or regular expression; from a file
+    or directly.
 
-    A file is JSON or YAML: `{"layer_ranks": [16, 12, ...]}` (one per layer, in order) or `{"rank_pattern": {name: rank}}`
-    with full target names or regular expressions (the first that matches a target wins). Rank 0 means no adapter there.
+    A file is JSON or YAML: `{"layer_ranks": [16, 12, ...]}` (one per layer, in order) or
+    `{"rank_pattern": {name: rank}}` with full target names or regular expressions (the first that
+    matches a target wins). Rank 0 means no adapter there.
 
     Source: system 1, adaptive-lora-placement (2024), strategy "custom"; PEFT's `rank_pattern`.
     """
@@ -222,7 +246,10 @@ def custom(
         if value is not None
     ]
     if len(given) != 1:
-        raise InputError(f"method 'custom' takes exactly one of file, pattern, layer_ranks; got {given or 'none'}")
+        raise InputError(
+            "method 'custom' takes exactly one of file, pattern, layer_ranks; got "
+            f"{given or 'none'}"
+        )
     origin = "custom"
     if file is not None:
         if not isinstance(file, str | Path):
@@ -230,17 +257,25 @@ def custom(
         origin = str(file)
         pattern, layer_ranks = read_ranks(Path(file))
     if not isinstance(layer_ranks, Sequence | None):
-        raise InputError(f"{origin}: layer_ranks is {layer_ranks!r}; expected a list, one rank per layer")
-    if not isinstance(pattern, Mapping | None) or not all(isinstance(key, str) for key in pattern or ()):
+        raise InputError(
+            f"{origin}: layer_ranks is {layer_ranks!r}; expected a list, one rank per layer"
+        )
+    if not isinstance(pattern, Mapping | None) or not all(
+        isinstance(key, str) for key in pattern or ()
+    ):
         raise InputError(f"{origin}: the rank pattern is {pattern!r}; expected {{name: rank}}")
     if layer_ranks is not None:
         ranks_by_layer = [
-            _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0) for i, value in enumerate(layer_ranks)
+            _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0)
+            for i, value in enumerate(layer_ranks)
         ]
         shape: Shape = lambda targets: by_layer(origin, ranks_by_layer, targets)
     else:
         assert pattern is not None
-        checked = {key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0) for key, value in pattern.items()}
+        checked = {
+            key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0)
+            for key, value in pattern.items()
+        }
         shape = lambda targets: by_pattern(origin, checked, targets)
     return Method(name="custom", shape=shape, rank=rank, budget=budget)
 
@@ -264,9 +299,11 @@ def adalora(
     beta2: float = 0.85,
     min_rank: int = 0,
 ) -> Method:
-    """Start above the budget, drop the least important components on a cubic schedule; ranks really shrink.
+    """Start above the budget, drop the least important components on a cubic schedule; ranks really
+    shrink.
 
-    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; on plain B A, see `importance.Sensitivity`.
+    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; on plain B A, see
+    `importance.Sensitivity`.
     """
     schedule = Cubic(factor=factor, initial=initial, final=final)
     return Method(
@@ -294,7 +331,8 @@ def squeeze(
     every: float = 0.1,
     min_rank: int = 0,
 ) -> Method:
-    """Train at a high rank, then cut in stages to the largest singular components of all updates together.
+    """Train at a high rank, then cut in stages to the largest singular components of all updates
+    together.
 
     Source: truncation after training (2026), arXiv 2604.27796, moved into it; Eckart & Young 1936.
     """
@@ -324,17 +362,21 @@ def peft_adalora(
     beta2: float = 0.85,
     orthogonality: float = 0.5,
 ) -> Method:
-    """PEFT's own AdaLoRA, to compare with: ranks are masked, not removed, until the end turns them into plain LoRA.
+    """PEFT's own AdaLoRA, to compare with: ranks are masked, not removed, until the end turns them
+    into plain LoRA.
 
-    From `initial_rank` (1.5 times `rank` unless given) to an average of `rank` components a target. Components are
-    counted, not parameters: targets of unequal size can end above or below the parameters of uniform rank `rank`.
+    From `initial_rank` (1.5 times `rank` unless given) to an average of `rank` components a target.
+    Components are counted, not parameters: targets of unequal size can end above or below the
+    parameters of uniform rank `rank`.
 
     Source: PEFT's AdaLoraModel; Zhang et al. 2023, AdaLoRA, arXiv 2303.10512.
     """
     _check_whole("method 'peft_adalora': rank", rank, at_least=1)
     start = math.ceil(1.5 * rank) if initial_rank is None else initial_rank
     if _check_whole("method 'peft_adalora': initial_rank", start, at_least=1) <= rank:
-        raise InputError(f"method 'peft_adalora': initial_rank {start} must be above the final rank {rank}")
+        raise InputError(
+            f"method 'peft_adalora': initial_rank {start} must be above the final rank {rank}"
+        )
     return Method(
         name="peft_adalora",
         shape=_uniform(start),
@@ -360,9 +402,11 @@ def grad_delta(
     min_rank: int = 2,
     max_rank: int = 16,
 ) -> Method:
-    """After a warm-up, ranks by gradient norm and weight change: s = α G + β W; what was learned is kept.
+    """After a warm-up, ranks by gradient norm and weight change: s = α G + β W; what was learned is
+    kept.
 
-    Without a budget r = r_min + s (r_max − r_min), as published; with one, in proportion to that, met exactly.
+    Without a budget r = r_min + s (r_max − r_min), as published; with one, in proportion to that,
+    met exactly.
 
     Source: system 2, Adaptive LoRA by gradient norms and weight deltas (2024).
     """
@@ -372,7 +416,9 @@ def grad_delta(
         rank=rank,
         budget=budget,
         adaptation=Adaptation(
-            importance=Weighted(parts=((monitor_alpha, GradientNorm()), (monitor_beta, WeightDelta()))),
+            importance=Weighted(
+                parts=((monitor_alpha, GradientNorm()), (monitor_beta, WeightDelta()))
+            ),
             rule=Proportional(floor=min_rank / max(max_rank - min_rank, 1)),
             when=At(start=warmup_steps),
             min_rank=min_rank,
@@ -392,7 +438,8 @@ def plateau(
     threshold: float = 0.0,
     per_target: bool = False,
 ) -> Method:
-    """Start small; when the validation loss stops falling, every target grows (per_target: the most sensitive third).
+    """Start small; when the validation loss stops falling, every target grows (per_target: the most
+    sensitive third).
 
     Source: system 3, LoRA with growth on plateau (2024).
     """
@@ -433,18 +480,22 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> Method:
-    """Return the method called `name` with `arguments`: for the command line and recipes; in Python call the preset.
+    """Return the method called `name` with `arguments`: for the command line and recipes; in Python
+    call the preset.
 
     >>> build("lora", {"rank": 4}).name
     'lora'
     """
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}")
+        raise InputError(
+            f"unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}"
+        )
     accepted = inspect.signature(METHODS[name]).parameters
     for key in arguments:
         if key not in accepted:
             raise InputError(
-                f"method {name!r} has no argument {key!r}.{nearest(key, accepted)} It takes: {', '.join(accepted)}"
+                f"method {name!r} has no argument {key!r}.{nearest(key, accepted)} It takes: "
+                f"{', '.join(accepted)}"
             )
     return METHODS[name](**arguments)
 

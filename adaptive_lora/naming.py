@@ -1,4 +1,5 @@
-"""Dotted module names: where the layer index stands. Pure text, so that reports can use it without a model."""
+"""Dotted module names: where the layer index stands. Pure text, so that reports can use it without
+a model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ Value = TypeVar("Value")
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
-    """Split a dotted name at its first index into (stack, index, kind); without an index: ("", None, name).
+    """Split a dotted name at its first index into (stack, index, kind); without an index: ("",
+    None, name).
 
     >>> split_name("bert.encoder.layer.3.attention.self.query")
     ('bert.encoder.layer', 3, 'attention.self.query')
@@ -24,8 +26,8 @@ def split_name(name: str) -> tuple[str, int | None, str]:
 def by_kind(values: Mapping[str, Value]) -> dict[str, dict[int, Value]]:
     """Group {target: value} as {module kind: {layer index: value}}, in the order they come.
 
-    A kind is named with its stack when the model has several (an encoder and a decoder). A target outside every layer
-    has layer index 0.
+    A kind is named with its stack when the model has several (an encoder and a decoder). A target
+    outside every layer has layer index 0.
 
     >>> by_kind({"layer.0.q": 4, "layer.1.q": 2, "pooler": 3})
     {'q': {0: 4, 1: 2}, 'pooler': {0: 3}}

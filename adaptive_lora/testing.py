@@ -1,12 +1,14 @@
-"""Conformance: the laws every method must hold, for your own method too. Needs pytest only to be run by it.
+"""Conformance: the laws every method must hold, for your own method too. Needs pytest only to be
+run by it.
 
     @pytest.mark.parametrize("check", CHECKS)
     def test_mine(check, tmp_path):
         check(lambda: my_method(rank=2), tmp_path)
 
-A check trains a tiny random BERT for `STEPS` steps (about half a second) and raises `AssertionError` with the law that was
-broken. Choose arguments with which your method decides within `STEPS` steps; evaluations come every third. `make_method`
-is called anew for every training, which several checks share when they get the same function one after the other.
+A check trains a tiny random BERT for `STEPS` steps (about half a second) and raises
+`AssertionError` with the law that was broken. Choose arguments with which your method decides
+within `STEPS` steps; evaluations come every third. `make_method` is called anew for every training,
+which several checks share when they get the same function one after the other.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ TARGETS = ("query", "value", "intermediate.dense")
 
 
 def make_bert(n_layers: int = 3, **config: Any) -> BertForSequenceClassification:
-    """A BERT classifier: I = O = 16 in attention, 16 <-> 32 in the feed-forward; the same weights at every call."""
+    """A BERT classifier: I = O = 16 in attention, 16 <-> 32 in the feed-forward; the same weights
+    at every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     limits = {"max_position_embeddings": 32, "num_hidden_layers": n_layers}
@@ -79,7 +82,8 @@ def make_trainer(
     model: PeftModel | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a stock `Trainer` with our callback. Batch 2 x accumulation 2: two micro-steps to each step."""
+    """Return a stock `Trainer` with our callback. Batch 2 x accumulation 2: two micro-steps to each
+    step."""
     arguments: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -106,7 +110,9 @@ def make_trainer(
 
 def callback_of(trainer: Trainer) -> AdaptiveRankCallback:
     """Return our callback of a trainer."""
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, AdaptiveRankCallback))
+    return next(
+        c for c in trainer.callback_handler.callbacks if isinstance(c, AdaptiveRankCallback)
+    )
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -130,7 +136,9 @@ def logits(model: PeftModel) -> torch.Tensor:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        answer: torch.Tensor = model(input_ids=torch.stack([row["input_ids"] for row in records(8)])).logits
+        answer: torch.Tensor = model(
+            input_ids=torch.stack([row["input_ids"] for row in records(8)])
+        ).logits
     model.train(was_training)
     return answer
 
@@ -146,8 +154,12 @@ class Witness(AdaptiveRankCallback):
     def __init__(self, method: Method, history_file: Path) -> None:
         super().__init__(method, history_file)
         self.history_file: Path = history_file
-        self.seen: list[tuple[Decision, RankPattern]] = []  # each decision, and the ranks of the tensors after it
-        self.growths: list[tuple[int, float]] = []  # (step, relative change of the logits) at each pure growth
+        self.seen: list[
+            tuple[Decision, RankPattern]
+        ] = []  # each decision, and the ranks of the tensors after it
+        self.growths: list[
+            tuple[int, float]
+        ] = []  # (step, relative change of the logits) at each pure growth
         self.misfits: list[str] = []  # optimizer state that is not its parameter's
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +179,9 @@ class Witness(AdaptiveRankCallback):
         event(*args, **kwargs)
         for row in self.history[decided:]:
             self.seen.append((row, ranks(model)))
-            if row.changes and all(set(c.keep) == set(range(before[name])) for name, c in row.changes.items()):
+            if row.changes and all(
+                set(c.keep) == set(range(before[name])) for name, c in row.changes.items()
+            ):
                 self.growths.append((row.step, apart(answers, logits(model))))
         optimizer = unwrap(kwargs["optimizer"])
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -177,7 +191,9 @@ class Witness(AdaptiveRankCallback):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value.dim() and value.shape != parameter.shape:
                     shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
-                    self.misfits.append(f"step {args[1].global_step}: {key} of {name} has shape {shapes}")
+                    self.misfits.append(
+                        f"step {args[1].global_step}: {key} of {name} has shape {shapes}"
+                    )
 
 
 def _train(make_method: MakeMethod, folder: Path, **options: Any) -> tuple[Trainer, Witness]:
@@ -191,10 +207,13 @@ def _train(make_method: MakeMethod, folder: Path, **options: Any) -> tuple[Train
 
 @lru_cache(maxsize=1)
 def _watched(make_method: MakeMethod) -> tuple[Trainer, Witness, list[Decision]]:
-    """Return one plain training and the decisions it wrote, kept for the next check of the same `make_method`."""
+    """Return one plain training and the decisions it wrote, kept for the next check of the same
+    `make_method`."""
     with TemporaryDirectory() as folder:
         trainer, witness = _train(make_method, Path(folder))
-        lines = (witness.history_file.read_text(encoding="utf-8") if _dynamic(make_method) else "").splitlines()
+        lines = (
+            witness.history_file.read_text(encoding="utf-8") if _dynamic(make_method) else ""
+        ).splitlines()
     return trainer, witness, [history.from_json(json.loads(line)) for line in lines]
 
 
@@ -204,10 +223,15 @@ def _dynamic(make_method: MakeMethod) -> bool:
 
 def _decisions(callback: AdaptiveRankCallback) -> list[tuple[Any, ...]]:
     """What was decided and why, without the time it took."""
-    return [(r.step, r.status, r.reason, r.budget, r.pattern, r.scores, r.changes) for r in callback.history]
+    return [
+        (r.step, r.status, r.reason, r.budget, r.pattern, r.scores, r.changes)
+        for r in callback.history
+    ]
 
 
-def _unspent(pattern: RankPattern, targets: list[Target], maximum: dict[str, int], budget: int) -> str | None:
+def _unspent(
+    pattern: RankPattern, targets: list[Target], maximum: dict[str, int], budget: int
+) -> str | None:
     """Return what is wrong with the spending of `budget`; None when it is exact."""
     costs = {target.name: target.cost for target in targets}
     spent = parameters(pattern, costs)
@@ -215,7 +239,10 @@ def _unspent(pattern: RankPattern, targets: list[Target], maximum: dict[str, int
     if spent > budget:
         return f"{spent} parameters are above the budget of {budget}"
     if open_costs and budget - spent >= min(open_costs):
-        return f"{budget - spent} of {budget} parameters are left, and one more component costs {min(open_costs)}"
+        return (
+            f"{budget - spent} of {budget} parameters are left, and one more component costs "
+            f"{min(open_costs)}"
+        )
     return None
 
 
@@ -225,21 +252,32 @@ def check_initial_pattern(make_method: MakeMethod, folder: Path) -> None:
     targets = find_targets(make_bert(n_layers=2), TARGETS)
     pattern = method.initial_pattern(targets)
     names = {target.name for target in targets}
-    assert pattern.keys() == names, f"the initial pattern is not of these targets: {sorted(pattern.keys() ^ names)}"
+    assert pattern.keys() == names, (
+        f"the initial pattern is not of these targets: {sorted(pattern.keys() ^ names)}"
+    )
     for target in targets:
         rank = pattern[target.name]
-        assert isinstance(rank, int), f"the rank of {target.name} is {rank!r}; expected a whole number"
-        assert 0 <= rank <= target.full_rank, f"the rank of {target.name} is {rank}; expected 0..{target.full_rank}"
+        assert isinstance(rank, int), (
+            f"the rank of {target.name} is {rank!r}; expected a whole number"
+        )
+        assert 0 <= rank <= target.full_rank, (
+            f"the rank of {target.name} is {rank}; expected 0..{target.full_rank}"
+        )
     made = ranks(make_model(method))
     assert made == pattern, f"attached {made}, the initial pattern is {pattern}"
 
 
 def check_decides(make_method: MakeMethod, folder: Path) -> None:
-    """A method with decision steps makes decisions, and ranks change: the other checks would hold of nothing."""
+    """A method with decision steps makes decisions, and ranks change: the other checks would hold
+    of nothing."""
     if _dynamic(make_method):
         rows = _watched(make_method)[1].history
-        assert any(row.scores for row in rows), f"no decision in {STEPS} steps; choose arguments that decide earlier"
-        assert any(row.changes for row in rows), f"of {len(rows)} decisions in {STEPS} steps, none changed a rank"
+        assert any(row.scores for row in rows), (
+            f"no decision in {STEPS} steps; choose arguments that decide earlier"
+        )
+        assert any(row.changes for row in rows), (
+            f"of {len(rows)} decisions in {STEPS} steps, none changed a rank"
+        )
         refused = [(row.step, row.reason) for row in rows if row.status == "refused"]
         assert not refused, f"decisions were refused: {refused}"
 
@@ -248,16 +286,20 @@ def check_ranks_are_the_pattern(make_method: MakeMethod, folder: Path) -> None:
     """After every decision, and at the end, the tensors have the ranks that were decided."""
     trainer, witness, _ = _watched(make_method)
     for row, found in witness.seen:
-        assert found == row.pattern, f"step {row.step}: the tensors have ranks {found}, decided were {row.pattern}"
+        assert found == row.pattern, (
+            f"step {row.step}: the tensors have ranks {found}, decided were {row.pattern}"
+        )
     last = witness.seen[-1][0].pattern if witness.seen else ranks(make_model(make_method()))
     found = ranks(_model(trainer))
     assert found == last, f"after training the ranks are {found}, the last decision left {last}"
 
 
 def check_budget(make_method: MakeMethod, folder: Path) -> None:
-    """Never above the budget of the moment; at the end below it by less than the cheapest component that can be added.
+    """Never above the budget of the moment; at the end below it by less than the cheapest component
+    that can be added.
 
-    A method that grows up to its budget (`raw_start`) may end lower; rank 0 need not be grown again.
+    A method that grows up to its budget (`raw_start`) may end lower; rank 0 need not be grown
+    again.
     """
     method = make_method()
     trainer, witness, _ = _watched(make_method)
@@ -267,9 +309,13 @@ def check_budget(make_method: MakeMethod, folder: Path) -> None:
         return
     for row, _ in witness.seen:
         counted = parameters(row.pattern, {t.name: t.cost for t in targets})
-        assert counted == row.parameters_after, f"step {row.step}: {row.parameters_after} recorded, {counted} spent"
+        assert counted == row.parameters_after, (
+            f"step {row.step}: {row.parameters_after} recorded, {counted} spent"
+        )
         if row.budget is not None:
-            assert counted <= row.budget, f"step {row.step}: {counted} parameters, the budget is {row.budget}"
+            assert counted <= row.budget, (
+                f"step {row.step}: {counted} parameters, the budget is {row.budget}"
+            )
     bound = method.adaptation.max_rank if method.adaptation else None
     maximum = {t.name: t.full_rank if bound is None else min(bound, t.full_rank) for t in targets}
     spent = lora_parameters(_model(trainer))
@@ -286,15 +332,22 @@ def check_bounds(make_method: MakeMethod, folder: Path) -> None:
     trainer, witness, _ = _watched(make_method)
     for target in targets_of(_model(trainer)):
         low = min(adaptation.min_rank, target.full_rank)
-        high = target.full_rank if adaptation.max_rank is None else min(adaptation.max_rank, target.full_rank)
+        high = (
+            target.full_rank
+            if adaptation.max_rank is None
+            else min(adaptation.max_rank, target.full_rank)
+        )
         for row, found in witness.seen:
             if row.scores:  # an evaluation without a plateau decides nothing
                 rank = found[target.name]
-                assert low <= rank <= high, f"step {row.step}: rank {rank} of {target.name}; expected {low}..{high}"
+                assert low <= rank <= high, (
+                    f"step {row.step}: rank {rank} of {target.name}; expected {low}..{high}"
+                )
 
 
 def check_optimizer_state(make_method: MakeMethod, folder: Path) -> None:
-    """After every step, every trainable parameter is in the optimizer, with state of its own shape."""
+    """After every step, every trainable parameter is in the optimizer, with state of its own
+    shape."""
     _, witness, _ = _watched(make_method)
     assert not witness.misfits, f"{len(witness.misfits)} misfits, first: {witness.misfits[0]}"
 
@@ -304,20 +357,29 @@ def check_history_replays(make_method: MakeMethod, folder: Path) -> None:
     if _dynamic(make_method):
         trainer, witness, rows = _watched(make_method)
         assert witness.controller is not None
-        assert len(rows) == len(witness.seen), f"{len(rows)} rows written, {len(witness.seen)} decisions made"
-        replayed, found = history.replay(witness.controller.initial_pattern, rows), ranks(_model(trainer))
+        assert len(rows) == len(witness.seen), (
+            f"{len(rows)} rows written, {len(witness.seen)} decisions made"
+        )
+        replayed, found = (
+            history.replay(witness.controller.initial_pattern, rows),
+            ranks(_model(trainer)),
+        )
         assert replayed == found, f"the history leads to {replayed}, the ranks are {found}"
 
 
 def check_growth_keeps_the_function(make_method: MakeMethod, folder: Path) -> None:
-    """A decision that only grows leaves the model's answers as they were, to 1e-6 of the largest."""
+    """A decision that only grows leaves the model's answers as they were, to 1e-6 of the
+    largest."""
     if _dynamic(make_method):
         for step, change in _watched(make_method)[1].growths:
-            assert change <= 1e-6, f"step {step}: growing changed the logits by {change:.2g} of the largest"
+            assert change <= 1e-6, (
+                f"step {step}: growing changed the logits by {change:.2g} of the largest"
+            )
 
 
 def check_resume(make_method: MakeMethod, folder: Path) -> None:
-    """Resumed from a checkpoint a third and two thirds of the way, training ends bit for bit as if never stopped."""
+    """Resumed from a checkpoint a third and two thirds of the way, training ends bit for bit as if
+    never stopped."""
     every = STEPS // 3
     whole, witness = _train(make_method, folder / "whole", save_strategy="steps", save_steps=every)
     for step in (every, 2 * every):
@@ -327,16 +389,21 @@ def check_resume(make_method: MakeMethod, folder: Path) -> None:
         trainer.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
         _same(f"resumed from step {step}", trainer, whole)
         mine, theirs = _decisions(again), _decisions(witness)
-        assert mine == theirs, f"resumed from step {step}, decisions are {mine}, uninterrupted {theirs}"
+        assert mine == theirs, (
+            f"resumed from step {step}, decisions are {mine}, uninterrupted {theirs}"
+        )
 
 
 def check_reload(make_method: MakeMethod, folder: Path) -> None:
-    """The saved adapter, loaded by stock PEFT on a fresh base model, answers as the trained model does."""
+    """The saved adapter, loaded by stock PEFT on a fresh base model, answers as the trained model
+    does."""
     trainer, _ = _train(make_method, folder)
     save(_model(trainer), folder / "adapter")
     loaded = PeftModel.from_pretrained(make_bert(n_layers=2), str(folder / "adapter"))
     change = apart(logits(_model(trainer)), logits(loaded))
-    assert change <= 1e-6, f"reloaded by stock PEFT, the logits differ by {change:.2g} of the largest"
+    assert change <= 1e-6, (
+        f"reloaded by stock PEFT, the logits differ by {change:.2g} of the largest"
+    )
 
 
 def check_same_seed(make_method: MakeMethod, folder: Path) -> None:
@@ -349,7 +416,8 @@ def check_same_seed(make_method: MakeMethod, folder: Path) -> None:
 
 
 def check_accumulation(make_method: MakeMethod, folder: Path) -> None:
-    """Batch 8 and batch 4 x accumulation 2 lead to the same ranks: one look at the whole gradient of each step."""
+    """Batch 8 and batch 4 x accumulation 2 lead to the same ranks: one look at the whole gradient
+    of each step."""
     patterns = []
     for batch, accumulation in ((8, 1), (4, 2)):
         model = make_model(make_method(), dropout=0.0)
@@ -357,7 +425,11 @@ def check_accumulation(make_method: MakeMethod, folder: Path) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         # SGD: Adam would blow the rounding of tiny gradients up.
-        options = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": accumulation}
+        options = {
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "gradient_accumulation_steps": accumulation,
+        }
         trainer, witness = _train(
             make_method,
             folder / f"batch-{batch}",
@@ -367,15 +439,25 @@ def check_accumulation(make_method: MakeMethod, folder: Path) -> None:
             **options,
         )
         patterns.append([found for _, found in witness.seen] + [ranks(_model(trainer))])
-    assert patterns[0] == patterns[1], f"batch 8 leads to {patterns[0]}, batch 4 x accumulation 2 to {patterns[1]}"
+    assert patterns[0] == patterns[1], (
+        f"batch 8 leads to {patterns[0]}, batch 4 x accumulation 2 to {patterns[1]}"
+    )
 
 
 def _same(what: str, trainer: Trainer, reference: Trainer) -> None:
     mine, theirs = state_of(trainer), state_of(reference)
     odd = sorted(mine.keys() ^ theirs.keys())
-    assert not odd, f"{what}: {len(odd)} parameters or moments exist on one side only, first {odd[0]}"
-    odd = [name for name in mine if mine[name].shape != theirs[name].shape or not torch.equal(mine[name], theirs[name])]
-    assert not odd, f"{what}: {len(odd)} of {len(mine)} parameters and moments differ, first {odd[0]}"
+    assert not odd, (
+        f"{what}: {len(odd)} parameters or moments exist on one side only, first {odd[0]}"
+    )
+    odd = [
+        name
+        for name in mine
+        if mine[name].shape != theirs[name].shape or not torch.equal(mine[name], theirs[name])
+    ]
+    assert not odd, (
+        f"{what}: {len(odd)} of {len(mine)} parameters and moments differ, first {odd[0]}"
+    )
 
 
 CHECKS: tuple[Check, ...] = (

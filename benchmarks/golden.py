@@ -1,10 +1,12 @@
-"""Does a change of the code change any outcome? Tiny trainings and commands, recorded and compared, bit for bit.
+"""Does a change of the code change any outcome? Tiny trainings and commands, recorded and compared,
+bit for bit.
 
     python benchmarks/golden.py --record FILE     # before a refactoring
     python benchmarks/golden.py --compare FILE    # after it: exit code 1 and the keys that differ
 
-Every method trains a tiny BERT inside a stock Trainer (12 steps, dropout, accumulation, evaluations); the command line trains,
-compresses, converts, exports and runs a study. Digests hold on one machine only: processors round differently.
+Every method trains a tiny BERT inside a stock Trainer (12 steps, dropout, accumulation,
+evaluations); the command line trains, compresses, converts, exports and runs a study. Digests hold
+on one machine only: processors round differently.
 """
 
 from __future__ import annotations
@@ -77,21 +79,49 @@ def trainings(folder: Path) -> dict[str, Any]:
 
 
 def make_base(folder: Path) -> Path:
-    """Write a BERT of two layers with a tokenizer, and a file of records; return the model's folder."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "day", "night", "is", "good", "bad", "and", "very"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    """Write a BERT of two layers with a tokenizer, and a file of records; return the model's
+    folder."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "the",
+        "day",
+        "night",
+        "is",
+        "good",
+        "bad",
+        "and",
+        "very",
+    ]
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
-    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=32, **names).save_pretrained(folder / "bert")
+    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=32, **names).save_pretrained(
+        folder / "bert"
+    )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.3, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = BertConfig(
+        vocab_size=len(words), max_position_embeddings=32, initializer_range=0.3, **sizes
+    )
     BertModel(config).save_pretrained(folder / "bert")
     rows = [
         {
-            "text": f"the {('day', 'night')[i // 2 % 2]} is {'very ' * (i // 4)}{('good', 'bad')[i % 2]}",
+            "text": f"the {('day', 'night')[i // 2 % 2]} is {'very ' * (i // 4)}"
+            + ("good", "bad")[i % 2],
             "label": "gb"[i % 2],
         }
         for i in range(40)
@@ -102,16 +132,24 @@ def make_base(folder: Path) -> Path:
 
 def call(*words: object) -> None:
     """Run the command line in a process of its own."""
-    subprocess.run([sys.executable, "-m", "adaptive_lora.cli", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "adaptive_lora.cli", *map(str, words)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def recipe(folder: Path, method: str) -> dict[str, Any]:
-    training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.01, "logging_steps": 1,
-                "eval_strategy": "steps", "eval_steps": 3, "dataloader_pin_memory": False}  # fmt: skip
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.01,
+                "logging_steps": 1,
+                "eval_strategy": "steps", "eval_steps": 3,
+                "dataloader_pin_memory": False}  # fmt: skip
     return {
         "model": str(folder / "bert"), "task": "classification", "output": str(folder / method),
-        "data": {"train": str(folder / "data.jsonl"), "eval_size": 8, "text": "text", "label": "label"},
-        "method": {"name": method, **METHODS[method]}, "training": training, "adapters": {"dropout": 0.1},
+        "data": {"train": str(folder / "data.jsonl"), "eval_size": 8, "text": "text",
+                 "label": "label"},
+        "method": {"name": method, **METHODS[method]}, "training": training,
+        "adapters": {"dropout": 0.1},
     }  # fmt: skip
 
 
@@ -127,7 +165,9 @@ def commands(folder: Path) -> dict[str, Any]:
         result = json.loads((run / "result.json").read_text())
         found[method] = {"result": timeless({k: v for k, v in result.items() if k != "model"})}
         found[method]["weights"] = digest(load_file(run / "adapter" / "adapter_model.safetensors"))
-        rows = (run / "allocations.jsonl").read_text() if (run / "allocations.jsonl").is_file() else ""
+        rows = (
+            (run / "allocations.jsonl").read_text() if (run / "allocations.jsonl").is_file() else ""
+        )
         found[method]["decisions"] = [timeless(json.loads(row)) for row in rows.splitlines()]
     for what, words in {
         "compress": ["compress", folder / "linear_decay", "--budget", 0.5],
@@ -135,10 +175,17 @@ def commands(folder: Path) -> dict[str, Any]:
         "merged": ["export", folder / "adalora", "--to", "merged"],
     }.items():
         call(*words, "--output", folder / what)
-        tensors = {k: v for file in (folder / what).glob("*.safetensors") for k, v in load_file(file).items()}
+        tensors = {
+            k: v
+            for file in (folder / what).glob("*.safetensors")
+            for k, v in load_file(file).items()
+        }
         found[what] = digest(tensors)
     base = {k: v for k, v in recipe(folder, "lora").items() if k not in ("method", "output")}
-    grid = {"method": [{"name": "lora", "rank": 2}, {"name": "linear_decay", "rank": 2}], "seed": [0, 1]}
+    grid = {
+        "method": [{"name": "lora", "rank": 2}, {"name": "linear_decay", "rank": 2}],
+        "seed": [0, 1],
+    }
     study = {"name": "golden", "base": base, "grid": grid, "baseline": "lora"}
     study["report"] = {"metric": "eval_accuracy"}
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
@@ -150,14 +197,24 @@ def commands(folder: Path) -> dict[str, Any]:
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return {dotted key: leaf}."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else None
+    )
     if pairs is None:
         return {prefix: value}
-    return {k: v for key, item in pairs for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {
+        k: v for key, item in pairs for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", type=Path)
     parser.add_argument("--compare", type=Path)
     chosen = parser.parse_args()
@@ -170,7 +227,9 @@ def main() -> None:
         chosen.record.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     if chosen.compare:
         before, now = flat(json.loads(chosen.compare.read_text())), flat(found)
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        differing = sorted(
+            key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+        )
         print(f"{len(before)} values compared on {platform.machine()}, {len(differing)} differ")
         for key in differing[:40]:
             print(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}")

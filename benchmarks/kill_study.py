@@ -1,10 +1,12 @@
-"""SIGKILL to a study and all its workers at 20 random moments; then its results.json beside a clean run's, byte for byte.
+"""SIGKILL to a study and all its workers at 20 random moments; then its results.json beside a clean
+run's, byte for byte.
 
     PYTHONPATH=.:tests python benchmarks/kill_study.py --output benchmarks/kill_study.json
 
-A tiny BERT, dropout on, 36 runs that really train (a third of them diverges), two workers, a checkpoint every second step.
-The study's process and its workers are one process group, forked from a process that has torch loaded. The last start,
-which ends the study, is the command line with a worker process of its own.
+A tiny BERT, dropout on, 36 runs that really train (a third of them diverges), two workers, a
+checkpoint every second step. The study's process and its workers are one process group, forked from
+a process that has torch loaded. The last start, which ends the study, is the command line with a
+worker process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from model_folders import FEED_FORWARD, HIDDEN, LAYERS, VOCABULARY, _tokenizer, recipe, reviews, write_jsonl
+from model_folders import (
+    FEED_FORWARD,
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    _tokenizer,
+    recipe,
+    reviews,
+    write_jsonl,
+)
 from study_data import in_a_group_of_its_own
 from transformers import BertConfig, BertModel
 
@@ -36,10 +47,13 @@ OFTEN = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "s
 
 def tiny_bert(folder: str) -> str:
     """Write a random encoder and its tokenizer, and return the folder."""
-    _tokenizer("[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    _tokenizer(
+        "[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(VOCABULARY), hidden_size=HIDDEN, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+        vocab_size=len(VOCABULARY), hidden_size=HIDDEN, intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
         num_attention_heads=2, max_position_embeddings=48, initializer_range=0.3,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
@@ -53,7 +67,9 @@ def finished(folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -85,7 +101,8 @@ def main() -> None:
         whole = time.monotonic() - began
         plan, moments, done, ended_alone = make_plan(study), [], [], 0
         for _ in range(options.kills):
-            # Kills spread over all of the work: after none or one more run, and some moment into the next.
+            # Kills spread over all of the work: after none or one more run, and some moment into
+            # the next.
             begun, goal = time.monotonic(), finished(here / "killed") + draw.choice((0, 0, 1))
             pause = draw.uniform(0.05, 1) * 2 * whole / len(plan)
             child, over = in_a_group_of_its_own(study, here / "killed", workers=2), None
@@ -116,7 +133,9 @@ def main() -> None:
         costs = json.loads((here / "killed" / "costs.json").read_text())
         rows = json.loads(results[0])["runs"]
         clean, killed = (text.decode().splitlines() for text in results)
-        print("\n".join(difflib.unified_diff(clean, killed, "clean", "killed", lineterm="")), end="")
+        print(
+            "\n".join(difflib.unified_diff(clean, killed, "clean", "killed", lineterm="")), end=""
+        )
         figures = {
             "runs": len(rows),
             "of them failed (diverged)": sum(row["status"] == "failed" for row in rows),

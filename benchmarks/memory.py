@@ -1,11 +1,13 @@
-"""Plans against the truth: bytes of every part and the peak, for several models, methods, batches and quantisations.
+"""Plans against the truth: bytes of every part and the peak, for several models, methods, batches
+and quantisations.
 
-    python benchmarks/memory.py --encoder MINILM --causal STORIES --output benchmarks/memory.json --figure docs/memory.png
+    python benchmarks/memory.py --encoder MINILM --causal STORIES --output benchmarks/memory.json
+    --figure docs/memory.png
 
-Each case trains three steps of full-length batches in a process of its own. The peak is that of the resident set, less
-what the process held before the model was loaded. glibc keeps freed blocks below a threshold that it raises as it goes, up
-to 32 MB: the peak with its threshold fixed at 64 KiB (MALLOC_MMAP_THRESHOLD_) is what the tensors take; the peak with its
-default is shown beside it.
+Each case trains three steps of full-length batches in a process of its own. The peak is that of the
+resident set, less what the process held before the model was loaded. glibc keeps freed blocks below
+a threshold that it raises as it goes, up to 32 MB: the peak with its threshold fixed at 64 KiB
+(MALLOC_MMAP_THRESHOLD_) is what the tensors take; the peak with its default is shown beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 def cases(encoder: str, causal: str, llama: str) -> dict[str, dict[str, Any]]:
     """Return recipes by name."""
 
-    def recipe(model: str, task: str, method: dict[str, Any], batch: int, length: int, **more: Any) -> dict[str, Any]:
+    def recipe(
+        model: str, task: str, method: dict[str, Any], batch: int, length: int, **more: Any
+    ) -> dict[str, Any]:
         training = {"per_device_train_batch_size": batch, **more.pop("training", {})}
         data: dict[str, Any] = {"train": "none", "max_length": length}
         if task == "classification":
@@ -51,14 +55,23 @@ def cases(encoder: str, causal: str, llama: str) -> dict[str, dict[str, Any]]:
     checkpointing = {"gradient_checkpointing": True}
     return {
         "MiniLM, lora, 32 x 128": recipe(encoder, "classification", lora, 32, 128),
-        "MiniLM nf4, adalora, 32 x 128": recipe(encoder, "classification", adalora, 32, 128, quantization="nf4"),
+        "MiniLM nf4, adalora, 32 x 128": recipe(
+            encoder, "classification", adalora, 32, 128, quantization="nf4"
+        ),
         "MiniLM int8, grad_delta, 16 x 256": recipe(
-            encoder, "classification", {"name": "grad_delta", "rank": 8}, 16, 256, quantization="int8"
+            encoder,
+            "classification",
+            {"name": "grad_delta", "rank": 8},
+            16,
+            256,
+            quantization="int8",
         ),
         "MiniLM nf4, lora, 64 x 128, checkpointing": recipe(
             encoder, "classification", lora, 64, 128, quantization="nf4", training=checkpointing
         ),
-        "stories-bit-3m, plateau, 16 x 256": recipe(causal, "causal_lm", {"name": "plateau"}, 16, 256),
+        "stories-bit-3m, plateau, 16 x 256": recipe(
+            causal, "causal_lm", {"name": "plateau"}, 16, 256
+        ),
         "Llama 94M, lora, 4 x 256": recipe(llama, "causal_lm", lora, 4, 256),
         "Llama 94M nf4, adalora rank 32, 8 x 128": recipe(
             llama, "causal_lm", {"name": "adalora", "rank": 32}, 8, 128, quantization="nf4"
@@ -77,7 +90,8 @@ def resident(key: str) -> int:
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
-    """Train three steps and return the account at their start and the measured growth of the process."""
+    """Train three steps and return the account at their start and the measured growth of the
+    process."""
     before = resident("VmRSS")
     task = load_task(config)
     base, _ = load_model(config, task)
@@ -88,11 +102,18 @@ def measure(config: RunConfig) -> dict[str, Any]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     controller = al.RankController(model, optimizer, method, total_steps=1000)
-    batch = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in _inputs(config, model).items()}
-    batch["attention_mask"][0, -1] = 0  # a padded batch: without padding some models take a shorter way
+    batch = {
+        name: torch.ones(shape, dtype=dtype)
+        for name, (dtype, shape) in _inputs(config, model).items()
+    }
+    batch["attention_mask"][0, -1] = (
+        0  # a padded batch: without padding some models take a shorter way
+    )
     if config.task == "classification":
         batch["labels"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of training, not of loading
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the peak of training, not of loading
     found: dict[str, Any] = {}
     for _ in range(STEPS):
         model(**batch).loss.backward()
@@ -101,18 +122,26 @@ def measure(config: RunConfig) -> dict[str, Any]:
         found = account(model, optimizer, controller._statistics)
         optimizer.zero_grad()
         controller.step()
-    return {"account": found, "peak": resident("VmHWM") - before, "parameters": al.lora_parameters(model)}
+    return {
+        "account": found,
+        "peak": resident("VmHWM") - before,
+        "parameters": al.lora_parameters(model),
+    }
 
 
 def in_process(recipe: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--case", json.dumps(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Plan and measure every case; print, write and draw the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--encoder")
     parser.add_argument("--causal")
     parser.add_argument("--output", type=Path)
@@ -125,7 +154,12 @@ def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+        sizes = {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        }
         tokenizer = AutoTokenizer.from_pretrained(options.causal)
         config = LlamaConfig(vocab_size=8192, num_key_value_heads=4, **sizes)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -146,14 +180,23 @@ def main() -> None:
             }
             row = rows[name]
             print(
-                f"{name:<46} held {row['held_ratio']:.4f}  peak {stage.peak / 1e6:8.1f} MB, ratio {row['peak_ratio']:.3f},"
+                f"{name:<46} held {row['held_ratio']:.4f}  peak {stage.peak / 1e6:8.1f} MB, ratio "
+                f"{row['peak_ratio']:.3f},"
                 f" default malloc {usual['peak'] / 1e6:8.1f} MB",
                 flush=True,
             )
-    where = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "steps": STEPS}
-    options.output.write_text(json.dumps({"environment": where, "cases": rows}, indent=2) + "\n", encoding="utf-8")
+    where = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "steps": STEPS,
+    }
+    options.output.write_text(
+        json.dumps({"environment": where, "cases": rows}, indent=2) + "\n", encoding="utf-8"
+    )
     peaks = {name: row["measured_peak"] for name, row in rows.items()}
-    memory_bars({name: row["planned"] for name, row in rows.items()}, options.figure, measured=peaks)
+    memory_bars(
+        {name: row["planned"] for name, row in rows.items()}, options.figure, measured=peaks
+    )
 
 
 if __name__ == "__main__":

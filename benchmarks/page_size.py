@@ -2,9 +2,10 @@
 
     python benchmarks/page_size.py [--runs 200] [--output FILE.json]
 
-Makes up a study of 5 methods x 2 tasks x 2 budgets x 2 learning rates x 5 seeds = 200 runs of 24 layers x 5 module kinds,
-1,000 steps and 40 decisions each, writes its page, and opens it from disk five times in a fresh headless chromium. A time is
-from the start of the navigation until the page has drawn itself and the browser a frame of it; the median is printed.
+Makes up a study of 5 methods x 2 tasks x 2 budgets x 2 learning rates x 5 seeds = 200 runs of 24
+layers x 5 module kinds, 1,000 steps and 40 decisions each, writes its page, and opens it from disk
+five times in a fresh headless chromium. A time is from the start of the navigation until the page
+has drawn itself and the browser a frame of it; the median is printed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from adaptive_lora.report.page_data import page_data
 from adaptive_lora.report.study_read import read_study
 
 METHODS = ("lora", "linear_decay", "adalora", "grad_delta", "plateau")
-OPENED = "() => new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0)))"
+OPENED = """() => new Promise(done => requestAnimationFrame(
+    () => setTimeout(() => done(performance.now()), 0)))"""
 
 
 def main() -> None:

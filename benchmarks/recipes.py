@@ -1,12 +1,14 @@
-"""Every recipe as a dry run at full size: random weights of the real shapes, two steps of two short records each.
+"""Every recipe as a dry run at full size: random weights of the real shapes, two steps of two short
+records each.
 
     python benchmarks/recipes.py [--only NAME] [--output FILE.json]
 
-Neither the hub nor any weights are needed: the sizes of each model are written below, the tokenizer knows a few words, the
-records are made up and have the columns of the data set. Everything else is the recipe's, but for batches of 2 without
-accumulation and at most 8 tokens written. Each recipe has a process of its own, whose peak memory is the figure (CUDA's
-allocator where there is a GPU, else the resident set). Rows of earlier calls stay in the file. Not part of the tests, which do
-the same with narrow models (`tests/test_recipes.py`).
+Neither the hub nor any weights are needed: the sizes of each model are written below, the tokenizer
+knows a few words, the records are made up and have the columns of the data set. Everything else is
+the recipe's, but for batches of 2 without accumulation and at most 8 tokens written. Each recipe
+has a process of its own, whose peak memory is the figure (CUDA's allocator where there is a GPU,
+else the resident set). Rows of earlier calls stay in the file. Not part of the tests, which do the
+same with narrow models (`tests/test_recipes.py`).
 """
 
 from __future__ import annotations
@@ -52,21 +54,26 @@ FULL_SIZE: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "microsoft/deberta-v3-base": (
         DebertaV2Config,
         {
-            "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "intermediate_size": 3072, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 256,
-            "max_relative_positions": -1, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+            "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072, "type_vocab_size": 0, "relative_attention": True,
+            "position_buckets": 256,
+            "max_relative_positions": -1, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
             "position_biased_input": False,
         },
     ),
 }  # fmt: skip
 WORDS = ["the", "film", "meal", "day", "was", "good", "bad", "and", "long", "what", "one"]
-# Model type -> special tokens in the order of their numbers, template of a text, of a pair, names of the tokens.
+# Model type -> special tokens in the order of their numbers, template of a text, of a pair, names
+# of the tokens.
 BERT_LIKE = (
     ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1",
     {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
 )  # fmt: skip
 SPECIAL: dict[str, tuple[tuple[str, ...], str, str | None, dict[str, str]]] = {
-    "gpt2": (("<|endoftext|>",), "$A", None, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")),
+    "gpt2": (("<|endoftext|>",), "$A", None,
+             dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")),
     "bart": (
         ("<s>", "<pad>", "</s>", "<unk>"), "<s> $A </s>", "<s> $A </s> </s> $B </s>",
         {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -81,11 +88,17 @@ def model_config(name: str, **narrower: Any) -> PretrainedConfig:
 
 
 def write_model(folder: Path, config: PretrainedConfig) -> None:
-    """Make a model folder without weights: the configuration, and a tokenizer or image processor that fits it."""
+    """Make a model folder without weights: the configuration, and a tokenizer or image processor
+    that fits it."""
     config.save_pretrained(folder)
     if isinstance(config, ViTConfig):
         size = {"height": config.image_size, "width": config.image_size}
-        processor = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_normalize": True, "size": size}
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "do_normalize": True,
+            "size": size,
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
         return
     special, single, pair, names = SPECIAL.get(config.model_type, BERT_LIKE)
@@ -96,11 +109,14 @@ def write_model(folder: Path, config: PretrainedConfig) -> None:
         single=single, pair=pair, special_tokens=[(token, vocabulary[token]) for token in special]
     )
     length = config.max_position_embeddings
-    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=length, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=length, **names
+    ).save_pretrained(folder)
 
 
 def write_data(folder: Path, recipe: RunConfig) -> str:
-    """Make a file of short records with the columns that the recipe's data set has on the hub; a folder of images."""
+    """Make a file of short records with the columns that the recipe's data set has on the hub; a
+    folder of images."""
     data, count = recipe.data, recipe.data.rows or 40
     if recipe.task == "image_classification":
         for number in range(count):
@@ -116,9 +132,15 @@ def write_data(folder: Path, recipe: RunConfig) -> str:
     for number, (record, sentence) in enumerate(zip(records, sentences, strict=True)):
         if recipe.task == "classification":
             columns = [data.text] if isinstance(data.text, str) else data.text or []
-            record |= dict.fromkeys(columns, sentence) | {data.label: number % len(data.classes or [])}
+            record |= dict.fromkeys(columns, sentence) | {
+                data.label: number % len(data.classes or [])
+            }
         elif recipe.task == "summarization":
-            record |= {"id": f"{number:040x}", data.text: f"{sentence} . " * 3, data.summary: sentence}
+            record |= {
+                "id": f"{number:040x}",
+                data.text: f"{sentence} . " * 3,
+                data.summary: sentence,
+            }
         elif recipe.task == "question_answering":
             word = sentence.split()[3]
             answers = {"text": [word], "answer_start": [sentence.index(word)]}
@@ -141,12 +163,16 @@ def write_data(folder: Path, recipe: RunConfig) -> str:
 
 
 def stand_in(recipe: Path, folder: Path, config: PretrainedConfig, **training: Any) -> RunConfig:
-    """Return a recipe whose model, data and output are in `folder`, with `training` changed as given."""
+    """Return a recipe whose model, data and output are in `folder`, with `training` changed as
+    given."""
     values = read_recipe(recipe)
     original = parse(values, origin=str(recipe))
     write_model(folder / "model", config)
     source = write_data(folder, original)
-    where: dict[str, Any] = {"train": source, "extra_eval": dict.fromkeys(original.data.extra_eval_split, source)}
+    where: dict[str, Any] = {
+        "train": source,
+        "extra_eval": dict.fromkeys(original.data.extra_eval_split, source),
+    }
     if original.data.eval_split is not None:
         where["eval"] = source
     values |= {"model": str(folder / "model"), "output": str(folder / "run")}
@@ -157,7 +183,11 @@ def stand_in(recipe: Path, folder: Path, config: PretrainedConfig, **training: A
 
 def measure(recipe: Path) -> dict[str, Any]:
     """Return the figures of one recipe: for a process of its own."""
-    short = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1}
+    short = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         config = stand_in(recipe, Path(folder), model_config(read_recipe(recipe)["model"]), **short)
@@ -182,7 +212,9 @@ def measure(recipe: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=[path.stem for path in RECIPES], metavar="NAME")
     parser.add_argument("--output", type=Path, default=HERE / "recipes.json")
     options = parser.parse_args()
@@ -204,7 +236,8 @@ def main() -> None:
         else:
             memory = row["peak_memory_bytes"] / 2**20
             print(
-                f"{name:42}{row['base_parameters']:14,}{row['lora_parameters']:12,}{row['seconds']:9.1f}{memory:11,.0f}"
+                f"{name:42}{row['base_parameters']:14,}{row['lora_parameters']:12,}"
+                f"{row['seconds']:9.1f}{memory:11,.0f}"
             )
 
 

@@ -1,13 +1,15 @@
-"""What shrinking saves: our `adalora` beside PEFT's AdaLoRA and plain LoRA of the final pattern; the cost of `observe`.
+"""What shrinking saves: our `adalora` beside PEFT's AdaLoRA and plain LoRA of the final pattern;
+the cost of `observe`.
 
     python benchmarks/shrinking.py --model FOLDER [--rank 8] [--pairs 25] [--output FILE.json]
 
-Ours and PEFT's are trained through their whole schedule, from 1.5 x to the final rank, on random tokens, 32 x 32. Bytes are
-counted on the tensors. Then, after the last decision and with their controllers still called, ours, PEFT's and plain PEFT
-LoRA of our final pattern take turns in one process, three steps a turn; a figure is the median of the ratios to plain.
-Targets are the four attention projections, which all cost the same, so that PEFT's budget in components is ours in
-parameters. `observe` is timed inside our steps and divided by the time of a plain step, averaged over the 60 steps of the
-schedule (after the last decision it rests).
+Ours and PEFT's are trained through their whole schedule, from 1.5 x to the final rank, on random
+tokens, 32 x 32. Bytes are counted on the tensors. Then, after the last decision and with their
+controllers still called, ours, PEFT's and plain PEFT LoRA of our final pattern take turns in one
+process, three steps a turn; a figure is the median of the ratios to plain. Targets are the four
+attention projections, which all cost the same, so that PEFT's budget in components is ours in
+parameters. `observe` is timed inside our steps and divided by the time of a plain step, averaged
+over the 60 steps of the schedule (after the last decision it rests).
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from transformers import AutoModelForSequenceClassification, set_seed
 import adaptive_lora as al
 
 TARGETS = r".*attention.*(query|key|value|output\.dense)"
-SCHEDULE, LAST, TURN = 60, 42, 3  # steps of the schedule's training, its last decision (70 %), steps of a timed turn
+SCHEDULE, LAST, TURN = (
+    60,
+    42,
+    3,
+)  # steps of the schedule's training, its last decision (70 %), steps of a timed turn
 Step = Callable[[], None]
 
 
@@ -41,17 +47,26 @@ def base(folder: str) -> Any:
 def make_batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 30000, (32, 32), generator=generator)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2}
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": tokens[:, 0] % 2,
+    }
 
 
 class Arm:
-    """A model in training: its step, with or without a controller, and the bytes it holds for the adapters."""
+    """A model in training: its step, with or without a controller, and the bytes it holds for the
+    adapters."""
 
     def __init__(self, model: PeftModel, method: al.Method | None, total: int) -> None:
         self.model, self.batch = model, make_batch()
         self.trained = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        self.controller = al.RankController(model, self.optimizer, method, total) if method else None
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4
+        )
+        self.controller = (
+            al.RankController(model, self.optimizer, method, total) if method else None
+        )
         self.observe_seconds: list[float] = []
 
     def step(self) -> None:
@@ -99,8 +114,14 @@ def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
         TURN + 1
     )  # the timed steps belong to the training, with all that a controller does there
     times: dict[str, Any] = {"initial": SCHEDULE // 10, "final": total - LAST}
-    methods = {"adalora": al.methods.adalora(rank, **times), "PEFT AdaLoRA": al.methods.peft_adalora(rank, **times)}
-    arms = {name: Arm(al.attach(base(folder), method, TARGETS), method, total) for name, method in methods.items()}
+    methods = {
+        "adalora": al.methods.adalora(rank, **times),
+        "PEFT AdaLoRA": al.methods.peft_adalora(rank, **times),
+    }
+    arms = {
+        name: Arm(al.attach(base(folder), method, TARGETS), method, total)
+        for name, method in methods.items()
+    }
     rows: dict[str, dict[str, Any]] = {}
     for name, arm in arms.items():
         arm.step()
@@ -122,32 +143,48 @@ def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
     seconds = turns(steps, pairs)
     reference = seconds["plain LoRA, same pattern"]
     for name, row in rows.items():
-        row["ratio"] = quartiles([one / two for one, two in zip(seconds[name], reference, strict=True)])
-    # The first observation makes the statistics; the rest of the schedule observes nothing, which counts as well.
-    share = sum(arms["adalora"].observe_seconds[1:SCHEDULE]) / SCHEDULE / statistics.median(reference)
+        row["ratio"] = quartiles(
+            [one / two for one, two in zip(seconds[name], reference, strict=True)]
+        )
+    # The first observation makes the statistics; the rest of the schedule observes nothing, which
+    # counts as well.
+    share = (
+        sum(arms["adalora"].observe_seconds[1:SCHEDULE]) / SCHEDULE / statistics.median(reference)
+    )
     observing = statistics.median(arms["adalora"].observe_seconds[1:LAST])
     device = f"{torch.get_num_threads()} CPU threads"
     return {
-        "rank": rank, "pairs": pairs, "device": device, "machine": platform.machine(), "torch": torch.__version__,
-        "plain_step_ms": statistics.median(reference) * 1e3, "observe_ms": observing * 1e3, "observe_share": share,
+        "rank": rank, "pairs": pairs, "device": device, "machine": platform.machine(),
+        "torch": torch.__version__,
+        "plain_step_ms": statistics.median(reference) * 1e3, "observe_ms": observing * 1e3,
+        "observe_share": share,
         "rows": rows,
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     result = measure(options.model, options.rank, options.pairs)
-    print(f"{'':26}{'parameters':>19}{'gradients, kB':>16}{'Adam, kB':>16}   step / plain (quartiles)")
+    print(
+        f"{'':26}{'parameters':>19}{'gradients, kB':>16}{'Adam, kB':>16}   step / plain (quartiles)"
+    )
     for name, row in result["rows"].items():
         before, after, (ratio, low, high) = row["before"], row["after"], row["ratio"]
-        kilobytes = [f"{before[key] / 1e3:,.0f} → {after[key] / 1e3:,.0f}" for key in ("gradients", "Adam")]
+        kilobytes = [
+            f"{before[key] / 1e3:,.0f} → {after[key] / 1e3:,.0f}" for key in ("gradients", "Adam")
+        ]
         parameters = f"{before['parameters']:,} → {after['parameters']:,}"
-        print(f"{name:26}{parameters:>19}{kilobytes[0]:>16}{kilobytes[1]:>16}   {ratio:.3f} ({low:.3f} .. {high:.3f})")
+        print(
+            f"{name:26}{parameters:>19}{kilobytes[0]:>16}{kilobytes[1]:>16}   {ratio:.3f} "
+            f"({low:.3f} .. {high:.3f})"
+        )
     print(
         f"observe: {result['observe_ms']:.2f} ms a step while it observes; averaged over all steps "
         f"{100 * result['observe_share']:.2f} % of a plain step of {result['plain_step_ms']:.1f} ms"

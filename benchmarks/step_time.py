@@ -1,9 +1,11 @@
-"""Step time of `AdaptiveTrainer` on our adapters over the stock `Trainer` on plain PEFT LoRA of the same ranks.
+"""Step time of `AdaptiveTrainer` on our adapters over the stock `Trainer` on plain PEFT LoRA of the
+same ranks.
 
     python benchmarks/step_time.py --model FOLDER [--pairs 15] [--steps 8]
 
-Paired: the two arms take turns in one process, each turn times `steps` steps of one trainer; the figure is the median of
-the ratios. Expected at most 1.02. The model is any encoder folder; the data are random tokens, 32 x 32.
+Paired: the two arms take turns in one process, each turn times `steps` steps of one trainer; the
+figure is the median of the ratios. Expected at most 1.02. The model is any encoder folder; the data
+are random tokens, 32 x 32.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 import adaptive_lora as al
 
@@ -49,7 +57,8 @@ def batches(n: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
 def timed(trainer_class: type[Trainer], model: torch.nn.Module, steps: int, folder: str) -> float:
     """Return the median step time in seconds, the first step left out."""
     arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=32, max_steps=steps + 1, save_strategy="no", logging_strategy="no",
+        output_dir=folder, per_device_train_batch_size=32, max_steps=steps + 1, save_strategy="no",
+        logging_strategy="no",
         disable_tqdm=True, report_to="none", use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     clock = Clock()
@@ -59,7 +68,9 @@ def timed(trainer_class: type[Trainer], model: torch.nn.Module, steps: int, fold
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=8)
@@ -74,7 +85,8 @@ def main() -> None:
     plain = get_peft_model(
         base(),
         LoraConfig(
-            task_type="SEQ_CLS", r=config.r, lora_alpha=config.lora_alpha, target_modules=list(al.ranks(ours)),
+            task_type="SEQ_CLS", r=config.r, lora_alpha=config.lora_alpha,
+            target_modules=list(al.ranks(ours)),
             rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern,
         ),
     )  # fmt: skip
@@ -88,11 +100,15 @@ def main() -> None:
             }
             ratios.append(seconds["ours"] / seconds["plain"])
             print(
-                f"pair {pair:>2}: ours {seconds['ours'] * 1e3:.1f} ms, plain {seconds['plain'] * 1e3:.1f} ms, "
+                f"pair {pair:>2}: ours {seconds['ours'] * 1e3:.1f} ms, plain "
+                f"{seconds['plain'] * 1e3:.1f} ms, "
                 f"ratio {ratios[-1]:.3f}"
             )
     quartiles = statistics.quantiles(ratios, n=4)
-    print(f"median ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} .. {quartiles[2]:.3f})")
+    print(
+        f"median ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} .. "
+        f"{quartiles[2]:.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a study costs beside its training: 1,000 runs that take no time, from the plan to results.json.
+"""What a study costs beside its training: 1,000 runs that take no time, from the plan to
+results.json.
 
     PYTHONPATH=.:tests python benchmarks/study_overhead.py --output benchmarks/study_overhead.json
 
-Two figures: wall seconds of everything after torch is imported (a worker in this process), and of the whole command with a
-worker process of its own, imports included.
+Two figures: wall seconds of everything after torch is imported (a worker in this process), and of
+the whole command with a worker process of its own, imports included.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from adaptive_lora.study.worker import work
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Ranks that change in your own training loop: three calls. A tiny random BERT; runs in seconds, downloads nothing."""
+"""Ranks that change in your own training loop: three calls. A tiny random BERT; runs in seconds,
+downloads nothing."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -8,9 +9,17 @@ import adaptive_lora as al
 STEPS = 120
 torch.manual_seed(0)
 tokens = torch.randint(0, 32, (512, 8))
-labels = (tokens[:, 1] >= 16).long()  # learnable: in which half of the vocabulary the second token lies
+labels = (
+    tokens[:, 1] >= 16
+).long()  # learnable: in which half of the vocabulary the second token lies
 
-sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+sizes = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 base = BertForSequenceClassification(BertConfig(**sizes))
 method = al.methods.adalora(
     rank=4, every=10
@@ -35,4 +44,7 @@ controller.finish()  # 3: an error if nothing was ever decided
 after = al.ranks(model)
 for name, rank in after.items():
     print(f"{name:45} rank {before[name]} -> {rank}")
-print(f"after: {al.lora_parameters(model):,} LoRA parameters, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+print(
+    f"after: {al.lora_parameters(model):,} LoRA parameters, loss {losses[0]:.3f} -> "
+    f"{losses[-1]:.3f}"
+)

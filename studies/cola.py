@@ -2,9 +2,9 @@
 
     python studies/cola.py --model FOLDER --train FILE --dev FILE
 
-Frozen: logistic regression on the encoder's vectors, its regularisation chosen on the dev records, in its favour. Trained:
-a linear head on the pooler or on mean-pooled tokens, with LoRA of rank 8 or with every weight, on the same records. Writes
-`cola.json` and `cola.png` to the output folder.
+Frozen: logistic regression on the encoder's vectors, its regularisation chosen on the dev records,
+in its favour. Trained: a linear head on the pooler or on mean-pooled tokens, with LoRA of rank 8 or
+with every weight, on the same records. Writes `cola.json` and `cola.png` to the output folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.pooling}, {'all weights' if self.rank is None else f'LoRA rank {self.rank}'}, lr {self.rate:g}"
+        what = "all weights" if self.rank is None else f"LoRA rank {self.rank}"
+        return f"{self.pooling}, {what}, lr {self.rate:g}"
 
 
 ARMS = [
@@ -83,14 +84,18 @@ class Records:
     def __init__(self, file: str, tokenizer: Any, rows: int | None) -> None:
         table = read_table(file)
         chosen = range(min(rows or len(table), len(table)))
-        self.texts, self.labels = (list(table.select(chosen)[name]) for name in ("sentence", "label"))
+        self.texts, self.labels = (
+            list(table.select(chosen)[name]) for name in ("sentence", "label")
+        )
         self.tokenizer = tokenizer
         self.lengths = [len(ids) for ids in tokenizer(self.texts)["input_ids"]]
 
     def batches(self, order: list[int]) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            batch = self.tokenizer([self.texts[i] for i in chosen], padding=True, return_tensors="pt")
+            batch = self.tokenizer(
+                [self.texts[i] for i in chosen], padding=True, return_tensors="pt"
+            )
             yield dict(batch), [self.labels[i] for i in chosen]
 
     @property
@@ -117,13 +122,18 @@ def frozen(model: str, train: Records, dev: Records) -> list[dict[str, Any]]:
     for name in x:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not converged at one strength: another one wins
-            guesses = [LogisticRegression(C=c, max_iter=500).fit(x[name], y).predict(x_dev[name]) for c in (0.1, 1, 10)]
+            guesses = [
+                LogisticRegression(C=c, max_iter=500).fit(x[name], y).predict(x_dev[name])
+                for c in (0.1, 1, 10)
+            ]
         best = max(guesses, key=lambda guess: matthews_corrcoef(y_dev, guess))
         rows.append({"arm": f"frozen, {name}", "epoch": 0, **scores(y_dev, best)})
     return rows
 
 
-def trained(arm: Arm, model: str, train: Records, dev: Records, epochs: int, seed: int) -> Iterator[dict[str, Any]]:
+def trained(
+    arm: Arm, model: str, train: Records, dev: Records, epochs: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """Yield the scores of an arm after each epoch."""
     set_seed(seed)
     encoder = AutoModel.from_pretrained(model)
@@ -140,7 +150,9 @@ def trained(arm: Arm, model: str, train: Records, dev: Records, epochs: int, see
         classifier.train()
         total = 0.0
         generator = torch.Generator().manual_seed(seed + epoch)
-        for batch, labels in train.batches(get_length_grouped_indices(train.lengths, BATCH, generator=generator)):
+        for batch, labels in train.batches(
+            get_length_grouped_indices(train.lengths, BATCH, generator=generator)
+        ):
             loss = nn.functional.cross_entropy(classifier(**batch), torch.tensor(labels))
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -155,13 +167,21 @@ def trained(arm: Arm, model: str, train: Records, dev: Records, epochs: int, see
             for batch, labels in dev.batches(dev.by_length):
                 guess += classifier(**batch).argmax(-1).tolist()
                 truth += labels
-        row = {"arm": arm.name, "epoch": epoch + 1, "train_loss": total / len(train.texts), **scores(truth, guess)}
+        row = {
+            "arm": arm.name,
+            "epoch": epoch + 1,
+            "train_loss": total / len(train.texts),
+            **scores(truth, guess),
+        }
         print({**row, "seconds": round(time.perf_counter() - started)}, flush=True)
         yield row
 
 
 def scores(truth: list[int], guess: Any) -> dict[str, float]:
-    return {"matthews": float(matthews_corrcoef(truth, guess)), "accuracy": float(accuracy_score(truth, guess))}
+    return {
+        "matthews": float(matthews_corrcoef(truth, guess)),
+        "accuracy": float(accuracy_score(truth, guess)),
+    }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -171,10 +191,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         found = [row for row in rows if row["arm"] == arm]
         if found[0]["epoch"] == 0:
             axis.axhline(
-                found[0]["matthews"], color="#999999", linestyle=("-", "--", ":")[number % 3], linewidth=1, label=arm
+                found[0]["matthews"],
+                color="#999999",
+                linestyle=("-", "--", ":")[number % 3],
+                linewidth=1,
+                label=arm,
             )
         else:
-            axis.plot([row["epoch"] for row in found], [row["matthews"] for row in found], marker="o", label=arm)
+            axis.plot(
+                [row["epoch"] for row in found],
+                [row["matthews"] for row in found],
+                marker="o",
+                label=arm,
+            )
     axis.set_xticks(sorted({row["epoch"] for row in rows if row["epoch"]}))
     axis.set_xlabel("epoch")
     axis.set_ylabel("Matthews correlation, dev")
@@ -185,7 +214,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="encoder, folder or hub name")
     parser.add_argument("--train", required=True, help="file with sentence and label")
     parser.add_argument("--dev", required=True)
@@ -196,13 +227,18 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    train, dev = Records(options.train, tokenizer, options.rows), Records(options.dev, tokenizer, None)
+    train, dev = (
+        Records(options.train, tokenizer, options.rows),
+        Records(options.dev, tokenizer, None),
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     rows = frozen(options.model, train, dev)
     print(*rows, sep="\n", flush=True)
     for arm in ARMS:
         rows += trained(arm, options.model, train, dev, options.epochs, options.seed)
-        (options.output / "cola.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        (options.output / "cola.json").write_text(
+            json.dumps(rows, indent=2) + "\n", encoding="utf-8"
+        )
         draw(rows, options.output / "cola.png")
 
 

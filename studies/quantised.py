@@ -1,10 +1,12 @@
 """The published methods on a 4-bit base, beside float32: accuracy, bytes, step time, peak.
 
-    python studies/quantised.py --model MINILM --data SST2-TRAIN --eval SST2-DEV --seeds 0 --output runs/quantised
+    python studies/quantised.py --model MINILM --data SST2-TRAIN --eval SST2-DEV --seeds 0 --output
+    runs/quantised
 
-The settings of studies/methods.yaml. Each training is a process of its own, so that its peak is its own; finished ones are
-kept. Step times are those of one method on either base, taken in turns in one process. Writes studies/quantised.json and
-docs/quantised.png. Expected: accuracies within the noise of a seed, 1.05 to 1.2 times the step time on a CPU.
+The settings of studies/methods.yaml. Each training is a process of its own, so that its peak is its
+own; finished ones are kept. Step times are those of one method on either base, taken in turns in
+one process. Writes studies/quantised.json and docs/quantised.png. Expected: accuracies within the
+noise of a seed, 1.05 to 1.2 times the step time on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ ARMS = [("none", "lora"), *(("nf4", name) for name in METHODS)]
 def recipe(options: argparse.Namespace, scheme: str, method: str, seed: int) -> dict[str, Any]:
     """Return one training's recipe."""
     values = read_recipe(HERE / "methods.yaml")
-    data = {key: value for key, value in values["data"].items() if key not in ("config", "eval_split")}
+    data = {
+        key: value for key, value in values["data"].items() if key not in ("config", "eval_split")
+    }
     values["data"] = {**data, "train": options.data, "eval": options.eval}
     if method != "plateau":  # which alone looks at evaluations
         values["training"] = {k: v for k, v in values["training"].items() if k != "eval_steps"} | {
@@ -53,7 +57,8 @@ def recipe(options: argparse.Namespace, scheme: str, method: str, seed: int) -> 
         }
     output = str(options.output / f"{scheme}-{method}-{seed}")
     return {
-        **values, "model": options.model, "method": METHODS[method], "quantization": scheme, "seed": seed, "output": output
+        **values, "model": options.model, "method": METHODS[method], "quantization": scheme,
+        "seed": seed, "output": output
     }  # fmt: skip
 
 
@@ -70,7 +75,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_ratios(options: argparse.Namespace, name: str, steps: int = 4) -> list[float]:
-    """Return the step time of a method on a 4-bit base over that on float32, once a pair, in alternating order."""
+    """Return the step time of a method on a 4-bit base over that on float32, once a pair, in
+    alternating order."""
     arms = {}
     for scheme in ("none", "nf4"):
         config = parse(recipe(options, scheme, name, 0))
@@ -81,9 +87,16 @@ def step_ratios(options: argparse.Namespace, name: str, steps: int = 4) -> list[
         model = al.attach(load_model(config, task)[0], method, config.adapters.targets).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         # So many steps to come that ranks stay as they start, and both arms do the same work.
-        controller = al.RankController(model, optimizer, method, total_steps=10**6) if method.adaptation else None
+        controller = (
+            al.RankController(model, optimizer, method, total_steps=10**6)
+            if method.adaptation
+            else None
+        )
         arms[scheme] = model, optimizer, controller
-    batch = {"input_ids": torch.randint(1000, 20000, (32, 32)), "labels": torch.randint(0, 2, (32,))}
+    batch = {
+        "input_ids": torch.randint(1000, 20000, (32, 32)),
+        "labels": torch.randint(0, 2, (32,)),
+    }
 
     def seconds(scheme: str) -> float:
         model, optimizer, controller = arms[scheme]
@@ -109,7 +122,9 @@ def step_ratios(options: argparse.Namespace, name: str, steps: int = 4) -> list[
 
 def main() -> None:
     """Train what is missing, time the steps, print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("--model", "--data", "--eval"):
         parser.add_argument(name, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -129,19 +144,37 @@ def main() -> None:
                 "lora_parameters": first["lora_parameters"],
                 "memory": parts_of(first["memory"]),
                 "planned_peak": max(
-                    stage.peak for stage in plan(parse(recipe(options, scheme, method, 0)), device="cpu").stages
+                    stage.peak
+                    for stage in plan(
+                        parse(recipe(options, scheme, method, 0)), device="cpu"
+                    ).stages
                 ),
-                "growth_at_peak": max(r["peak_memory_bytes"] - r["process_memory_before_bytes"] for r in results),
+                "growth_at_peak": max(
+                    r["peak_memory_bytes"] - r["process_memory_before_bytes"] for r in results
+                ),
                 "train_seconds": [result["train_seconds"] for result in results],
             }
         )
     for row in (row for row in rows if row["base"] != "float32"):
         low, median, high = statistics.quantiles(step_ratios(options, row["method"]), n=4)
-        row["step_time_ratio"] = {"median": median, "quartiles": [low, high], "pairs": options.pairs}
+        row["step_time_ratio"] = {
+            "median": median,
+            "quartiles": [low, high],
+            "pairs": options.pairs,
+        }
     found = {"seeds": options.seeds, "torch": torch.__version__, "rows": rows}
     (HERE / "quantised.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     table = Table(title="SST-2, 3,000 training rows, 872 evaluation records")
-    for name in ("base", "method", "accuracy %", "LoRA params", "base MB", "plan MB", "peak MB", "step time"):
+    for name in (
+        "base",
+        "method",
+        "accuracy %",
+        "LoRA params",
+        "base MB",
+        "plan MB",
+        "peak MB",
+        "step time",
+    ):
         table.add_column(name, justify="left" if name in ("base", "method") else "right")
     for row in rows:
         accuracy = ", ".join(f"{100 * value:.2f}" for value in row["accuracy"])
@@ -149,14 +182,18 @@ def main() -> None:
         sizes = (f"{row['memory']['base'] / 1e6:.1f}", *peaks)
         ratio = row.get("step_time_ratio")
         steps = "1" if ratio is None else f"{ratio['median']:.2f}"
-        table.add_row(row["base"], row["method"], accuracy, f"{row['lora_parameters']:,}", *sizes, steps)
+        table.add_row(
+            row["base"], row["method"], accuracy, f"{row['lora_parameters']:,}", *sizes, steps
+        )
     show(table)
     print(
-        "plan: the tensors at their peak, batches of 64 tokens; peak: the growth of the process, with what glibc keeps"
+        "plan: the tensors at their peak, batches of 64 tokens; peak: the growth of the process, "
+        "with what glibc keeps"
     )
     print("step time: of the same method, over that on float32; median of pairs")
     memory_bars(
-        {f"{row['base']}, {row['method']}": row["memory"] for row in rows}, HERE.parent / "docs" / "quantised.png"
+        {f"{row['base']}, {row['method']}": row["memory"] for row in rows},
+        HERE.parent / "docs" / "quantised.png",
     )
 
 

@@ -1,9 +1,11 @@
-"""The two signals of `grad_delta` in a study: does the gradient norm say what the weight change says, target by target?
+"""The two signals of `grad_delta` in a study: does the gradient norm say what the weight change
+says, target by target?
 
     python studies/signals.py runs/gradient_delta --output studies/results/gradient_delta
 
-Reads `allocations.jsonl` of every run of the study and writes signals.json and signals.png: Pearson's and Spearman's
-correlation of G (mean gradient norm) and W (weight change) over targets, and of each with the rank decided.
+Reads `allocations.jsonl` of every run of the study and writes signals.json and signals.png:
+Pearson's and Spearman's correlation of G (mean gradient norm) and W (weight change) over targets,
+and of each with the rank decided.
 """
 
 from __future__ import annotations
@@ -30,33 +32,57 @@ from adaptive_lora.study.analysis import analyse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the folder of a finished study with grad_delta among its methods")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "study", type=Path, help="the folder of a finished study with grad_delta among its methods"
+    )
     parser.add_argument("--output", type=Path, help="default: the study's folder")
     options = parser.parse_args()
     output = options.output or options.study
     points: dict[str, list[tuple[list[float], list[float], list[int]]]] = {}
     for row in analyse(options.study)["runs"]:
-        if row["status"] == "ok" and (signals := signals_of(options.study / "runs" / row["id"])) is not None:
+        if (
+            row["status"] == "ok"
+            and (signals := signals_of(options.study / "runs" / row["id"])) is not None
+        ):
             points.setdefault(row["method"], []).append(signals)
     if not points:
-        raise InputError(f"{options.study} holds no run that decided by gradient norms and weight changes")
+        raise InputError(
+            f"{options.study} holds no run that decided by gradient norms and weight changes"
+        )
     rows = [summary(method, runs) for method, runs in points.items()]
-    table = Table(title="Gradient norm G and weight change W over targets: mean over runs (lowest .. highest)")
-    for column in ("method", "runs", "Pearson G, W", "Spearman G, W", "Spearman G, rank", "Spearman W, rank"):
+    table = Table(
+        title="Gradient norm G and weight change W over targets: mean over runs (lowest .. highest)"
+    )
+    for column in (
+        "method",
+        "runs",
+        "Pearson G, W",
+        "Spearman G, W",
+        "Spearman G, rank",
+        "Spearman W, rank",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     for row in rows:
-        cells = [span(row[key]) for key in ("pearson_gw", "spearman_gw", "spearman_g_rank", "spearman_w_rank")]
+        cells = [
+            span(row[key])
+            for key in ("pearson_gw", "spearman_gw", "spearman_g_rank", "spearman_w_rank")
+        ]
         table.add_row(escape(row["method"]), str(len(row["pearson_gw"])), *cells)
     show(table)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "signals.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (output / "signals.json").write_text(
+        json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     draw(points, output / "signals.png")
     print(f"{output}: signals.json, signals.png")
 
 
 def signals_of(run: Path) -> tuple[list[float], list[float], list[int]] | None:
-    """Return (G, W, rank) of every target at the run's decision, None when there is no such decision."""
+    """Return (G, W, rank) of every target at the run's decision, None when there is no such
+    decision."""
     for decision in read_run(run).history:
         if {"GradientNorm", "WeightDelta"} <= decision.parts.keys():
             g, w = decision.parts["GradientNorm"], decision.parts["WeightDelta"]
@@ -83,7 +109,9 @@ def span(values: list[float]) -> str:
 
 def draw(points: dict[str, list[tuple[list[float], list[float], list[int]]]], path: Path) -> None:
     """Draw W over G, one panel a method, one colour a run."""
-    figure, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(3.4 * len(points), 3.3), layout="constrained", squeeze=False
+    )
     for axis, (method, runs) in zip(axes[0], points.items(), strict=True):
         for g, w, _ in runs:
             axis.plot(g, w, "o", markersize=3, alpha=0.7)

@@ -2,10 +2,11 @@
 
     python studies/squeeze.py [--steps 80] [--seeds 0 1 2] [--output FOLDER]
 
-MiniLM (the demo's encoder) on the demo's messages, rank 8 cut in stages to the parameters of rank 2. The same decisions, and
-five ways to treat the optimizer and the split of σ between A and B; beside them the same schedule without rotation (the
-smallest |b_k| |a_k| is dropped), and uniform LoRA of the final size. Writes `squeeze.json` and `squeeze.png`, and a file a
-run: started again it goes on where it was cut off.
+MiniLM (the demo's encoder) on the demo's messages, rank 8 cut in stages to the parameters of rank
+2. The same decisions, and five ways to treat the optimizer and the split of σ between A and B;
+beside them the same schedule without rotation (the smallest |b_k| |a_k| is dropped), and uniform
+LoRA of the final size. Writes `squeeze.json` and `squeeze.png`, and a file a run: started again it
+goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -38,11 +39,18 @@ from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.model.adapters import adapters, all_weights
 from adaptive_lora.report.tables import show
 
-RANK, FACTOR, BATCH, PROBE, AFTER = 2, 4.0, 12, 24, (1, 2, 4, 7)  # the probe is read AFTER steps after a cut, too
+RANK, FACTOR, BATCH, PROBE, AFTER = (
+    2,
+    4.0,
+    12,
+    24,
+    (1, 2, 4, 7),
+)  # the probe is read AFTER steps after a cut, too
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]
 State = dict[str, torch.Tensor]
 Treatment = Callable[[Pair, tuple[State, State], tuple[State, State], Pair], None]
-"""(A, B) after the cut, their optimizer states now and before it, and (A, B) before it -> edits the states, or A and B."""
+"""(A, B) after the cut, their optimizer states now and before it, and (A, B) before it -> edits the
+states, or A and B."""
 
 
 def carried(now: Pair, states: tuple[State, State], before: tuple[State, State], old: Pair) -> None:
@@ -70,8 +78,11 @@ def stale(now: Pair, states: tuple[State, State], before: tuple[State, State], o
             state[key].copy_(was[key].narrow(dim, 0, state[key].shape[dim]))
 
 
-def scale_of_a(now: Pair, states: tuple[State, State], before: tuple[State, State], old: Pair) -> None:
-    """Carried over, but rows of A keep the length they had before (root mean square); B takes the rest of σ."""
+def scale_of_a(
+    now: Pair, states: tuple[State, State], before: tuple[State, State], old: Pair
+) -> None:
+    """Carried over, but rows of A keep the length they had before (root mean square); B takes the
+    rest of σ."""
     a, b = now
     if not len(a):
         return
@@ -86,7 +97,9 @@ def scale_of_a(now: Pair, states: tuple[State, State], before: tuple[State, Stat
 SQUEEZE = al.methods.squeeze(RANK, factor=FACTOR)
 assert SQUEEZE.adaptation is not None
 DROP = replace(
-    SQUEEZE, name="drop", adaptation=replace(SQUEEZE.adaptation, importance=Magnitude(), rule=TopK())
+    SQUEEZE,
+    name="drop",
+    adaptation=replace(SQUEEZE.adaptation, importance=Magnitude(), rule=TopK()),
 )  # the same schedule, no rotation
 ARMS: dict[str, tuple[al.Method, Treatment]] = {
     "carried over (the library)": (SQUEEZE, carried),
@@ -138,7 +151,10 @@ def begin(method: al.Method, seed: int, steps: int) -> Training:
     data, test = messages("train", tokenizer, 800), messages("test", tokenizer, 360)
     set_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(
-        model_path, num_labels=int(data["labels"].max()) + 1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        model_path,
+        num_labels=int(data["labels"].max()) + 1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = al.attach(base, method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -147,7 +163,8 @@ def begin(method: al.Method, seed: int, steps: int) -> Training:
 
 
 def until_first_cut(training: Training, steps: int) -> Training:
-    """Train to the step before the first decision: what all ways to treat the moments have in common."""
+    """Train to the step before the first decision: what all ways to treat the moments have in
+    common."""
     adaptation = training.controller.method.adaptation
     assert adaptation is not None
     assert isinstance(adaptation.when, At)
@@ -158,18 +175,28 @@ def until_first_cut(training: Training, steps: int) -> Training:
 
 
 def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[str, Any]:
-    """Train to the end and return, for every cut, the probe's loss {steps after it: loss} (-1: right before, 0: right
-    after), and the final accuracy and loss of all test messages."""
-    layers, controller, optimizer = adapters(training.model), training.controller, training.optimizer
+    """Train to the end and return, for every cut, the probe's loss {steps after it: loss} (-1:
+    right before, 0: right after), and the final accuracy and loss of all test messages."""
+    layers, controller, optimizer = (
+        adapters(training.model),
+        training.controller,
+        training.optimizer,
+    )
     cuts: list[dict[str, Any]] = []
     for step in track(range(controller.step_count + 1, steps + 1), description=f"{name:30}"):
         training.step()
         before, decided = None, len(controller.history)
         if step in controller._decision_steps:
             before = training.loss()
-            pairs = {m: tuple(p.detach().clone() for p in all_weights(layer)) for m, layer in layers.items()}
+            pairs = {
+                m: tuple(p.detach().clone() for p in all_weights(layer))
+                for m, layer in layers.items()
+            }
             states = {
-                m: tuple({k: v.clone() for k, v in optimizer.state[p].items()} for p in all_weights(layer))
+                m: tuple(
+                    {k: v.clone() for k, v in optimizer.state[p].items()}
+                    for p in all_weights(layer)
+                )
                 for m, layer in layers.items()
             }
         controller.step()
@@ -186,7 +213,9 @@ def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[s
     training.model.eval()
     test = training.test
     with torch.no_grad():
-        answers = torch.cat([training.model(**rows_of(test, range(i, i + 60))).logits for i in range(0, 360, 60)])
+        answers = torch.cat(
+            [training.model(**rows_of(test, range(i, i + 60))).logits for i in range(0, 360, 60)]
+        )
     return {
         "cuts": cuts,
         "accuracy": float((answers.argmax(1) == test["labels"]).float().mean()),
@@ -196,13 +225,23 @@ def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[s
 
 
 def curve(runs: list[dict[str, Any]]) -> dict[int, float]:
-    """Return {steps after a cut: change of the probe's loss from right before it}, the mean over cuts and seeds."""
-    cuts = [{int(k): loss for k, loss in cut["loss"].items()} for run in runs for cut in run["cuts"]]
-    return {k: statistics.mean(c[k] - c[-1] for c in cuts if k in c) for k in (0, *AFTER)} if cuts else {}
+    """Return {steps after a cut: change of the probe's loss from right before it}, the mean over
+    cuts and seeds."""
+    cuts = [
+        {int(k): loss for k, loss in cut["loss"].items()} for run in runs for cut in run["cuts"]
+    ]
+    return (
+        {k: statistics.mean(c[k] - c[-1] for c in cuts if k in c) for k in (0, *AFTER)}
+        if cuts
+        else {}
+    )
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
-    shown = Table(title=f"squeeze: rank {RANK * FACTOR:g} -> {RANK}, {len(next(iter(results.values())))} seeds, means")
+    shown = Table(
+        title=f"squeeze: rank {RANK * FACTOR:g} -> {RANK}, "
+        f"{len(next(iter(results.values())))} seeds, means"
+    )
     after = [f"+{k}" if k else "at a cut" for k in (0, 1, AFTER[-1])]
     for column in ("moments", *after, "loss", "acc. %", "min..max"):
         first = column == "moments"
@@ -221,15 +260,25 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Left: the loss of the probe around a cut, mean over cuts and seeds. Right: the final test loss of every seed."""
+    """Left: the loss of the probe around a cut, mean over cuts and seeds. Right: the final test
+    loss of every seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, (name, runs) in enumerate(results.items()):
         colour, changes = f"C{number}", curve(runs)
         if changes:
-            left.plot([-1, *changes], [0.0, *changes.values()], "o-", markersize=4, color=colour, label=name)
+            left.plot(
+                [-1, *changes],
+                [0.0, *changes.values()],
+                "o-",
+                markersize=4,
+                color=colour,
+                label=name,
+            )
         losses = [run["test_loss"] for run in runs]
         right.plot(losses, [number] * len(runs), "o", color=colour, alpha=0.5)
-        right.plot([statistics.mean(losses)], [number], "|", color=colour, markersize=18, markeredgewidth=2)
+        right.plot(
+            [statistics.mean(losses)], [number], "|", color=colour, markersize=18, markeredgewidth=2
+        )
     left.axvline(-0.5, color="0.7", linewidth=0.8)
     left.set_xlabel("steps after a cut (-1: right before it)")
     left.set_ylabel(f"loss of {PROBE} test messages, change")
@@ -244,7 +293,9 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/squeeze"))
@@ -255,12 +306,17 @@ def main() -> None:
     for seed in options.seeds:
         common: Training | None = None
         for name, (method, treat) in ARMS.items():
-            file = options.output / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{options.steps}.json"
+            file = (
+                options.output
+                / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{options.steps}.json"
+            )
             if not file.exists():
                 if method is not SQUEEZE:
                     start = begin(method, seed, options.steps)
                 else:
-                    common = common or until_first_cut(begin(SQUEEZE, seed, options.steps), options.steps)
+                    common = common or until_first_cut(
+                        begin(SQUEEZE, seed, options.steps), options.steps
+                    )
                     start = copy.deepcopy(common)
                 run = go_on(start, treat, options.steps, f"{name}, seed {seed}")
                 file.write_text(json.dumps(run, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,10 +1,12 @@
-"""Every task once, on real data: what a small model reaches in minutes, beside the majority class or the untrained model.
+"""Every task once, on real data: what a small model reaches in minutes, beside the majority class
+or the untrained model.
 
     python studies/tasks.py --encoder FOLDER --causal FOLDER --data FOLDER [--only sst2 cola]
 
-One seed and small samples: this shows that each path works from the files to the metric, not what a model can reach.
-`--data` holds the files that tasks.yaml names; without it the presets read the hub. Writes one run for each task,
-`tasks.json`, `tasks.md` and `tasks.png` to the output folder; a finished run is read, not repeated.
+One seed and small samples: this shows that each path works from the files to the metric, not what a
+model can reach. `--data` holds the files that tasks.yaml names; without it the presets read the
+hub. Writes one run for each task, `tasks.json`, `tasks.md` and `tasks.png` to the output folder; a
+finished run is read, not repeated.
 """
 
 from __future__ import annotations
@@ -36,9 +38,15 @@ COLUMNS = ("task", "model", "train / eval", "metric", "reference", "trained", "m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="folder or hub name")
-    parser.add_argument("--causal", required=True, help="folder or hub name of a causal language model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="folder or hub name"
+    )
+    parser.add_argument(
+        "--causal", required=True, help="folder or hub name of a causal language model"
+    )
     parser.add_argument("--data", type=Path, help="folder with the files that tasks.yaml names")
     parser.add_argument("--only", nargs="+", help="names in tasks.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/tasks"))
@@ -62,8 +70,11 @@ def main() -> None:
     show(table(rows))
 
 
-def configure(recipe: dict[str, Any], common: dict[str, Any], options: argparse.Namespace, output: Path) -> RunConfig:
-    """Return the run's configuration: the study's defaults, the task's recipe, and where models and files are."""
+def configure(
+    recipe: dict[str, Any], common: dict[str, Any], options: argparse.Namespace, output: Path
+) -> RunConfig:
+    """Return the run's configuration: the study's defaults, the task's recipe, and where models and
+    files are."""
     recipe = dict(recipe)
     files = recipe.pop("files")
     data = dict(recipe.get("data", {}))
@@ -86,7 +97,9 @@ def figures(name: str, config: RunConfig) -> list[dict[str, Any]]:
     folder = Path(config.output)
     result = read_run(folder).result
     log = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    before: dict[str, Any] = next((row for row in log if row["step"] == 0 and "eval_loss" in row), {})
+    before: dict[str, Any] = next(
+        (row for row in log if row["step"] == 0 and "eval_loss" in row), {}
+    )
     splits = load_splits(config.data)
     counts = {"train": len(splits.train.records), "eval": len(splits.eval.records)}
     majority = None
@@ -102,10 +115,14 @@ def figures(name: str, config: RunConfig) -> list[dict[str, Any]]:
     return [
         {
             "task": name,
-            "model": Path(config.model).name if config.task in ("causal_lm", "summarization") else "MiniLM-L6",
+            "model": Path(config.model).name
+            if config.task in ("causal_lm", "summarization")
+            else "MiniLM-L6",
             **counts,
             "metric": metric,
-            "reference": (majority if metric == "accuracy" else 0.0) if majority else before.get(f"eval_{metric}"),
+            "reference": (majority if metric == "accuracy" else 0.0)
+            if majority
+            else before.get(f"eval_{metric}"),
             "reference_is": "majority class" if majority else "before training",
             "trained": result["metrics"][f"eval_{metric}"],
             "half_width": half_width(result["metrics"][f"eval_{metric}"], counts["eval"])
@@ -126,13 +143,17 @@ def cells(row: dict[str, Any]) -> list[str]:
     reference = "-" if row["reference"] is None else f"{row['reference']:.3f}"
     trained = f"{row['trained']:.3f}" + (f" ± {row['half_width']:.3f}" if row["half_width"] else "")
     return [
-        row["task"], row["model"], f"{row['train']:,} / {row['eval']:,}", row["metric"], reference, trained,
+        row["task"], row["model"], f"{row['train']:,} / {row['eval']:,}", row["metric"],
+        reference, trained,
         f"{row['minutes']:.1f}",
     ]  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(title="reference: majority class, or before training; one seed, 95 % interval of a proportion")
+    made = Table(
+        title="reference: majority class, or before training; one seed, 95 % interval of a "
+        "proportion"
+    )
     for column in COLUMNS:
         made.add_column(column)
     for row in rows:
@@ -142,7 +163,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
     (folder / "tasks.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    lines = ["| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]]
+    lines = [
+        "| " + " | ".join(line) + " |"
+        for line in [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+    ]
     (folder / "tasks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(rows, folder / "tasks.png")
 
@@ -170,18 +194,39 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )
     for axis, (title, (factor, found)) in zip(axes[0], panels.items(), strict=True):
         several = title != "accuracy, %" and title != "bits per byte"
-        names = [r["metric"].replace("_", " ") if several else r["task"].replace("_", "\n") for r in found]
+        names = [
+            r["metric"].replace("_", " ") if several else r["task"].replace("_", "\n")
+            for r in found
+        ]
         references = [factor * (r["reference"] or 0.0) for r in found]
         trained = [factor * r["trained"] for r in found]
-        errors = [factor * r["half_width"] for r in found if r["half_width"]] or None  # no interval where none is known
+        errors = [
+            factor * r["half_width"] for r in found if r["half_width"]
+        ] or None  # no interval where none is known
         place = range(len(found))
-        axis.bar([i - 0.2 for i in place], references, 0.38, color="#b8b8b8", label="majority class / untrained")
-        axis.bar([i + 0.2 for i in place], trained, 0.38, yerr=errors, capsize=3, color="#2a6f97", label="trained")
+        axis.bar(
+            [i - 0.2 for i in place],
+            references,
+            0.38,
+            color="#b8b8b8",
+            label="majority class / untrained",
+        )
+        axis.bar(
+            [i + 0.2 for i in place],
+            trained,
+            0.38,
+            yerr=errors,
+            capsize=3,
+            color="#2a6f97",
+            label="trained",
+        )
         axis.set_xticks(list(place), names, fontsize=8)
         suffix = f"\n{found[0]['task'].replace('_', ' ')}" if several else ""
         axis.set_title(title + suffix, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, -0.36), ncols=2)
+    axes[0][0].legend(
+        frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, -0.36), ncols=2
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -25,10 +25,27 @@ from adaptive_lora.model.adapters import infer_task_type
 from adaptive_lora.model.targets import find_targets
 
 STEPS = 6
-WIDTH = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+WIDTH = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+}
 TEXT = {**WIDTH, "vocab_size": 64, "max_position_embeddings": 32}
-DECODER = {**TEXT, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1}  # two queries to a key
-DISTILBERT = {"vocab_size": 64, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
+DECODER = {
+    **TEXT,
+    "num_key_value_heads": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}  # two queries to a key
+DISTILBERT = {
+    "vocab_size": 64,
+    "dim": 16,
+    "hidden_dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 32,
+}
 DEBERTA_V3 = {
     "relative_attention": True,
     "position_buckets": 4,
@@ -37,18 +54,42 @@ DEBERTA_V3 = {
     "pos_att_type": "p2c|c2p",
     "position_biased_input": False,
 }
-GPT2 = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32, "bos_token_id": 0}
+GPT2 = {
+    "vocab_size": 64,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_layer": 2,
+    "n_positions": 32,
+    "bos_token_id": 0,
+}
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-BART_LAYERS = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-BART = {"vocab_size": 64, "d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, **BART_LAYERS}
+BART_LAYERS = {
+    f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")
+}
+BART = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    **BART_LAYERS,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+DEEPSEEK = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 DEEPSEEK_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
 def bitnet(plain: tuple[str, ...] = ("lm_head",), **quantisation: Any) -> PreTrainedModel:
-    """A BitNet whose linear modules, except `plain`, are replaced as `from_pretrained` does for this quantisation."""
-    with warnings.catch_warnings():  # it imports torch's compiler, which uses what torch has deprecated
+    """A BitNet whose linear modules, except `plain`, are replaced as `from_pretrained` does for
+    this quantisation."""
+    with (
+        warnings.catch_warnings()
+    ):  # it imports torch's compiler, which uses what torch has deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         from transformers.integrations.bitnet import replace_with_bitnet_linear
     model = hf.BitNetForCausalLM(hf.BitNetConfig(**DECODER))
@@ -62,23 +103,34 @@ class Architecture:
     heads: tuple[str, ...] = ()  # language models have none: their output embeddings stay frozen
 
 
-# 6 of a BERT layer and a pooler; 7 of a Llama layer (q, k, v, o, gate, up, down); T5 and BART: 6 and 10.
+# 6 of a BERT layer and a pooler; 7 of a Llama layer (q, k, v, o, gate, up, down); T5 and BART: 6
+# and 10.
 ARCHITECTURES = {
-    "bert": Architecture(lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)), 2 * 6 + 1, ("classifier",)),
-    "bert qa": Architecture(lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)), 2 * 6, ("qa_outputs",)),
+    "bert": Architecture(
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)), 2 * 6 + 1, ("classifier",)
+    ),
+    "bert qa": Architecture(
+        lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)), 2 * 6, ("qa_outputs",)
+    ),
     "distilbert": Architecture(
         lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTILBERT)),
         2 * 6,
         ("pre_classifier", "classifier"),
     ),
     "distilbert qa": Architecture(
-        lambda: hf.DistilBertForQuestionAnswering(hf.DistilBertConfig(**DISTILBERT)), 2 * 6, ("qa_outputs",)
+        lambda: hf.DistilBertForQuestionAnswering(hf.DistilBertConfig(**DISTILBERT)),
+        2 * 6,
+        ("qa_outputs",),
     ),
     "roberta": Architecture(
-        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)), 2 * 6, ("classifier",)
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)),
+        2 * 6,
+        ("classifier",),
     ),
     "albert": Architecture(  # one layer for both, a projection of the embeddings and a pooler
-        lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**TEXT, embedding_size=8)), 6 + 2, ("classifier",)
+        lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**TEXT, embedding_size=8)),
+        6 + 2,
+        ("classifier",),
     ),
     "electra": Architecture(  # a projection of the embeddings
         lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**TEXT, embedding_size=8)),
@@ -86,7 +138,9 @@ ARCHITECTURES = {
         ("classifier",),
     ),
     "deberta-v2": Architecture(
-        lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**TEXT)), 2 * 6, ("pooler", "classifier")
+        lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**TEXT)),
+        2 * 6,
+        ("pooler", "classifier"),
     ),
     "deberta-v3": Architecture(
         lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**TEXT, **DEBERTA_V3)),
@@ -102,40 +156,59 @@ ARCHITECTURES = {
     ),
     "gpt2": Architecture(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, eos_token_id=1)), 2 * 4),
     "gpt2 classifier": Architecture(
-        lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**GPT2, eos_token_id=1, pad_token_id=1)),
+        lambda: hf.GPT2ForSequenceClassification(
+            hf.GPT2Config(**GPT2, eos_token_id=1, pad_token_id=1)
+        ),
         2 * 4,
         ("score",),
     ),
     "llama": Architecture(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), 2 * 7),
     "llama classifier": Architecture(
-        lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**DECODER, pad_token_id=1)), 2 * 7, ("score",)
+        lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**DECODER, pad_token_id=1)),
+        2 * 7,
+        ("score",),
     ),
     "qwen2": Architecture(lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**DECODER)), 2 * 7),
-    "qwen3": Architecture(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=8)), 2 * 7),
+    "qwen3": Architecture(
+        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=8)), 2 * 7
+    ),
     "mistral": Architecture(lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER)), 2 * 7),
-    "gemma2": Architecture(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=8)), 2 * 7),
-    "gemma3": Architecture(lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**DECODER, head_dim=8)), 2 * 7),
+    "gemma2": Architecture(
+        lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=8)), 2 * 7
+    ),
+    "gemma3": Architecture(
+        lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**DECODER, head_dim=8)), 2 * 7
+    ),
     "bitnet": Architecture(lambda: hf.BitNetForCausalLM(hf.BitNetConfig(**DECODER)), 2 * 7),
     "bitnet, quantised online": Architecture(
         lambda: bitnet(linear_class="autobitlinear", quantization_mode="online"), 2 * 7
     ),
     "t5": Architecture(
-        lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)), 2 * (6 + 10)
+        lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)),
+        2 * (6 + 10),
     ),
-    "bart": Architecture(lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), 2 * (6 + 10)),
+    "bart": Architecture(
+        lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), 2 * (6 + 10)
+    ),
     "bart classifier": Architecture(
         lambda: hf.BartForSequenceClassification(hf.BartConfig(**BART, num_labels=2)),
         2 * (6 + 10),
         ("classification_head",),
     ),
     "vit": Architecture(
-        lambda: hf.ViTForImageClassification(hf.ViTConfig(**WIDTH, image_size=8, patch_size=4)), 2 * 6, ("classifier",)
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**WIDTH, image_size=8, patch_size=4)),
+        2 * 6,
+        ("classifier",),
     ),
     # Mixtures of experts: attention, and of Qwen2 the shared expert (gate, up, down) too.
-    "mixtral": Architecture(lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=4)), 2 * 4),
+    "mixtral": Architecture(
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=4)), 2 * 4
+    ),
     "qwen2-moe": Architecture(
         lambda: hf.Qwen2MoeForCausalLM(
-            hf.Qwen2MoeConfig(**DECODER, **EXPERTS, decoder_sparse_step=1, shared_expert_intermediate_size=16)
+            hf.Qwen2MoeConfig(
+                **DECODER, **EXPERTS, decoder_sparse_step=1, shared_expert_intermediate_size=16
+            )
         ),
         2 * (4 + 3),
     ),
@@ -166,7 +239,10 @@ def batch_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 64, (4, 8), generator=generator)
     ids[:, -1] = 2  # BART classifies at its end of sequence
     if "Image" in kind:
-        return {"pixel_values": torch.randn(4, 3, 8, 8, generator=generator), "labels": ids[:, 0] % 2}
+        return {
+            "pixel_values": torch.randn(4, 3, 8, 8, generator=generator),
+            "labels": ids[:, 0] % 2,
+        }
     if "QuestionAnswering" in kind:
         return {"input_ids": ids, "start_positions": ids[:, 0] % 8, "end_positions": ids[:, 1] % 8}
     return {"input_ids": ids, "labels": ids[:, 0] % 2 if "SequenceClassification" in kind else ids}
@@ -176,7 +252,11 @@ def answers(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits]) if "start_positions" in batch else output.logits
+    return (
+        torch.cat([output.start_logits, output.end_logits])
+        if "start_positions" in batch
+        else output.logits
+    )
 
 
 def method_for(base: PreTrainedModel, name: str) -> Method:

@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny random models, built from a config with a fixed seed. Nothing here touches a network."""
+"""Shared fixtures: tiny random models, built from a config with a fixed seed. Nothing here touches
+a network."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ settings.load_profile("steady")
 
 
 def make_gpt2(n_layers: int = 3, **config: object) -> GPT2LMHeadModel:
-    """A GPT-2 language model (`Conv1D`: weights stored transposed); the same weights at every call."""
+    """A GPT-2 language model (`Conv1D`: weights stored transposed); the same weights at every
+    call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_positions": 32, "n_layer": n_layers}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **config}))

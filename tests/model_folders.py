@@ -1,7 +1,9 @@
-"""Tiny random models with real tokenizers in folders, recipes and runs that use them, and the command line in-process.
+"""Tiny random models with real tokenizers in folders, recipes and runs that use them, and the
+command line in-process.
 
-A test file gets the fixtures with `pytest_plugins = ("model_folders",)`: each folder and run is then made once a
-session; whoever changes one works on a copy. (PYTEST_DONT_REWRITE: test files import helpers before pytest could.)
+A test file gets the fixtures with `pytest_plugins = ("model_folders",)`: each folder and run is
+then made once a session; whoever changes one works on a copy. (PYTEST_DONT_REWRITE: test files
+import helpers before pytest could.)
 """
 
 from __future__ import annotations
@@ -42,10 +44,26 @@ from adaptive_lora.tasks.data import load_splits
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 OPINIONS = ["good", "fine", "great", "bad", "awful", "poor"]
 NUMBERS = ["one", "two", "three", "four"]
-PIECES = [*OPINIONS, *NUMBERS, "day", "night", "meal", "film", "sum", "of", "is", "the", "a", "and", "##s"]
+PIECES = [
+    *OPINIONS,
+    *NUMBERS,
+    "day",
+    "night",
+    "meal",
+    "film",
+    "sum",
+    "of",
+    "is",
+    "the",
+    "a",
+    "and",
+    "##s",
+]
 PUNCTUATION = list("#:.,+=")
 HEADINGS = ["Instruction", "Input", "Response"]
-VOCABULARY = {piece: number for number, piece in enumerate([*SPECIAL, *PIECES, *PUNCTUATION, *HEADINGS])}
+VOCABULARY = {
+    piece: number for number, piece in enumerate([*SPECIAL, *PIECES, *PUNCTUATION, *HEADINGS])
+}
 LAYERS, HIDDEN, FEED_FORWARD = 2, 16, 24
 
 
@@ -56,7 +74,9 @@ def _tokenizer(template: str, **names: str) -> PreTrainedTokenizerFast:
     inner.post_processor = processors.TemplateProcessing(
         single=template, pair=pair, special_tokens=[(name, VOCABULARY[name]) for name in SPECIAL]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=48, **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="[UNK]", model_max_length=48, **names
+    )
 
 
 def _bert(folder: Path, hidden: int, feed_forward: int) -> str:
@@ -98,25 +118,29 @@ def _llama(folder: Path, hidden: int, feed_forward: int) -> str:
 
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with an encoder of 2 layers x 6 linear modules and a pooler, hidden size 16."""
+    """Return a folder with an encoder of 2 layers x 6 linear modules and a pooler, hidden size
+    16."""
     return _bert(tmp_path_factory.mktemp("models") / "bert", HIDDEN, FEED_FORWARD)
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with a causal model of 2 layers x 7 linear modules and a tokenizer without a padding token."""
+    """Return a folder with a causal model of 2 layers x 7 linear modules and a tokenizer without a
+    padding token."""
     return _llama(tmp_path_factory.mktemp("models") / "llama", HIDDEN, FEED_FORWARD)
 
 
 @pytest.fixture(scope="session")
 def wide_bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As `bert_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples of 64."""
+    """As `bert_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples
+    of 64."""
     return _bert(tmp_path_factory.mktemp("models") / "wide-bert", 64, 128)
 
 
 @pytest.fixture(scope="session")
 def wide_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As `llama_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples of 64."""
+    """As `llama_folder`, of widths that 4-bit kernels compute rightly on every processor: multiples
+    of 64."""
     return _llama(tmp_path_factory.mktemp("models") / "wide-llama", 128, 128)
 
 
@@ -144,7 +168,8 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with an image encoder of 2 layers for 8 x 8 pixels, and its image processor."""
+    """Return a folder with an image encoder of 2 layers for 8 x 8 pixels, and its image
+    processor."""
     folder = str(tmp_path_factory.mktemp("models") / "vit")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
     torch.manual_seed(0)
@@ -162,7 +187,8 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pictures(folder: Path, count: int) -> str:
-    """Make `count` images of 12 x 10 pixels in two classes that brightness tells apart; return the folder."""
+    """Make `count` images of 12 x 10 pixels in two classes that brightness tells apart; return the
+    folder."""
     draw = np.random.default_rng(0)
     for i in range(count):
         low = 150 * (i % 2)
@@ -180,7 +206,8 @@ def reviews(count: int) -> list[dict[str, str]]:
     labels = list(words)
     return [
         {
-            "text": f"the {things[i % 4]} is {words[labels[i % 2]][i // 2 % 3]}" + " and" * (i // 12),
+            "text": f"the {things[i % 4]} is {words[labels[i % 2]][i // 2 % 3]}"
+            + " and" * (i // 12),
             "label": labels[i % 2],
         }
         for i in range(count)
@@ -188,7 +215,8 @@ def reviews(count: int) -> list[dict[str, str]]:
 
 
 def instructions(count: int) -> list[dict[str, str]]:
-    """Return `count` Alpaca-style records, every second one with an input; outputs differ in length."""
+    """Return `count` Alpaca-style records, every second one with an input; outputs differ in
+    length."""
     numbers = ("one", "two", "three", "four")
     return [
         {
@@ -203,7 +231,11 @@ def instructions(count: int) -> list[dict[str, str]]:
 def ratings(count: int) -> list[dict[str, Any]]:
     """Return `count` pairs of texts with a number from 0 to 5 each."""
     return [
-        {"sentence1": f"the {NUMBERS[i % 4]} is good", "sentence2": f"a {NUMBERS[i // 4 % 4]} day", "label": i % 11 / 2}
+        {
+            "sentence1": f"the {NUMBERS[i % 4]} is good",
+            "sentence2": f"a {NUMBERS[i // 4 % 4]} day",
+            "label": i % 11 / 2,
+        }
         for i in range(count)
     ]
 
@@ -212,7 +244,9 @@ def articles(count: int) -> list[dict[str, str]]:
     """Return `count` texts of 10 to 17 words, with a summary."""
     return [
         {
-            "text": " ".join(["the", *(NUMBERS[(i + j) % 4] for j in range(8 + i % 8)), "is", OPINIONS[i % 6]]),
+            "text": " ".join(
+                ["the", *(NUMBERS[(i + j) % 4] for j in range(8 + i % 8)), "is", OPINIONS[i % 6]]
+            ),
             "summary": f"the day is {OPINIONS[i % 6]}",
         }
         for i in range(count)
@@ -220,7 +254,8 @@ def articles(count: int) -> list[dict[str, str]]:
 
 
 def questions(count: int) -> list[dict[str, Any]]:
-    """Return `count` questions in SQuAD's form; contexts of 8 to 40 words, the answer anywhere, of 1 to 2 words."""
+    """Return `count` questions in SQuAD's form; contexts of 8 to 40 words, the answer anywhere, of
+    1 to 2 words."""
     records = []
     for i in range(count):
         words = [("day", "night", "film", "and", "of")[(i + j) % 5] for j in range(8 + i * 7 % 33)]
@@ -228,7 +263,9 @@ def questions(count: int) -> list[dict[str, Any]]:
         words.insert(i * 5 % len(words), answer)
         context = " ".join(words)
         answers = {"text": [answer], "answer_start": [context.index(answer)]}
-        records.append({"id": f"q{i}", "question": "the sum is", "context": context, "answers": answers})
+        records.append(
+            {"id": f"q{i}", "question": "the sum is", "context": context, "answers": answers}
+        )
     return records
 
 
@@ -240,7 +277,8 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> str:
 def recipe(
     model: str, train: str, output: Path | str, *, task: str = "classification", **sections: Any
 ) -> dict[str, Any]:
-    """Return a recipe that trains for two short epochs; `sections` add to its sections, or set other keys."""
+    """Return a recipe that trains for two short epochs; `sections` add to its sections, or set
+    other keys."""
     values: dict[str, Any] = {
         "model": model,
         "task": task,
@@ -250,7 +288,8 @@ def recipe(
         "training": {
             "num_train_epochs": 2,
             "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 3,  # does not divide the 8 evaluation records: a mean over batches would show
+            # does not divide the 8 evaluation records: a mean over batches would show
+            "per_device_eval_batch_size": 3,
             "logging_steps": 1,
             "learning_rate": 0.01,
             "dataloader_pin_memory": False,  # torch warns where there is no accelerator
@@ -269,9 +308,13 @@ class Prepared(NamedTuple):
     task: Task
 
 
-def prepare(model: str, train: str | Path, *, task: str = "classification", longest: int = 48, **data: Any) -> Prepared:
+def prepare(
+    model: str, train: str | Path, *, task: str = "classification", longest: int = 48, **data: Any
+) -> Prepared:
     """Return the features of a recipe; `longest` is data.max_length, and `data` its other keys."""
-    config = parse(recipe(model, str(train), "never-made", task=task, data={"max_length": longest, **data}))
+    config = parse(
+        recipe(model, str(train), "never-made", task=task, data={"max_length": longest, **data})
+    )
     loaded, splits = load_task(config), load_splits(config.data)
     loaded.learn(splits.train)
     return Prepared(loaded.features(splits.train), loaded.features(splits.eval), loaded)
@@ -288,7 +331,9 @@ def instructions_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def classification_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_file: str) -> Path:
+def classification_run(
+    tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_file: str
+) -> Path:
     """Return a finished run, LoRA dropout on, with checkpoints after steps 4 and 8. Read only."""
     output = tmp_path_factory.mktemp("runs") / "classification"
     run(parse(recipe(bert_folder, reviews_file, output, adapters={"dropout": 0.1, "scale": 1.5})))
@@ -296,7 +341,9 @@ def classification_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: st
 
 
 @pytest.fixture(scope="session")
-def causal_run(tmp_path_factory: pytest.TempPathFactory, llama_folder: str, instructions_file: str) -> Path:
+def causal_run(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: str, instructions_file: str
+) -> Path:
     """Return a finished run of instruction tuning. Read only."""
     output = tmp_path_factory.mktemp("runs") / "causal"
     run(parse(recipe(llama_folder, instructions_file, output, task="causal_lm")))
@@ -316,7 +363,8 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Return a function that runs the command line in this process. A traceback is the test's failure."""
+    """Return a function that runs the command line in this process. A traceback is the test's
+    failure."""
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["adaptive-lora", *map(str, arguments)])
@@ -340,7 +388,10 @@ def strict_json(text: str) -> Any:
 def digests(folder: Path) -> dict[str, str]:
     """Return {relative path: SHA-256} of every file below `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 TIMES = ("runtime", "per_second")
@@ -351,10 +402,13 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl without the wall-clock times, and without transformers' closing mean of the
-    training loss: after a resume it is taken over the resumed steps only."""
+    """Return the rows of metrics.jsonl without the wall-clock times, and without transformers'
+    closing mean of the training loss: after a resume it is taken over the resumed steps only."""
     rows = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(TIMES) and k != "train_loss"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(TIMES) and k != "train_loss"}
+        for row in rows
+    ]
 
 
 def weights_of(folder: Path) -> bytes:
@@ -368,8 +422,14 @@ def finished(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, bert_folder: str, reviews_file: str) -> dict[str, str]:
-    """Return what the commands below name: {model}, {data}, {tmp}, and {out}, which must not come into being."""
-    return {"model": bert_folder, "data": reviews_file, "tmp": str(tmp_path), "out": str(tmp_path / "out")}
+    """Return what the commands below name: {model}, {data}, {tmp}, and {out}, which must not come
+    into being."""
+    return {
+        "model": bert_folder,
+        "data": reviews_file,
+        "tmp": str(tmp_path),
+        "out": str(tmp_path / "out"),
+    }
 
 
 def arguments(command_line: str, files: dict[str, str]) -> list[str]:

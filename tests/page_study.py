@@ -1,4 +1,5 @@
-"""Made-up studies with run directories, for the reports: quick to make, the same at every call, no model involved."""
+"""Made-up studies with run directories, for the reports: quick to make, the same at every call, no
+model involved."""
 
 from __future__ import annotations
 
@@ -16,10 +17,18 @@ from adaptive_lora.allocation.history import Decision, write
 from adaptive_lora.study.records import COSTS_FILE, RESULTS_FILE, VERSION
 from adaptive_lora.study.table import make_table
 
-KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense")
+KINDS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "output.dense",
+)
 COST = 768  # parameters a component of any target
 GAINS = {"lora": 0.0, "linear_decay": 0.001, "adalora": 0.02, "grad_delta": -0.015, "plateau": 0.0}
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
     """Write a study of `shape` into `folder` and return its record. One run in eleven fails."""
     shape = shape or Shape()
     budgets = {f"rank {rank}": rank for rank in shape.ranks}
-    grid = itertools.product(shape.tasks, budgets.items(), shape.methods, shape.rates, range(shape.seeds))
+    grid = itertools.product(
+        shape.tasks, budgets.items(), shape.methods, shape.rates, range(shape.seeds)
+    )
     runs = [
         _write_run(
             folder, shape, rank, number,
@@ -71,7 +82,11 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
     record = {
         "version": VERSION,
         "study": head,
-        "environment": {"python": "3.11.2", "commit": "0123abc", "versions": {"torch": "2.13.0", "peft": "0.21.2"}},
+        "environment": {
+            "python": "3.11.2",
+            "commit": "0123abc",
+            "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+        },
         "runs": runs,
         "table": table.rows,
         "noise_floor": table.noise,
@@ -79,7 +94,9 @@ def write_study(folder: Path, shape: Shape | None = None) -> dict[str, Any]:
         "notes": table.notes,
     }
     (folder / RESULTS_FILE).write_text(json.dumps(record, allow_nan=False))
-    (folder / COSTS_FILE).write_text(json.dumps({run["id"]: _costs(run, i) for i, run in enumerate(runs)}))
+    (folder / COSTS_FILE).write_text(
+        json.dumps({run["id"]: _costs(run, i) for i, run in enumerate(runs)})
+    )
     return record
 
 
@@ -96,13 +113,18 @@ def _value(method: str, task: str, rank: int, rate: float, random: Random) -> fl
 
 
 def _write_run(folder: Path, shape: Shape, rank: int, number: int, settings: dict[str, Any]) -> Any:
-    method, task, rate, seed = (settings[name] for name in ("method", "task", "learning_rate", "seed"))
+    method, task, rate, seed = (
+        settings[name] for name in ("method", "task", "learning_rate", "seed")
+    )
     random = Random(number)
     failed = number % 11 == 7
     names = [f"encoder.layer.{layer}.{kind}" for layer in range(shape.layers) for kind in KINDS]
     slope = {"linear_decay": 1.0}.get(method, 0.0)
     initial = {
-        name: max(1, round(rank * (1 + slope * (0.5 - int(name.split(".")[2]) / max(1, shape.layers - 1)))))
+        name: max(
+            1,
+            round(rank * (1 + slope * (0.5 - int(name.split(".")[2]) / max(1, shape.layers - 1)))),
+        )
         for name in names
     }
     if method == "adalora":
@@ -114,9 +136,11 @@ def _write_run(folder: Path, shape: Shape, rank: int, number: int, settings: dic
         "id": f"{number:04x}{random.getrandbits(32):08x}",
         "status": "failed" if failed else "ok",
         "reason": f"training stopped at step {40 + number}: the loss is nan" if failed else None,
-        "method": method, "task": task, "model": "bert", "budget": settings["budget"], "learning_rate": rate, "seed": seed,
+        "method": method, "task": task, "model": "bert", "budget": settings["budget"],
+        "learning_rate": rate, "seed": seed,
         "settings": settings,
-        "metrics": {} if failed else {"eval_accuracy": value, "eval_test_accuracy": value, "eval_loss": 1 - value},
+        "metrics": {} if failed else {"eval_accuracy": value, "eval_test_accuracy": value,
+                                      "eval_loss": 1 - value},
         "lora_parameters": COST * sum(ranks.values()),
         "budget_parameters": COST * rank * len(names),
         "initial_ranks": initial, "ranks": ranks, "steps": 40 if failed else shape.points,
@@ -127,18 +151,29 @@ def _write_run(folder: Path, shape: Shape, rank: int, number: int, settings: dic
         (step, 0.25 + 0.6 * math.exp(-step / (30 + 9 * seed)) + random.gauss(0, 0.012))
         for step in range(1, shape.points + 1)
     ]
-    lines: list[dict[str, Any]] = [{"step": step, "loss": round(loss, 5)} for step, loss in decay[: int(run["steps"])]]  # type: ignore[call-overload]
-    lines += [{"step": step, "eval_loss": round(loss + 0.05, 5)} for step, loss in decay[:: max(1, shape.points // 10)]]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": round(loss, 5)} for step, loss in decay[: int(run["steps"])]
+    ]  # type: ignore[call-overload]
+    lines += [
+        {"step": step, "eval_loss": round(loss + 0.05, 5)}
+        for step, loss in decay[:: max(1, shape.points // 10)]
+    ]
     (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if history:
         write(home / "allocations.jsonl", history)
-    sizes = {"base": 90_000_000, "adapters": 4 * run["lora_parameters"], "gradients": 4 * run["lora_parameters"]}
+    sizes = {
+        "base": 90_000_000,
+        "adapters": 4 * run["lora_parameters"],
+        "gradients": 4 * run["lora_parameters"],
+    }
     memory = {**sizes, "optimizer": 8 * run["lora_parameters"], "statistics": 0}
     (home / "result.json").write_text(json.dumps({"status": run["status"], "memory": memory}))
     return run
 
 
-def _history(method: str, initial: dict[str, int], shape: Shape, rank: int, random: Random) -> list[Decision]:
+def _history(
+    method: str, initial: dict[str, int], shape: Shape, rank: int, random: Random
+) -> list[Decision]:
     """Return decisions that shrink (adalora: many) or move (grad_delta: one) the ranks."""
     many = {"adalora": shape.decisions, "grad_delta": 1}.get(method, 0)
     rows: list[Decision] = []
@@ -153,17 +188,25 @@ def _history(method: str, initial: dict[str, int], shape: Shape, rank: int, rand
             for name in order[len(order) // 2 :]:
                 after[name] += max(1, rank // 4)
         changes = {
-            name: Resize(tuple(range(min(pattern[name], after[name]))), max(0, after[name] - pattern[name]))
+            name: Resize(tuple(range(min(pattern[name], after[name]))),
+                         max(0, after[name] - pattern[name]))
             for name in pattern if after[name] != pattern[name]
         }  # fmt: skip
         size = COST * sum(after.values())
-        parts = {"G": scores, "W": {name: 40 * random.random() for name in scores}} if method == "grad_delta" else {}
+        parts = (
+            {"G": scores, "W": {name: 40 * random.random() for name in scores}}
+            if method == "grad_delta"
+            else {}
+        )
         rows.append(
             Decision(
-                step=(number + 1) * shape.points // (many + 1), status="changed" if changes else "kept", reason=None,
-                budget=COST * rank * len(initial), parameters_before=COST * sum(pattern.values()), parameters_after=size,
+                step=(number + 1) * shape.points // (many + 1),
+                status="changed" if changes else "kept", reason=None,
+                budget=COST * rank * len(initial), parameters_before=COST * sum(pattern.values()),
+                parameters_after=size,
                 changes=changes, pattern=after, scores=scores, seconds=0.01, parts=parts,
-                bytes_after={"adapters": 4 * size, "gradients": 4 * size, "optimizer": 8 * size, "statistics": 0},
+                bytes_after={"adapters": 4 * size, "gradients": 4 * size, "optimizer": 8 * size,
+                             "statistics": 0},
             )
         )  # fmt: skip
         pattern = after

@@ -13,24 +13,33 @@ def relaxed_ranks(
     minimum: Mapping[str, int],
     maximum: Mapping[str, int],
 ) -> dict[str, Fraction]:
-    """Return clip(λ w, lo, hi) with Σ c clip(λ w, lo, hi) = budget, exactly; the maximum where the budget allows it.
+    """Return clip(λ w, lo, hi) with Σ c clip(λ w, lo, hi) = budget, exactly; the maximum where the
+    budget allows it.
 
-    λ rises from one point at which some target starts or stops growing to the next, until the budget is spent.
+    λ rises from one point at which some target starts or stops growing to the next, until the
+    budget is spent.
     """
     exact = {m: Fraction(w) for m, w in weights.items()}
     if not any(exact.values()):
         exact = dict.fromkeys(exact, Fraction(1))
 
     def at(scale: Fraction) -> dict[str, Fraction]:
-        return {m: min(max(scale * w, Fraction(minimum[m])), Fraction(maximum[m])) for m, w in exact.items()}
+        return {
+            m: min(max(scale * w, Fraction(minimum[m])), Fraction(maximum[m]))
+            for m, w in exact.items()
+        }
 
     def spent(scale: Fraction) -> Fraction:
         return sum((costs[m] * rank for m, rank in at(scale).items()), Fraction(0))
 
     scale = Fraction(0)
-    for point in sorted({Fraction(bound[m]) / w for m, w in exact.items() if w for bound in (minimum, maximum)}):
+    for point in sorted(
+        {Fraction(bound[m]) / w for m, w in exact.items() if w for bound in (minimum, maximum)}
+    ):
         if spent(point) > budget:  # between `scale` and `point` the spending is a straight line
-            return at(scale + (point - scale) * (budget - spent(scale)) / (spent(point) - spent(scale)))
+            return at(
+                scale + (point - scale) * (budget - spent(scale)) / (spent(point) - spent(scale))
+            )
         scale = point
     return at(scale)
 
@@ -42,7 +51,8 @@ def proportional(
     minimum: Mapping[str, int],
     maximum: Mapping[str, int],
 ) -> dict[str, int]:
-    """Floor the relaxed ranks; then, while anything fits, add a component to the target furthest below its share."""
+    """Floor the relaxed ranks; then, while anything fits, add a component to the target furthest
+    below its share."""
     shares = relaxed_ranks(weights, costs, budget, minimum, maximum)
     ranks = {m: int(share) for m, share in shares.items()}
     while True:
@@ -54,7 +64,8 @@ def proportional(
 
 
 class AdaLoraTwin:
-    """AdaLoRA's smoothing and score, element by element in Python floats (arXiv 2303.10512, equations 8 to 11)."""
+    """AdaLoRA's smoothing and score, element by element in Python floats (arXiv 2303.10512,
+    equations 8 to 11)."""
 
     def __init__(self, beta1: float, beta2: float) -> None:
         self.beta1, self.beta2 = beta1, beta2
@@ -65,7 +76,11 @@ class AdaLoraTwin:
 
     def observe(self, adapters: Mapping[str, tuple[list, list, list, list]]) -> None:
         for name, (a, b, grad_a, grad_b) in adapters.items():
-            self.rank[name], self.width[name, "a"], self.width[name, "b"] = len(a), len(a[0]), len(b)
+            self.rank[name], self.width[name, "a"], self.width[name, "b"] = (
+                len(a),
+                len(a[0]),
+                len(b),
+            )
             for k in range(len(a)):
                 for j in range(len(a[0])):
                     self._smooth((name, "a", k, j), abs(a[k][j] * grad_a[k][j]))
@@ -78,7 +93,9 @@ class AdaLoraTwin:
         average = self.beta1 * self.average.get(key, 0.0) + (1 - self.beta1) * importance
         self.average[key] = average
         deviation = abs(importance - average)
-        self.uncertainty[key] = self.beta2 * self.uncertainty.get(key, 0.0) + (1 - self.beta2) * deviation
+        self.uncertainty[key] = (
+            self.beta2 * self.uncertainty.get(key, 0.0) + (1 - self.beta2) * deviation
+        )
 
     def scores(self, name: str) -> list[float]:
         def s(*key: object) -> float:

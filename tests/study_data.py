@@ -1,4 +1,5 @@
-"""Studies whose runs are made up in an instant: the same folders, no training. Also what benchmarks/study_overhead.py runs."""
+"""Studies whose runs are made up in an instant: the same folders, no training. Also what
+benchmarks/study_overhead.py runs."""
 
 from __future__ import annotations
 
@@ -46,16 +47,21 @@ def study(**changes: Any) -> Study:
 
 
 def train(config: RunConfig, *, resume: bool = False) -> None:
-    """Write the run directory that `config` asks for, its figures drawn from its seed, method and learning rate."""
+    """Write the run directory that `config` asks for, its figures drawn from its seed, method and
+    learning rate."""
     folder, rate = Path(config.output), config.training["learning_rate"]
     if config.data.train == "refused.csv":
         raise InputError("refused.csv has no column 'text'")
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")  # JSON is YAML
+    (folder / "config.yaml").write_text(
+        json.dumps(config.model_dump(mode="json")), encoding="utf-8"
+    )  # JSON is YAML
     rank = int(config.method.arguments.get("rank", 4))
     draw = random.Random(f"{config.method} {rate} {config.seed}")
     rows = [{"step": step, "loss": 0.7 / step, "learning_rate": rate} for step in range(1, 11)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     result: dict[str, Any] = {
         "status": "ok",
         "reason": None,
@@ -73,7 +79,9 @@ def train(config: RunConfig, *, resume: bool = False) -> None:
     if rate >= DIVERGES:
         result |= {"status": "failed", "reason": f"diverged in {folder}", "step": 3}
     else:
-        accuracy = 0.7 + GAIN.get(config.method.name, 0.0) - 20 * abs(rate - 1e-3) + draw.gauss(0, 0.005)
+        accuracy = (
+            0.7 + GAIN.get(config.method.name, 0.0) - 20 * abs(rate - 1e-3) + draw.gauss(0, 0.005)
+        )
         metrics = {
             "eval_accuracy": accuracy,
             "eval_test_accuracy": accuracy - 0.01 + draw.gauss(0, 0.002),
@@ -104,7 +112,10 @@ class Forked(Executor):
 
     def start(self) -> None:
         fork = multiprocessing.get_context("fork")
-        self.processes = [fork.Process(target=work, args=(self.folder, load(self.train))) for _ in range(self.workers)]
+        self.processes = [
+            fork.Process(target=work, args=(self.folder, load(self.train)))
+            for _ in range(self.workers)
+        ]
         for process in self.processes:
             process.start()
 
@@ -120,7 +131,8 @@ class Forked(Executor):
 
 
 def in_a_group_of_its_own(made: Study, folder: Path, *, workers: int) -> int:
-    """Start a study that really trains, its workers with it in one process group, and return the group's number."""
+    """Start a study that really trains, its workers with it in one process group, and return the
+    group's number."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -1,4 +1,5 @@
-"""Every method of `METHODS` holds every law of `adaptive_lora.testing`, and each law can be broken."""
+"""Every method of `METHODS` holds every law of `adaptive_lora.testing`, and each law can be
+broken."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from adaptive_lora import Method, methods, testing
 from adaptive_lora.allocation.adaptation import Adaptation, At
 from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.history import Decision
-from adaptive_lora.allocation.importance import GradientNorm, Importance, Pairs, Scores, Statistics, Uniform
+from adaptive_lora.allocation.importance import (
+    GradientNorm,
+    Importance,
+    Pairs,
+    Scores,
+    Statistics,
+    Uniform,
+)
 from adaptive_lora.allocation.rules import Grow, Rule, TopK, View
 from adaptive_lora.methods import METHODS
 from adaptive_lora.model import adapters
@@ -40,7 +48,8 @@ from adaptive_lora.testing import (
 from adaptive_lora.training import controller
 from adaptive_lora.training.trainer import AdaptiveTrainer
 
-# Arguments with which a method decides within twelve steps; the others are run at the budget of uniform rank 2.
+# Arguments with which a method decides within twelve steps; the others are run at the budget of
+# uniform rank 2.
 PRESETS: dict[str, MakeMethod] = {
     **{name: lambda name=name: METHODS[name](rank=2) for name in METHODS},
     **DYNAMIC,
@@ -51,22 +60,29 @@ PRESETS: dict[str, MakeMethod] = {
         shape=lambda targets: {t.name: 0 if "value" in t.name else 2 for t in targets},
         rank=5,
         raw_start=True,
-        adaptation=Adaptation(importance=GradientNorm(), rule=Grow(step=1), when=At(start=2, rest=2, every=3)),
+        adaptation=Adaptation(
+            importance=GradientNorm(), rule=Grow(step=1), when=At(start=2, rest=2, every=3)
+        ),
     ),
-    "plateau budgeted": lambda: methods.plateau(3, initial_rank=1, max_rank=5, rank_step=1, threshold=100.0),
+    "plateau budgeted": lambda: methods.plateau(
+        3, initial_rank=1, max_rank=5, rank_step=1, threshold=100.0
+    ),
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _nothing_imported_is_collected() -> Iterator[None]:
-    """The Trainer collects garbage at every start; what is imported is half of the time of a training of twelve steps."""
+    """The Trainer collects garbage at every start; what is imported is half of the time of a
+    training of twelve steps."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", PRESETS)  # the outer loop: a method's checks come one after the other
+@pytest.mark.parametrize(
+    "name", PRESETS
+)  # the outer loop: a method's checks come one after the other
 def test_every_method_conforms(check: Check, name: str, tmp_path: Path) -> None:
     check(PRESETS[name], tmp_path)
 
@@ -108,8 +124,15 @@ class Hoards(Rule):
 
 
 def broken(importance: Importance, rule: Rule, **bounds: int) -> Method:
-    adaptation = Adaptation(importance=importance, rule=rule, when=At(start=2, rest=2, every=2), **bounds)
-    return Method(name="broken", shape=lambda targets: {t.name: 1 for t in targets}, rank=3, adaptation=adaptation)
+    adaptation = Adaptation(
+        importance=importance, rule=rule, when=At(start=2, rest=2, every=2), **bounds
+    )
+    return Method(
+        name="broken",
+        shape=lambda targets: {t.name: 1 for t in targets},
+        rank=3,
+        adaptation=adaptation,
+    )
 
 
 def shape_of(rank: object) -> Method:
@@ -121,7 +144,9 @@ def shape_of(rank: object) -> Method:
     [
         (
             check_initial_pattern,
-            lambda: Method(name="broken", shape=lambda targets: {t.name: 1 for t in targets} | {"another": 1}),
+            lambda: Method(
+                name="broken", shape=lambda targets: {t.name: 1 for t in targets} | {"another": 1}
+            ),
             "not of these targets",
         ),
         (check_initial_pattern, lambda: shape_of(2.0), "expected a whole number"),
@@ -133,7 +158,9 @@ def shape_of(rank: object) -> Method:
         (check_same_seed, lambda: broken(Remembers("number"), Hoards()), "the same seed"),
     ],
 )
-def test_a_broken_method_is_found_out(check: Check, make_method: MakeMethod, message: str, tmp_path: Path) -> None:
+def test_a_broken_method_is_found_out(
+    check: Check, make_method: MakeMethod, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(AssertionError, match=message):
         check(make_method, tmp_path)
 
@@ -181,20 +208,39 @@ def save_late(model: Any, folder: Path) -> None:
     ("check", "where", "name", "bad", "message"),
     [
         (check_ranks_are_the_pattern, controller, "Decision", misreport("pattern"), "decided were"),
-        (check_history_replays, controller, "Decision", misreport("changes"), "the history leads to"),
+        (
+            check_history_replays,
+            controller,
+            "Decision",
+            misreport("changes"),
+            "the history leads to",
+        ),
         (check_optimizer_state, controller, "resize", resize_badly("moment"), "has shape"),
-        (check_growth_keeps_the_function, controller, "resize", resize_badly("weights"), "changed the logits"),
+        (
+            check_growth_keeps_the_function,
+            controller,
+            "resize",
+            resize_badly("weights"),
+            "changed the logits",
+        ),
         (check_reload, testing, "save", save_late, "the logits differ"),
         (check_accumulation, testing, "AdaptiveTrainer", Forgetful, "batch 8 leads to"),
     ],
 )
 def test_a_broken_library_is_found_out(
-    check: Check, where: Any, name: str, bad: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Check,
+    where: Any,
+    name: str,
+    bad: Any,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The laws a method cannot break by itself: here the engine is broken under it."""
     monkeypatch.setattr(controller, "check_state_shapes", lambda *_: None)  # it would notice first
     monkeypatch.setattr(where, name, bad)
-    # grad_delta makes one decision, from gradients: a later resize would stumble over the stale moment by itself.
+    # grad_delta makes one decision, from gradients: a later resize would stumble over the stale
+    # moment by itself.
     method = "grad_delta" if check in (check_optimizer_state, check_accumulation) else "plateau"
     with pytest.raises(AssertionError, match=message):
         check(lambda: DYNAMIC[method](), tmp_path)  # anew: trainings are remembered by function

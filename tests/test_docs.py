@@ -1,4 +1,5 @@
-"""The pages in docs/: their code runs and conforms, their defaults are the defaults, their links lead somewhere."""
+"""The pages in docs/: their code runs and conforms, their defaults are the defaults, their links
+lead somewhere."""
 
 from __future__ import annotations
 
@@ -33,15 +34,24 @@ def test_the_method_of_the_page_is_at_most_thirty_lines() -> None:
 
 def test_every_default_in_the_table_of_knobs_is_the_default() -> None:
     text = (ROOT / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
-    rows = [line.strip("|").split("|") for line in text.split("## The knobs")[1].splitlines() if line.startswith("|")]
+    rows = [
+        line.strip("|").split("|")
+        for line in text.split("## The knobs")[1].splitlines()
+        if line.startswith("|")
+    ]
     checked, owner = set(), ""
     for who, knobs, defaults, _ in rows:
         owner = who.strip(" `") or owner
         if owner in METHODS:
             accepted = inspect.signature(METHODS[owner]).parameters
-            for name, default in zip(re.findall(r"`(\w+)`", knobs), defaults.strip().split(", "), strict=True):
+            for name, default in zip(
+                re.findall(r"`(\w+)`", knobs), defaults.strip().split(", "), strict=True
+            ):
                 # rank None stands for 8 in the methods whose table row says so.
-                assert default == ("8" if name == "rank" else str(accepted[name].default)), (owner, name)
+                assert default == ("8" if name == "rank" else str(accepted[name].default)), (
+                    owner,
+                    name,
+                )
                 checked.add((owner, name))
     assert {name for owner, name in checked if owner == "adalora"} == set(
         inspect.signature(METHODS["adalora"]).parameters

@@ -1,4 +1,5 @@
-"""Packages are floors: each imports from those below it only. And the command line does not wait for torch."""
+"""Packages are floors: each imports from those below it only. And the command line does not wait
+for torch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import adaptive_lora
 
 ROOT = Path(adaptive_lora.__file__).parent
 FLOORS = (
-    "errors", "naming", "hub", "files", "allocation", "model", "methods", "adapter_tools", "training", "testing", "recipe",
+    "errors", "naming", "hub", "files", "allocation", "model", "methods", "adapter_tools",
+    "training", "testing", "recipe",
     "tasks", "runs", "study", "report", "demo", "cli",
 )  # fmt: skip
 """Packages and modules at the top level, the lowest first."""
@@ -32,7 +34,8 @@ MODULES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules that the import statements of a file name, wherever they stand, TYPE_CHECKING blocks aside."""
+    """Return the modules that the import statements of a file name, wherever they stand,
+    TYPE_CHECKING blocks aside."""
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -58,13 +61,19 @@ GRAPH = {name: imported(path) for name, path in MODULES.items()}
 
 
 def floor(module: str) -> int:
-    """Return how high the package of a module stands; the bare package `adaptive_lora` is a door on the ground."""
+    """Return how high the package of a module stands; the bare package `adaptive_lora` is a door on
+    the ground."""
     return -1 if module == "adaptive_lora" else FLOORS.index(module.split(".")[1])
 
 
 def below(*packages: str) -> set[tuple[str, str]]:
     """Return (module, import) for all imports of these packages and modules."""
-    return {(m, name) for m in GRAPH for name in GRAPH[m] if m.removeprefix("adaptive_lora.").startswith(packages)}
+    return {
+        (m, name)
+        for m in GRAPH
+        for name in GRAPH[m]
+        if m.removeprefix("adaptive_lora.").startswith(packages)
+    }
 
 
 def test_the_graph_is_of_this_package() -> None:
@@ -118,7 +127,8 @@ def test_reports_read_files_only() -> None:
 
 
 def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
-    """`plan` checks recipes and `worker` trains; both import what they need of them inside functions."""
+    """`plan` checks recipes and `worker` trains; both import what they need of them inside
+    functions."""
     doing = {f"adaptive_lora.study.{name}" for name in ("plan", "worker", "executors")}
     heavy = HEAVY | {"adaptive_lora.runs.run", "adaptive_lora.recipe.config"}
     assert {(m, name) for m, name in below("study") if m not in doing and name in heavy} == set()
@@ -126,18 +136,22 @@ def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
 
 @pytest.mark.parametrize("name", adaptive_lora.__all__)
 def test_no_module_takes_the_name_of_what_the_package_offers(name: str) -> None:
-    """Importing `package.thing` sets `package.thing` to the module, and a function of that name is gone."""
+    """Importing `package.thing` sets `package.thing` to the module, and a function of that name is
+    gone."""
     assert f"adaptive_lora.{name}" not in MODULES or name == "methods"
 
 
 def test_neither_the_package_nor_the_help_imports_torch() -> None:
-    """A real process: `adaptive-lora --help` answers in a fraction of the time torch takes to import."""
+    """A real process: `adaptive-lora --help` answers in a fraction of the time torch takes to
+    import."""
     script = (
         "import sys; sys.argv = ['adaptive-lora', '--help']\n"
         "import adaptive_lora.cli.main\n"
         "try: adaptive_lora.cli.main.main()\n"
         "finally: print('loaded:', sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert "Usage" in ended.stdout
     assert ended.stdout.endswith("loaded: []\n")

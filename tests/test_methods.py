@@ -36,13 +36,18 @@ def medium() -> list[Target]:
 def per_layer(method: Method, targets: Sequence[Target]) -> list[int]:
     """Return the one rank that each layer has."""
     pattern = method.initial_pattern(targets)
-    layers = [{pattern[t.name] for t in targets if t.layer == layer} for layer in range(targets[0].n_layers)]
+    layers = [
+        {pattern[t.name] for t in targets if t.layer == layer}
+        for layer in range(targets[0].n_layers)
+    ]
     assert all(len(ranks) == 1 for ranks in layers)
     return [rank for ranks in layers for rank in ranks]
 
 
 @pytest.mark.parametrize(("rank", "parameters"), [(8, 3_145_728), (16, 6_291_456)])
-def test_lora_on_dialogpt_medium_has_the_published_number_of_parameters(rank: int, parameters: int) -> None:
+def test_lora_on_dialogpt_medium_has_the_published_number_of_parameters(
+    rank: int, parameters: int
+) -> None:
     model = al.attach(dialogpt_medium(), methods.lora(rank), GPT2_TARGETS)
     assert al.lora_parameters(model) == parameters
     assert set(al.ranks(model).values()) == {rank}
@@ -83,11 +88,15 @@ SHAPES: dict[str, Callable[..., Method]] = {
     "linear_increase": methods.linear_increase,
     "attention_heavy": methods.attention_heavy,
     "empirical": methods.empirical,
-    "custom": lambda **budget: methods.custom(pattern={r".*\.1\..*query|.*c_fc": 0, ".*": 3}, **budget),
+    "custom": lambda **budget: methods.custom(
+        pattern={r".*\.1\..*query|.*c_fc": 0, ".*": 3}, **budget
+    ),
 }
 
 
-def meets_exactly(pattern: dict[str, int], budget: int, targets: Sequence[Target], raw: dict[str, int]) -> bool:
+def meets_exactly(
+    pattern: dict[str, int], budget: int, targets: Sequence[Target], raw: dict[str, int]
+) -> bool:
     """True when Σ R (I + O) <= budget and no component that may still be added would fit."""
     rest = budget - sum(pattern[t.name] * t.cost for t in targets)
     may_grow = [t for t in targets if raw[t.name] and pattern[t.name] < t.full_rank]
@@ -96,7 +105,9 @@ def meets_exactly(pattern: dict[str, int], budget: int, targets: Sequence[Target
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("model", [make_bert, make_gpt2, dialogpt_medium])
-def test_a_method_with_a_budget_meets_it_exactly_and_keeps_its_order(name: str, model: Callable) -> None:
+def test_a_method_with_a_budget_meets_it_exactly_and_keeps_its_order(
+    name: str, model: Callable
+) -> None:
     targets = find_targets(model())
     raw = SHAPES[name]().shape(targets)
     one_each = sum(t.cost for t in targets)
@@ -106,23 +117,35 @@ def test_a_method_with_a_budget_meets_it_exactly_and_keeps_its_order(name: str, 
         for a in targets:
             assert (pattern[a.name] == 0) == (raw[a.name] == 0)
             assert pattern[a.name] <= a.full_rank
-            alike = [b for b in targets if (b.in_features, b.out_features) == (a.in_features, a.out_features)]
-            assert all(pattern[a.name] >= pattern[b.name] for b in alike if raw[a.name] > raw[b.name])
+            alike = [
+                b
+                for b in targets
+                if (b.in_features, b.out_features) == (a.in_features, a.out_features)
+            ]
+            assert all(
+                pattern[a.name] >= pattern[b.name] for b in alike if raw[a.name] > raw[b.name]
+            )
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_rank_is_short_for_the_parameters_of_that_uniform_rank(name: str, medium: list[Target]) -> None:
+def test_rank_is_short_for_the_parameters_of_that_uniform_rank(
+    name: str, medium: list[Target]
+) -> None:
     budget = sum(8 * target.cost for target in medium)
     by_rank, by_budget = SHAPES[name](rank=8), SHAPES[name](budget=budget)
     assert by_rank.initial_pattern(medium) == by_budget.initial_pattern(medium)
     assert by_budget.budget_parameters(medium) == budget
-    assert by_rank.budget_parameters(medium) == (None if name == "lora" else budget)  # uniform 8 is no constraint
+    assert by_rank.budget_parameters(medium) == (
+        None if name == "lora" else budget
+    )  # uniform 8 is no constraint
 
 
 def test_a_rank_above_the_smaller_side_of_a_target_is_refused() -> None:
     targets = find_targets(make_bert(), ["intermediate.dense"])  # 16 -> 32
     assert per_layer(methods.lora(16), targets) == [16] * 3
-    with pytest.raises(InputError, match=r"rank 17 for '.*intermediate.dense' exceeds .* = min\(16, 32\) = 16"):
+    with pytest.raises(
+        InputError, match=r"rank 17 for '.*intermediate.dense' exceeds .* = min\(16, 32\) = 16"
+    ):
         methods.lora(17).initial_pattern(targets)
     with pytest.raises(InputError, match=r"rank 17 exceeds .* at most 16"):
         methods.linear_decay(rank=17).initial_pattern(targets)
@@ -137,7 +160,10 @@ def test_a_budget_below_one_component_per_target_is_refused(medium: list[Target]
     ("make", "message"),
     [
         *[
-            (lambda name=name: SHAPES[name](rank=8, budget=9), r"rank \(8\) or budget \(9\), not both")
+            (
+                lambda name=name: SHAPES[name](rank=8, budget=9),
+                r"rank \(8\) or budget \(9\), not both",
+            )
             for name in SHAPES
         ],
         (lambda: methods.lora(0), "rank is 0; expected a whole number >= 1"),
@@ -146,10 +172,19 @@ def test_a_budget_below_one_component_per_target_is_refused(medium: list[Target]
         (lambda: methods.empirical(budget=-5), "budget is -5; expected a whole number >= 1"),
         (lambda: methods.empirical(base_rank="8"), "base_rank is '8'; expected a whole number"),
         (lambda: methods.linear_decay(base_rank=4, min_rank=8), "min_rank 8 exceeds base_rank 4"),
-        (lambda: methods.attention_heavy(min_rank=0), "min_rank is 0; expected a whole number >= 1"),
+        (
+            lambda: methods.attention_heavy(min_rank=0),
+            "min_rank is 0; expected a whole number >= 1",
+        ),
         (lambda: methods.custom(), "exactly one of file, pattern, layer_ranks; got none"),
-        (lambda: methods.custom(pattern={}, layer_ranks=[]), "exactly one of .* got .*'pattern', 'layer_ranks'"),
-        (lambda: methods.build("linear_dekay", {}), "unknown method 'linear_dekay'. Did you mean 'linear_decay'?"),
+        (
+            lambda: methods.custom(pattern={}, layer_ranks=[]),
+            "exactly one of .* got .*'pattern', 'layer_ranks'",
+        ),
+        (
+            lambda: methods.build("linear_dekay", {}),
+            "unknown method 'linear_dekay'. Did you mean 'linear_decay'?",
+        ),
         (lambda: methods.build("lora", {"rnak": 8}), "no argument 'rnak'. Did you mean 'rank'?"),
     ],
 )
@@ -184,12 +219,15 @@ def query() -> list[Target]:
         ("ranks.yaml", "layer_ranks: [5, 0, 2]\nstrategy_name: mine"),
         (
             "ranks.json",
-            r'{"rank_pattern": {".*\\.0\\..*": 5, "bert.encoder.layer.1.attention.self.query": 0, ".*": 2}}',
+            r'{"rank_pattern": {".*\\.0\\..*": 5, "bert.encoder.layer.1.attention.self.query": 0, '
+            r'".*": 2}}',
         ),
         ("ranks.yml", "rank_pattern: {'.*[.]0[.].*': 5, '.*[.]1[.].*': 0, '.*': 2}"),
     ],
 )
-def test_custom_ranks_come_from_a_json_or_yaml_file(tmp_path: Path, query: list, file: str, text: str) -> None:
+def test_custom_ranks_come_from_a_json_or_yaml_file(
+    tmp_path: Path, query: list, file: str, text: str
+) -> None:
     (tmp_path / file).write_text(text)
     assert per_layer(methods.custom(file=tmp_path / file), query) == [5, 0, 2]
 
@@ -200,7 +238,14 @@ def test_custom_ranks_come_directly_and_the_first_match_wins(query: list[Target]
 
 
 def test_layer_ranks_run_through_the_encoder_before_the_decoder() -> None:
-    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 3}
+    sizes = {
+        "d_model": 16,
+        "d_ff": 32,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+    }
     targets = find_targets(T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)))
     pattern = methods.custom(layer_ranks=[1, 2, 3, 4, 5]).initial_pattern(targets)
     first = {"encoder.block": 1, "decoder.block": 3}
@@ -224,7 +269,10 @@ def test_layer_ranks_run_through_the_encoder_before_the_decoder() -> None:
         ({"rank_pattern": {".*query": 4, ".*qury": 4}}, "'.*qury' matches no target"),
         ({"rank_pattern": {"(": 4}}, r"'\(' is not a valid regular expression"),
         ({"layer_rank": [4, 4, 4]}, "unknown key 'layer_rank'. Did you mean 'layer_ranks'?"),
-        ({"layer_ranks": [4], "rank_pattern": {}}, "exactly one of layer_ranks and rank_pattern, got .*'rank_pattern'"),
+        (
+            {"layer_ranks": [4], "rank_pattern": {}},
+            "exactly one of layer_ranks and rank_pattern, got .*'rank_pattern'",
+        ),
         ({}, r"exactly one of layer_ranks and rank_pattern, got \[\]"),
         ([4, 4, 4], "holds a list; expected an object"),
     ],
@@ -261,7 +309,9 @@ def test_an_unreadable_custom_file_is_refused_with_the_place(
 
 def test_the_saved_tensors_of_linear_decay_have_its_ranks(tmp_path: Path) -> None:
     """24 layers, narrow here: the ranks are those of DialoGPT-medium, read from the file."""
-    model = al.attach(make_gpt2(24, n_embd=32), methods.linear_decay(), ["c_attn", "c_proj", "c_fc"])
+    model = al.attach(
+        make_gpt2(24, n_embd=32), methods.linear_decay(), ["c_attn", "c_proj", "c_fc"]
+    )
     saved = tensor_ranks(al.save(model, tmp_path) / "adapter_model.safetensors")
     assert len(saved) == 96
     assert all(rank == DECAY[int(name.split(".")[2])] for name, rank in saved.items())

@@ -1,4 +1,5 @@
-"""The base model an adapter belongs to, in full precision: where it is, of which class, with which head."""
+"""The base model an adapter belongs to, in full precision: where it is, of which class, with which
+head."""
 
 from __future__ import annotations
 
@@ -39,16 +40,21 @@ class Base:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Any:
-        """Return the model in float32, in evaluation mode. Raises `InputError` when it cannot be had.
+        """Return the model in float32, in evaluation mode. Raises `InputError` when it cannot be
+        had.
 
-        Weights the checkpoint lacks (a head) are drawn with a fixed seed, so that two loads are equal.
+        Weights the checkpoint lacks (a head) are drawn with a fixed seed, so that two loads are
+        equal.
         """
         where = {"local_files_only": locate_model(self.name)}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                model = self.kind.from_pretrained(self.name, dtype=torch.float32, **where, **self.arguments)
-            except Exception as error:  # transformers and safetensors raise many kinds; all mean the same to the caller
+                model = self.kind.from_pretrained(
+                    self.name, dtype=torch.float32, **where, **self.arguments
+                )
+            # transformers and safetensors raise many kinds; all mean the same to the caller
+            except Exception as error:
                 raise InputError(
                     f"cannot load the base model {self.name!r} as {self.kind.__name__}: {error}"
                 ) from error
@@ -60,7 +66,9 @@ class Base:
         try:
             return AutoConfig.from_pretrained(self.name, local_files_only=local)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"cannot load the configuration of the base model {self.name!r}: {error}") from error
+            raise InputError(
+                f"cannot load the configuration of the base model {self.name!r}: {error}"
+            ) from error
 
 
 def base_of_adapter(
@@ -68,8 +76,8 @@ def base_of_adapter(
 ) -> Base | None:
     """Return the base model of a PEFT adapter; None when nothing says which one it is.
 
-    The class comes from PEFT's record of it (`auto_mapping`), else from `task_type`, else from the base model's own
-    `architectures`; the number of labels from the trained head.
+    The class comes from PEFT's record of it (`auto_mapping`), else from `task_type`, else from the
+    base model's own `architectures`; the number of labels from the trained head.
 
     Args:
         config: the content of `adapter_config.json`.
@@ -98,18 +106,21 @@ def is_quantised(base: Base) -> bool:
 
 
 def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]], name: str) -> None:
-    """Raise `InputError` unless every target {name: (I, O)} is a module of `model` with these features."""
+    """Raise `InputError` unless every target {name: (I, O)} is a module of `model` with these
+    features."""
     from adaptive_lora.model.targets import linear_features
 
     modules = dict(model.named_modules())
     for target, (in_features, out_features) in shapes.items():
         if target not in modules:
             raise InputError(
-                f"the base model {name!r} has no module {target!r}, which the adapter changes: wrong --model?"
+                f"the base model {name!r} has no module {target!r}, which the adapter changes: "
+                "wrong --model?"
             )
         found = linear_features(modules[target])
         if found is not None and found != (in_features, out_features):
             raise InputError(
-                f"{target!r} has {found[0]} inputs and {found[1]} outputs in the base model {name!r}; the adapter is for "
+                f"{target!r} has {found[0]} inputs and {found[1]} outputs in the base model "
+                f"{name!r}; the adapter is for "
                 f"{in_features} and {out_features}: wrong --model?"
             )

@@ -1,4 +1,5 @@
-"""What an adapter folder must and must not hold, as far as names, shapes and the config can tell."""
+"""What an adapter folder must and must not hold, as far as names, shapes and the config can
+tell."""
 
 from __future__ import annotations
 
@@ -28,11 +29,21 @@ UNSUPPORTED = {
     "kasa_config": ("KaSA, which changes the base weights", MERGE),
     "monteclora_config": ("MonteCLoRA, whose updates are sampled", MERGE),
     "arrow_config": ("an Arrow router over several adapters", "give one of its adapters"),
-    "target_parameters": ("adapters on bare parameters (target_parameters), such as experts", MERGE),
+    "target_parameters": (
+        "adapters on bare parameters (target_parameters), such as experts",
+        MERGE,
+    ),
     "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
     "megatron_config": ("Megatron's parallel layers", MERGE),
 }
-MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # starts that change the base weights at every load
+MUTATING = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+    "mica",
+)  # starts that change the base weights at every load
 
 
 def kind_of(config: PeftConfig) -> str:
@@ -41,28 +52,33 @@ def kind_of(config: PeftConfig) -> str:
 
 
 def check_supported(adapter: str, config: Any) -> None:
-    """Raise `InputError` for a kind of LoRA whose update is no sum of components, or that changes the base weights."""
+    """Raise `InputError` for a kind of LoRA whose update is no sum of components, or that changes
+    the base weights."""
     for name, (what, remedy) in UNSUPPORTED.items():
         if getattr(config, name, None):
             raise InputError(f"{adapter} is {what}: not a sum of components of B A; {remedy}")
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(MUTATING):
         raise InputError(
-            f"{adapter} was started with init_lora_weights={start!r}, which changes the base weights each "
-            "time it is loaded, by its rank. Save it as ordinary LoRA first: model.save_pretrained(FOLDER, "
-            "path_initial_model_for_weight_conversion=...), or merge it: PeftModel.merge_and_unload()"
+            f"{adapter} was started with init_lora_weights={start!r}, which changes the base "
+            "weights each "
+            "time it is loaded, by its rank. Save it as ordinary LoRA first: "
+            "model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=...), or merge it: "
+            "PeftModel.merge_and_unload()"
         )
 
 
 def split_tensors(
     folder: Path, tensors: Tensors, suffixes: Mapping[str, str], *, empty: bool = False
 ) -> tuple[dict[str, Tensors], Tensors]:
-    """Return ({target: {part: tensor}} for {part: end of its name}, the other tensors). The parts "a" and "b" must fit.
+    """Return ({target: {part: tensor}} for {part: end of its name}, the other tensors). The parts
+    "a" and "b" must fit.
 
     With `empty` a target may have rank 0.
 
-    Raises `InputError` for adapters of embeddings and convolutions or when there are no parts at all, `IntegrityError`
-    for a missing part or a shape that does not fit.
+    Raises `InputError` for adapters of embeddings and convolutions or when there are no parts at
+    all, `IntegrityError` for a missing part or a shape that does not fit.
     """
     parts: dict[str, Tensors] = {}
     rest: Tensors = {}
@@ -71,37 +87,47 @@ def split_tensors(
         if part is None or not key.startswith(PREFIX):
             rest[key] = tensor
         else:
-            parts.setdefault(key.removeprefix(PREFIX).removesuffix(suffixes[part]), {})[part] = tensor
+            parts.setdefault(key.removeprefix(PREFIX).removesuffix(suffixes[part]), {})[part] = (
+                tensor
+            )
     for key in rest:
         if ".lora_embedding_" in key:
             raise InputError(
-                f"the adapter in {folder} changes an embedding ({_target(key)}); expected linear targets only. Train "
+                f"the adapter in {folder} changes an embedding ({_target(key)}); expected linear "
+                "targets only. Train "
                 f"without embeddings among target_modules, or {MERGE}"
             )
     if not parts:
         names = f", first {next(iter(tensors))!r}" if tensors else ""
         raise InputError(
-            f"the adapter in {folder} has no target left: none of its {len(tensors)} tensors{names} is a LoRA weight "
-            f"({PREFIX}NAME{next(iter(suffixes.values()))}). An adapter of rank 0 everywhere changes nothing"
+            f"the adapter in {folder} has no target left: none of its {len(tensors)} "
+            f"tensors{names} is a LoRA weight "
+            f"({PREFIX}NAME{next(iter(suffixes.values()))}). An adapter of rank 0 everywhere "
+            "changes nothing"
         )
     for name, found in parts.items():
         missing = [suffix for part, suffix in suffixes.items() if part not in found]
         if missing:
-            raise IntegrityError(f"the adapter in {folder} is incomplete: {name!r} has no {missing[0].lstrip('.')}")
+            raise IntegrityError(
+                f"the adapter in {folder} is incomplete: {name!r} has no {missing[0].lstrip('.')}"
+            )
         shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
         if any(len(shape) > 2 for shape in shapes.values()):
             raise InputError(
-                f"{name!r} in {folder} is an adapter of a convolution, A {shapes['a']}, B {shapes['b']}; expected linear "
+                f"{name!r} in {folder} is an adapter of a convolution, A {shapes['a']}, B "
+                f"{shapes['b']}; expected linear "
                 f"targets only. Train without it among target_modules, or {MERGE}"
             )
         if any(len(shape) < 2 or (0 in shape and not empty) for shape in shapes.values()):
             raise IntegrityError(
-                f"{name!r} in {folder} has empty weights, A {shapes['a']}, B {shapes['b']}: the shards of ZeRO-3 or FSDP "
+                f"{name!r} in {folder} has empty weights, A {shapes['a']}, B {shapes['b']}: the "
+                "shards of ZeRO-3 or FSDP "
                 "were not gathered when it was saved"
             )
         if shapes["a"][0] != shapes["b"][1]:
             raise IntegrityError(
-                f"A and B of {name!r} in {folder} do not fit: A is {shapes['a']} and B {shapes['b']}; expected (R, I) and "
+                f"A and B of {name!r} in {folder} do not fit: A is {shapes['a']} and B "
+                f"{shapes['b']}; expected (R, I) and "
                 "(O, R)"
             )
     return dict(sorted(parts.items(), key=lambda item: _in_order(item[0]))), rest
@@ -117,38 +143,53 @@ def _target(key: str) -> str:
 
 
 def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterable[str]) -> None:
-    """Raise `IntegrityError` unless the tensors are those the config speaks of, as far as names can tell."""
+    """Raise `IntegrityError` unless the tensors are those the config speaks of, as far as names can
+    tell."""
     names, wanted = list(targets), config.target_modules
     everywhere = wanted is None or wanted == "all-linear"
     try:
-        extra = [name for name in names if not everywhere and not check_target_module_exists(config, name)]
+        extra = [
+            name
+            for name in names
+            if not everywhere and not check_target_module_exists(config, name)
+        ]
     except re.error as error:
-        raise IntegrityError(f"target_modules in {folder / CONFIG_NAME} is no regular expression: {error}") from error
+        raise IntegrityError(
+            f"target_modules in {folder / CONFIG_NAME} is no regular expression: {error}"
+        ) from error
     extra += [key for key in rest if not _expected(config, key)]
     if extra:
         raise IntegrityError(
-            f"the adapter in {folder} holds {len(extra)} tensors that its {CONFIG_NAME} does not speak of, first "
-            f"{extra[0]!r}; PEFT would ignore them silently. Was a file exchanged, or written by hand?"
+            f"the adapter in {folder} holds {len(extra)} tensors that its {CONFIG_NAME} does not "
+            "speak of, first "
+            f"{extra[0]!r}; PEFT would ignore them silently. Was a file exchanged, or written by "
+            "hand?"
         )
     listed = [] if isinstance(wanted, str) or wanted is None else sorted(wanted)
-    # A name with a layer index stands for one module; "q_proj" may have been offered for other models too.
+    # A name with a layer index stands for one module; "q_proj" may have been offered for other
+    # models too.
     absent = [one for one in listed if split_name(one)[1] is not None and one not in names]
     absent = [one for one in absent if not any(name.endswith(f".{one}") for name in names)]
     if absent:
         raise IntegrityError(
-            f"the adapter in {folder} is incomplete: its {CONFIG_NAME} lists {absent[0]!r}, of which there are no tensors"
+            f"the adapter in {folder} is incomplete: its {CONFIG_NAME} lists {absent[0]!r}, of "
+            "which there are no tensors"
             + (f" (and {len(absent) - 1} more)" if len(absent) > 1 else "")
         )
     whole = config.modules_to_save or []
     absent = [one for one in whole if not any(f".{one}." in f".{key}" for key in rest)]
-    if absent and len(absent) == len(whole):  # PEFT lists "classifier" and "score" for a model that has one of them
+    if absent and len(absent) == len(
+        whole
+    ):  # PEFT lists "classifier" and "score" for a model that has one of them
         raise IntegrityError(
-            f"the adapter in {folder} is incomplete: modules_to_save names {absent[0]!r}, of which there are no tensors"
+            f"the adapter in {folder} is incomplete: modules_to_save names {absent[0]!r}, of which "
+            "there are no tensors"
         )
 
 
 def _expected(config: Any, key: str) -> bool:
-    """True for tensors beside A and B that PEFT writes: whole modules, biases, resized embeddings, trained tokens."""
+    """True for tensors beside A and B that PEFT writes: whole modules, biases, resized embeddings,
+    trained tokens."""
     if not key.startswith(PREFIX) or ".lora_" in key:
         return False
     whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
@@ -165,5 +206,6 @@ def check_finite(folder: Path | None, tensors: Mapping[str, torch.Tensor]) -> No
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise IntegrityError(
-            f"the adapter in {folder} holds NaN or infinite values in {len(bad)} tensors, first {bad[0]!r}"
+            f"the adapter in {folder} holds NaN or infinite values in {len(bad)} tensors, first "
+            f"{bad[0]!r}"
         )

@@ -1,9 +1,12 @@
-"""Fewer parameters in a trained adapter: its largest singular components under one budget for all targets.
+"""Fewer parameters in a trained adapter: its largest singular components under one budget for all
+targets.
 
-    scale · B A = Σ_k σ_k u_k v_kᵀ,   kept: the components of highest σ_k² / (I + O) that the budget pays for
+    scale · B A = Σ_k σ_k u_k v_kᵀ,   kept: the components of highest σ_k² / (I + O) that the budget
+    pays for
 
-σ_k² is what dropping a component costs in ||ΔW||_F², I + O what keeping it costs in parameters. Where all targets cost the
-same this is the optimal truncation: no other adapter with these parameters is nearer to the trained one.
+σ_k² is what dropping a component costs in ||ΔW||_F², I + O what keeping it costs in parameters.
+Where all targets cost the same this is the optimal truncation: no other adapter with these
+parameters is nearer to the trained one.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ class Compression:
     def kept(self) -> dict[str, float]:
         """{target: share of its Σ_k σ_k² that was kept}; NaN where there was none."""
         return {
-            name: _energy(values[: self.after[name]]) / total if (total := _energy(values)) else math.nan
+            name: _energy(values[: self.after[name]]) / total
+            if (total := _energy(values))
+            else math.nan
             for name, values in self.spectra.items()
         }
 
@@ -100,7 +105,11 @@ def compress(
 
 @overload
 def compress(
-    adapter: PeftModel, *, budget: float | None = ..., rank: int | None = ..., energy: float | None = ...
+    adapter: PeftModel,
+    *,
+    budget: float | None = ...,
+    rank: int | None = ...,
+    energy: float | None = ...,
 ) -> Compression: ...
 
 
@@ -112,30 +121,35 @@ def compress(
     energy: float | None = None,
     output: str | Path | None = None,
 ) -> Compression:
-    """Keep the largest singular components of a trained adapter under one budget, over all targets together.
+    """Keep the largest singular components of a trained adapter under one budget, over all targets
+    together.
 
-    Give one of `budget`, `rank`, `energy`. The result has balanced factors (√σ_k on either side) and one constant scale.
-    Components without an update (σ_k = 0) are never kept, so an adapter may end below its budget.
+    Give one of `budget`, `rank`, `energy`. The result has balanced factors (√σ_k on either side)
+    and one constant scale. Components without an update (σ_k = 0) are never kept, so an adapter may
+    end below its budget.
 
     Args:
         adapter: a PEFT LoRA folder, a run directory, or a `PeftModel`, which is changed in place.
         budget: LoRA parameters of the result; below 1 a share of those there are.
         rank: the budget of this uniform rank on the targets there are.
         energy: the share of Σ σ_k² over all targets to keep, in (0, 1], with few parameters.
-        output: the folder to write; it must not exist. Without it the result is in `adapter` of what is returned.
+        output: the folder to write; it must not exist. Without it the result is in `adapter` of
+            what is returned.
 
-    The result is never above the budget, and below it by less than the cheapest component that could still be added.
-    No O x I matrix is ever formed; the arithmetic is in float64. An optimizer of the model must be made anew.
+    The result is never above the budget, and below it by less than the cheapest component that
+    could still be added. No O x I matrix is ever formed; the arithmetic is in float64. An optimizer
+    of the model must be made anew.
 
-    Raises `InputError` for a budget above what there is or below the cheapest component, for adapters that learned nothing
-    or are no sum of components (DoRA), `IntegrityError` or `DivergedError` for weights that are not finite. Nothing is
-    changed or written then.
+    Raises `InputError` for a budget above what there is or below the cheapest component, for
+    adapters that learned nothing or are no sum of components (DoRA), `IntegrityError` or
+    `DivergedError` for weights that are not finite. Nothing is changed or written then.
 
     Source: Eckart & Young 1936, Psychometrika 1 (the best approximation of a rank).
 
     >>> from transformers import BertConfig, BertModel
     >>> import adaptive_lora as al
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=2, **sizes))
     >>> model = al.attach(tiny, al.methods.lora(4), targets=["query"])
     >>> for name, weight in model.named_parameters():
     ...     if "lora_B" in name:
@@ -156,7 +170,8 @@ def compress(
         return Compression(**{**vars(result), "adapter": smaller, "path": path})
     if output is not None:
         raise InputError(
-            "output is for an adapter folder; a model is changed in place: save it with adaptive_lora.save"
+            "output is for an adapter folder; a model is changed in place: save it with "
+            "adaptive_lora.save"
         )
     source_updates = updates_of(adapter)
     result, updates = truncate(source_updates, budget=budget, rank=rank, energy=energy)
@@ -173,14 +188,19 @@ def truncate(
     allowed = _budget(before, costs, budget=budget, rank=rank, energy=energy)
     factors, spectra = {}, {}
     for name, update in tqdm(
-        one_scale(updates).items(), desc="singular values", disable=not sys.stderr.isatty(), leave=False
+        one_scale(updates).items(),
+        desc="singular values",
+        disable=not sys.stderr.isatty(),
+        leave=False,
     ):
         a, b, values = balanced(update.a.detach().cpu(), update.b.detach().cpu())
         factors[name] = Update(a.to(update.a.dtype), b.to(update.b.dtype), update.scale)
         spectra[name] = tuple((update.scale * values).tolist())
     after = choose(spectra, costs, budget=allowed, energy=energy)
     left = {
-        name: Update(factors[name].a[:k].clone(), factors[name].b[:, :k].clone(), factors[name].scale)
+        name: Update(
+            factors[name].a[:k].clone(), factors[name].b[:, :k].clone(), factors[name].scale
+        )
         for name, k in after.items()
         if k
     }
@@ -188,12 +208,24 @@ def truncate(
 
 
 def _budget(
-    ranks: RankPattern, costs: Mapping[str, int], *, budget: float | None, rank: int | None, energy: float | None
+    ranks: RankPattern,
+    costs: Mapping[str, int],
+    *,
+    budget: float | None,
+    rank: int | None,
+    energy: float | None,
 ) -> int | None:
-    """Return the budget in parameters, None for a share of the energy. Raises `InputError` for what makes no sense."""
-    given = [name for name, value in (("budget", budget), ("rank", rank), ("energy", energy)) if value is not None]
+    """Return the budget in parameters, None for a share of the energy. Raises `InputError` for what
+    makes no sense."""
+    given = [
+        name
+        for name, value in (("budget", budget), ("rank", rank), ("energy", energy))
+        if value is not None
+    ]
     if len(given) != 1:
-        raise InputError(f"give one of budget, rank and energy; got {' and '.join(given) or 'none'}")
+        raise InputError(
+            f"give one of budget, rank and energy; got {' and '.join(given) or 'none'}"
+        )
     if energy is not None:
         if not 0 < energy <= 1:
             raise InputError(f"energy is {energy}; expected a share in (0, 1], such as 0.99")
@@ -207,7 +239,8 @@ def _budget(
         assert budget is not None
         if not (math.isfinite(budget) and budget > 0) or (budget >= 1 and budget != int(budget)):
             raise InputError(
-                f"budget is {budget}; expected a number of parameters, or a share below 1 of those there are"
+                f"budget is {budget}; expected a number of parameters, or a share below 1 of those "
+                "there are"
             )
         allowed, asked = int(budget * there if budget < 1 else budget), "the budget is"
     if allowed > there:
@@ -217,19 +250,25 @@ def _budget(
         )
     if allowed < cheapest:
         raise InputError(
-            f"{asked} {allowed:,} parameters, but the cheapest component costs {cheapest:,}: no target would be left; "
+            f"{asked} {allowed:,} parameters, but the cheapest component costs {cheapest:,}: no "
+            "target would be left; "
             "give more"
         )
     return allowed
 
 
 def choose(
-    spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int], *, budget: int | None, energy: float | None = None
+    spectra: Mapping[str, Sequence[float]],
+    costs: Mapping[str, int],
+    *,
+    budget: int | None,
+    energy: float | None = None,
 ) -> RankPattern:
-    """Return how many of the largest components of every target to keep: what `budget` pays for, or `energy` needs.
+    """Return how many of the largest components of every target to keep: what `budget` pays for, or
+    `energy` needs.
 
-    By σ² per parameter, the highest first. For `energy` the components that turn out not to be needed are taken out again,
-    the one of least σ² per parameter first.
+    By σ² per parameter, the highest first. For `energy` the components that turn out not to be
+    needed are taken out again, the one of least σ² per parameter first.
 
     Args:
         spectra: {target: finite singular values, falling}.
@@ -245,25 +284,34 @@ def choose(
     {'a': 1, 'b': 1}
     """
     alive = {
-        name: [value for value in values if value > _noise(name, spectra, costs)] for name, values in spectra.items()
+        name: [value for value in values if value > _noise(name, spectra, costs)]
+        for name, values in spectra.items()
     }
     if not any(alive.values()):
-        raise InputError("the adapter learned nothing: every update is zero, so there is nothing to keep")
+        raise InputError(
+            "the adapter learned nothing: every update is zero, so there is nothing to keep"
+        )
     scores = {name: [value**2 / costs[name] for value in values] for name, values in alive.items()}
     if energy is None:
         assert budget is not None
         bounds = {name: len(values) for name, values in alive.items()}
         kept = top_k(scores, costs, budget, minimum=dict.fromkeys(costs, 0), maximum=bounds)
         return {name: len(indices) for name, indices in kept.items()}
-    order = sorted(((-score, name, k) for name, row in scores.items() for k, score in enumerate(row)))
+    order = sorted(
+        ((-score, name, k) for name, row in scores.items() for k, score in enumerate(row))
+    )
     squares = [alive[name][k] ** 2 for _, name, k in order]
     wanted = energy * math.fsum(squares) * (1 - len(squares) * sys.float_info.epsilon)
-    count = next((n for n, total in enumerate(accumulate(squares), start=1) if total >= wanted), len(squares))
+    count = next(
+        (n for n, total in enumerate(accumulate(squares), start=1) if total >= wanted), len(squares)
+    )
     spare = math.fsum(squares[:count]) - wanted
     pattern = dict.fromkeys(spectra, 0)
     for _, name, _ in order[:count]:
         pattern[name] += 1
-    for (_, name, k), square in zip(reversed(order[:count]), reversed(squares[:count]), strict=True):
+    for (_, name, k), square in zip(
+        reversed(order[:count]), reversed(squares[:count]), strict=True
+    ):
         if square <= spare and k == pattern[name] - 1:
             pattern[name] -= 1
             spare -= square
@@ -271,15 +319,16 @@ def choose(
 
 
 def _noise(name: str, spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int]) -> float:
-    """Return the size up to which a singular value is rounding, as NumPy's and MATLAB's `rank` have it."""
+    """Return the size up to which a singular value is rounding, as NumPy's and MATLAB's `rank` have
+    it."""
     return max(spectra[name], default=0.0) * costs[name] * sys.float_info.epsilon
 
 
 def updates_of(model: PeftModel) -> dict[str, Update]:
     """Return {full target name: its update} of the active adapter; targets of rank 0 are left out.
 
-    Raises `InputError` for models and adapters that cannot be changed in place, `DivergedError` for weights that are not
-    finite.
+    Raises `InputError` for models and adapters that cannot be changed in place, `DivergedError` for
+    weights that are not finite.
     """
     check_model(model)
     config = model.peft_config[model.active_adapter]
@@ -290,13 +339,23 @@ def updates_of(model: PeftModel) -> dict[str, Update]:
     layers = adapters(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
-        raise InputError(f"the adapter is merged into {merged[0]!r}; call model.unmerge_adapter() first")
+        raise InputError(
+            f"the adapter is merged into {merged[0]!r}; call model.unmerge_adapter() first"
+        )
     bad = non_finite(model)
     pairs = {name: pair for name, layer in layers.items() if (pair := weights(layer)) is not None}
-    bad += tuple(name for name, pair in pairs.items() for tensor in pair if not bool(torch.isfinite(tensor).all()))
+    bad += tuple(
+        name
+        for name, pair in pairs.items()
+        for tensor in pair
+        if not bool(torch.isfinite(tensor).all())
+    )
     if bad:
         raise DivergedError(f"not compressed: {bad[0]} is not finite", where=bad)
-    return {name: Update(a, b, layers[name].scaling[layers[name].active_adapters[0]]) for name, (a, b) in pairs.items()}
+    return {
+        name: Update(a, b, layers[name].scaling[layers[name].active_adapters[0]])
+        for name, (a, b) in pairs.items()
+    }
 
 
 def _put(model: PeftModel, ranks: RankPattern, updates: Mapping[str, Update]) -> None:

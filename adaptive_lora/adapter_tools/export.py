@@ -1,6 +1,8 @@
-"""`export`: an adapter in the form its reader needs, written, read back by the real reader, and compared.
+"""`export`: an adapter in the form its reader needs, written, read back by the real reader, and
+compared.
 
-A form that does not answer as the adapter does on its base model is not handed out: the folder is removed again.
+A form that does not answer as the adapter does on its base model is not handed out: the folder is
+removed again.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from adaptive_lora.model.targets import linear_features
 from adaptive_lora.runs.resuming import CONFIG_FILE
 
 FORMS = ("native", "uniform", "merged", "gguf")
-TOLERANCE = 1e-5  # of the largest logit, in float32: one matrix product in another order moves it by some 1e-7
+# of the largest logit, in float32: one matrix product in another order moves it by some 1e-7
+TOLERANCE = 1e-5
 GGUF_FILE = "adapter.gguf"
 
 
@@ -51,7 +54,8 @@ class Exported:
     Args:
         folder: where.
         adapter: its content; None for a merged model.
-        difference: of its logits from the adapter's, relative to the largest; None when not compared.
+        difference: of its logits from the adapter's, relative to the largest; None when not
+            compared.
         notes: what its user should know, a line each.
     """
 
@@ -65,12 +69,19 @@ class Exported:
         what = "a full model"
         if self.adapter is not None:
             ranks, config = self.adapter.ranks.values(), self.adapter.config
-            spread = f"rank {max(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)}..{max(ranks)}"
-            what = f"{len(ranks)} targets, {spread}, lora_alpha {config.lora_alpha:g} / r {config.r}"
+            spread = (
+                f"rank {max(ranks)}"
+                if min(ranks) == max(ranks)
+                else f"ranks {min(ranks)}..{max(ranks)}"
+            )
+            what = (
+                f"{len(ranks)} targets, {spread}, lora_alpha {config.lora_alpha:g} / r {config.r}"
+            )
         checked = (
             "NOT CHECKED: nothing was read back, and no answer compared"
             if self.difference is None
-            else f"checked: read back, its logits differ from the adapter's by {self.difference:.1g} of the largest"
+            else "checked: read back, its logits differ from the adapter's by "
+            f"{self.difference:.1g} of the largest"
         )
         return [f"written: {self.folder} ({what})", checked, *self.notes]
 
@@ -88,24 +99,37 @@ def export(
 
     Args:
         source: a PEFT LoRA adapter folder, or a run directory.
-        to: `native`, `uniform` (see `forms`), `merged` (base model and adapter in one, safetensors) or `gguf` (llama.cpp).
-        model: the base model, a folder or a name on the hub; by default what the adapter or the run names.
+        to: `native`, `uniform` (see `forms`), `merged` (base model and adapter in one, safetensors)
+            or `gguf` (llama.cpp).
+        model: the base model, a folder or a name on the hub; by default what the adapter or the run
+            names.
         check: read the result back on the base model and compare answers to seeded random inputs.
-        converter: llama.cpp's convert_lora_to_gguf.py, for `gguf`; without it the uniform form is written.
+        converter: llama.cpp's convert_lora_to_gguf.py, for `gguf`; without it the uniform form is
+            written.
 
-    Raises `InputError` for a request that cannot be met, `IntegrityError` for damaged files and when the result answers
-    otherwise (more than 1e-5 of the largest logit, float32); nothing is left behind then.
+    Raises `InputError` for a request that cannot be met, `IntegrityError` for damaged files and
+    when the result answers otherwise (more than 1e-5 of the largest logit, float32); nothing is
+    left behind then.
     """
     path = check_output(output)
     if to not in FORMS:
         raise InputError(f"unknown form {to!r}.{nearest(to, FORMS)} Known: {', '.join(FORMS)}")
     if converter is not None and (to != "gguf" or not Path(converter).is_file()):
-        what = f"there is no file {converter}" if to == "gguf" else f"a converter is for --to gguf, not {to}"
-        raise InputError(f"{what}; expected the path of llama.cpp's convert_lora_to_gguf.py with --to gguf")
+        what = (
+            f"there is no file {converter}"
+            if to == "gguf"
+            else f"a converter is for --to gguf, not {to}"
+        )
+        raise InputError(
+            f"{what}; expected the path of llama.cpp's convert_lora_to_gguf.py with --to gguf"
+        )
     adapter = read_adapter(source)
     if to == "gguf" and adapter.rest:
         first = next(iter(adapter.rest)).removeprefix(PREFIX)
-        raise InputError(f"llama.cpp reads no module trained whole, and the adapter has {first!r}; use --to merged")
+        raise InputError(
+            f"llama.cpp reads no module trained whole, and the adapter has {first!r}; use --to "
+            "merged"
+        )
     base = _base(source, adapter, model) if check or to == "merged" or model is not None else None
     if to == "merged":
         assert base is not None
@@ -150,7 +174,10 @@ class _removed_on_failure:  # noqa: N801
 
 def _base(source: str | Path, adapter: Adapter, model: str | None) -> Base:
     remedy = "give the base model with --model, or write without comparing: --no-check"
-    if find_folder(source) != Path(source).expanduser() and (Path(source).expanduser() / CONFIG_FILE).is_file():
+    if (
+        find_folder(source) != Path(source).expanduser()
+        and (Path(source).expanduser() / CONFIG_FILE).is_file()
+    ):
         from adaptive_lora.runs.use import finished_task
 
         config, task = finished_task(Path(source).expanduser(), model=model)
@@ -159,7 +186,9 @@ def _base(source: str | Path, adapter: Adapter, model: str | None) -> Base:
     try:
         base = base_of_adapter(adapter.config.to_dict(), adapter.rest, model)
         if base is None:
-            raise InputError(f"the adapter in {adapter.folder} does not say which base model it is for")
+            raise InputError(
+                f"the adapter in {adapter.folder} does not say which base model it is for"
+            )
         base.config()
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
@@ -168,11 +197,21 @@ def _base(source: str | Path, adapter: Adapter, model: str | None) -> Base:
 
 def _modules(model: nn.Module, adapter: Adapter, base: Base) -> Shapes:
     """Return the linear modules of the base model, those of a trained head left out."""
-    shapes = {name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()}
+    shapes = {
+        name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()
+    }
     check_fits(model, shapes, base.name)
     heads = tuple(adapter.config.modules_to_save or ())
-    linear = {name: features for name, m in model.named_modules() if (features := linear_features(m)) is not None}
-    return {name: features for name, features in linear.items() if not any(f".{h}." in f".{name}." for h in heads)}
+    linear = {
+        name: features
+        for name, m in model.named_modules()
+        if (features := linear_features(m)) is not None
+    }
+    return {
+        name: features
+        for name, features in linear.items()
+        if not any(f".{h}." in f".{name}." for h in heads)
+    }
 
 
 def _on(model: Any, adapter: Adapter) -> PeftModel:
@@ -185,7 +224,8 @@ def _on(model: Any, adapter: Adapter) -> PeftModel:
 def _refuse_above(worst: float, how: str, *, what: str = "the adapter's") -> None:
     if not worst <= TOLERANCE:
         raise IntegrityError(
-            f"{how}, the logits differ from {what} by {worst:.2g} of the largest (allowed: {TOLERANCE:g}); nothing is kept"
+            f"{how}, the logits differ from {what} by {worst:.2g} of the largest (allowed: "
+            f"{TOLERANCE:g}); nothing is kept"
         )
 
 
@@ -198,18 +238,27 @@ def _notes(adapter: Adapter, modules: Shapes | None, base: Base | None) -> list[
         else f"vLLM takes ranks up to 512; this adapter has {rank}"
     ]
     if adapter.rest:
-        whole = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in adapter.rest}))
-        notes.append(f"trained whole: {whole}. PEFT loads that; llama.cpp and most of vLLM need --to merged")
+        whole = ", ".join(
+            sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in adapter.rest})
+        )
+        notes.append(
+            f"trained whole: {whole}. PEFT loads that; llama.cpp and most of vLLM need --to merged"
+        )
     if base is None and modules is None and adapter.config.rank_pattern == {}:
-        notes.append("the base model was not looked at: layers are taken to run from 0 to the last one adapted")
+        notes.append(
+            "the base model was not looked at: layers are taken to run from 0 to the last one "
+            "adapted"
+        )
     return notes
 
 
 def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exported:
-    """Merge in float32, write in the dtype of the base model's files; compare before and after the rounding to it."""
+    """Merge in float32, write in the dtype of the base model's files; compare before and after the
+    rounding to it."""
     if is_quantised(base):
         raise InputError(
-            f"the base model {base.name!r} is quantised: merging into such weights would round the adapter away. Give the "
+            f"the base model {base.name!r} is quantised: merging into such weights would round the "
+            "adapter away. Give the "
             "full-precision model it was made from with --model"
         )
     dtype = getattr(base.config(), "dtype", None) or torch.float32
@@ -230,13 +279,22 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
     _write_model(merged, path, [adapter.folder, Path(base.name)])
     with _removed_on_failure(path):
         if check:
-            rounded = answers(merged.float(), inputs) if dtype != torch.float32 else answers(merged, inputs)
+            rounded = (
+                answers(merged.float(), inputs)
+                if dtype != torch.float32
+                else answers(merged, inputs)
+            )
             reloaded = Base(str(path), type(merged)).load()
             read_back = answers(reloaded, inputs)
-            _refuse_above(difference(read_back, rounded), "reloaded by transformers", what="the merged model's")
+            _refuse_above(
+                difference(read_back, rounded),
+                "reloaded by transformers",
+                what="the merged model's",
+            )
             if dtype != torch.float32:
                 notes.append(
-                    f"rounded to {str(dtype).removeprefix('torch.')}, as the base model is: that moves the logits by "
+                    f"rounded to {str(dtype).removeprefix('torch.')}, as the base model is: that "
+                    "moves the logits by "
                     f"{difference(read_back, expected):.1g} of the largest"
                 )
             else:
@@ -246,25 +304,30 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
 
 
 def _untie(model: Any, adapter: Adapter) -> list[str]:
-    """Give a target whose weight is that of the embeddings too (a tied output) a weight of its own to merge into."""
+    """Give a target whose weight is that of the embeddings too (a tied output) a weight of its own
+    to merge into."""
     notes = []
     for name in adapter.updates:
         module = model.get_submodule(name)
         if sum(p is module.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
             notes.append(f"{name} shared its weights with the embeddings, and has its own now")
     return notes
 
 
 def _write_model(model: Any, path: Path, sources: list[Path | None]) -> None:
-    """Write model and configuration beside `path` and move them there, with the tokenizer of the first that has one."""
+    """Write model and configuration beside `path` and move them there, with the tokenizer of the
+    first that has one."""
 
     def write(staging: Path) -> None:
         model.save_pretrained(staging)
         _say_labels(staging / CONFIG_NAME, model.config)
         for folder in filter(None, sources):
-            files = [file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()]
+            files = [
+                file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()
+            ]
             for file in files:
                 shutil.copy(file, staging)
             if files:
@@ -274,7 +337,8 @@ def _write_model(model: Any, path: Path, sources: list[Path | None]) -> None:
 
 
 def _say_labels(file: Path, config: Any) -> None:
-    """Write the labels where transformers leaves them out: two are its default, but not that of every architecture."""
+    """Write the labels where transformers leaves them out: two are its default, but not that of
+    every architecture."""
     values = json.loads(file.read_text(encoding="utf-8"))
     if config.id2label and "id2label" not in values:
         values |= {"id2label": config.id2label, "label2id": config.label2id}
@@ -293,20 +357,31 @@ def _staged(path: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def _gguf(path: Path, adapter: Adapter, base: Base | None, converter: str | Path | None) -> list[str]:
+def _gguf(
+    path: Path, adapter: Adapter, base: Base | None, converter: str | Path | None
+) -> list[str]:
     """Run llama.cpp's converter on the uniform form at `path`, or return the command that does."""
     name = base.name if base is not None else adapter.base
     script = str(converter or "llama.cpp/convert_lora_to_gguf.py")
     target = str(path / GGUF_FILE)
-    command = [sys.executable if converter else "python", script, "--base", name or "BASE_MODEL_FOLDER",
+    command = [sys.executable if converter else "python", script, "--base",
+               name or "BASE_MODEL_FOLDER",
                "--outtype", "f32", "--outfile", target, str(path)]  # fmt: skip
     if converter is None:
-        return ["the uniform form is written; with llama.cpp at hand, run:", f"    {shlex.join(command)}"]
+        return [
+            "the uniform form is written; with llama.cpp at hand, run:",
+            f"    {shlex.join(command)}",
+        ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (path / GGUF_FILE).is_file() or (path / GGUF_FILE).read_bytes()[:4] != b"GGUF":
+    if (
+        done.returncode != 0
+        or not (path / GGUF_FILE).is_file()
+        or (path / GGUF_FILE).read_bytes()[:4] != b"GGUF"
+    ):
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise InputError(
-            f"{script} failed (exit {done.returncode}): {' / '.join(lines)}. It needs the packages of llama.cpp's "
+            f"{script} failed (exit {done.returncode}): {' / '.join(lines)}. It needs the packages "
+            "of llama.cpp's "
             "requirements-convert_lora_to_gguf.txt, and knows fewer architectures than PEFT"
         )
     return [f"llama.cpp: llama-cli -m BASE.gguf --lora {target}"]

@@ -12,12 +12,14 @@ PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def tensor_ranks(file: Path) -> dict[str, int]:
-    """Return {full target name: rank}, from the shapes of the tensors. Raises `IntegrityError` on a damaged file."""
+    """Return {full target name: rank}, from the shapes of the tensors. Raises `IntegrityError` on a
+    damaged file."""
     return {name: shape[0] for name, shape in _shapes(file, LORA_A).items()}
 
 
 def component_costs(file: Path) -> dict[str, int]:
-    """Return {full target name: I + O}, the parameters of one component. Raises as `tensor_ranks`."""
+    """Return {full target name: I + O}, the parameters of one component. Raises as
+    `tensor_ranks`."""
     inputs, outputs = _shapes(file, LORA_A), _shapes(file, LORA_B)
     return {name: inputs[name][1] + outputs[name][0] for name in inputs.keys() & outputs.keys()}
 

@@ -2,8 +2,9 @@
 
     update of a target = scale · B A,   A (R, I), B (O, R)
 
-The scale is the one PEFT applies: alpha / R, or alpha / √R with `use_rslora`, alpha and R by `alpha_pattern` and
-`rank_pattern`. What is no sum of scaled components of a linear layer is refused by name, with a way out.
+The scale is the one PEFT applies: alpha / R, or alpha / √R with `use_rslora`, alpha and R by
+`alpha_pattern` and `rank_pattern`. What is no sum of scaled components of a linear layer is refused
+by name, with a way out.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from adaptive_lora.model.fingerprint import FINGERPRINT_FILE
 
 # What belongs to the base model's text or images rather than to the adapter, and is copied along.
 COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*",
     "*processor_config.json",
 )  # fmt: skip
 
@@ -105,7 +107,8 @@ class Adapter:
 
 
 def find_folder(path: str | Path) -> Path:
-    """Return the adapter folder at `path`: itself, or `adapter` inside a run directory. Raises `InputError` without one."""
+    """Return the adapter folder at `path`: itself, or `adapter` inside a run directory. Raises
+    `InputError` without one."""
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "adapter"):
         if (candidate / CONFIG_NAME).is_file():
@@ -113,25 +116,33 @@ def find_folder(path: str | Path) -> Path:
     if not folder.exists():
         fetch = f". One on the hub must be fetched first: hf download {path} --local-dir FOLDER"
         on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-        raise InputError(f"there is no folder {folder}; expected a PEFT adapter folder" + (fetch if on_hub else ""))
+        raise InputError(
+            f"there is no folder {folder}; expected a PEFT adapter folder"
+            + (fetch if on_hub else "")
+        )
     raise InputError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
 
 
 def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
-    """Return (folder, config, tensors by their name in the file) of an adapter of any kind PEFT knows.
+    """Return (folder, config, tensors by their name in the file) of an adapter of any kind PEFT
+    knows.
 
-    Raises `InputError` for what is no adapter folder or is pickled, `IntegrityError` for damaged files.
+    Raises `InputError` for what is no adapter folder or is pickled, `IntegrityError` for damaged
+    files.
     """
     folder = find_folder(path)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() and (folder / WEIGHTS_NAME).is_file():
         raise InputError(
-            f"{folder} holds its weights as a pickle ({WEIGHTS_NAME}), which can run any code when it is read; expected "
+            f"{folder} holds its weights as a pickle ({WEIGHTS_NAME}), which can run any code when "
+            "it is read; expected "
             f"{SAFETENSORS_WEIGHTS_NAME}. If you trust it, convert it once: "
             f"PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(NEW_FOLDER)"
         )
     if not file.is_file():
-        raise InputError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; expected the weights of the adapter there")
+        raise InputError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; expected the weights of the adapter there"
+        )
     where = folder / CONFIG_NAME
     try:
         kind = json.loads(where.read_text(encoding="utf-8"))["peft_type"]
@@ -141,7 +152,9 @@ def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
     except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
         raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     if kind_of(config) != kind:
-        raise IntegrityError(f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}")
+        raise IntegrityError(
+            f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}"
+        )
     try:
         tensors = load_file(file)
     except Exception as error:  # as above, of safetensors
@@ -155,14 +168,17 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     Args:
         finite: refuse tensors that hold a NaN or an infinity.
 
-    Raises `InputError` for what is no LoRA adapter folder or a kind of LoRA that is no sum of components,
-    `IntegrityError` for damaged files: tensors missing, unexpected, of shapes that do not fit, or not finite.
+    Raises `InputError` for what is no LoRA adapter folder or a kind of LoRA that is no sum of
+    components, `IntegrityError` for damaged files: tensors missing, unexpected, of shapes that do
+    not fit, or not finite.
 
     >>> import tempfile
     >>> from peft import LoraConfig, get_peft_model
     >>> from transformers import BertConfig, BertModel
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
-    >>> model = get_peft_model(tiny, LoraConfig(r=4, lora_alpha=8, target_modules=["query"], use_rslora=True))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=1, **sizes))
+    >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["query"], use_rslora=True)
+    >>> model = get_peft_model(tiny, config)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     model.save_pretrained(folder)
     ...     adapter = read_adapter(folder)
@@ -173,7 +189,8 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     kind = kind_of(config)
     if kind == "ADALORA":
         raise InputError(
-            f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora convert {folder} --output NEW"
+            f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora "
+            f"convert {folder} --output NEW"
         )
     if not isinstance(config, LoraConfig) or kind != "LORA":
         raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
@@ -190,24 +207,31 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
 
 
 def _scale(folder: Path, config: LoraConfig, name: str, rank: int) -> float:
-    """Return what PEFT multiplies B A with. Raises `IntegrityError` when the config gives another rank than the tensor's."""
+    """Return what PEFT multiplies B A with. Raises `IntegrityError` when the config gives another
+    rank than the tensor's."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     try:
         r = ranks.get(get_pattern_key(list(ranks), name), config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     except re.error as error:
-        raise IntegrityError(f"a pattern in {folder / CONFIG_NAME} is no regular expression: {error}") from error
+        raise IntegrityError(
+            f"a pattern in {folder / CONFIG_NAME} is no regular expression: {error}"
+        ) from error
     if r != rank:
         raise IntegrityError(
-            f"{name!r} in {folder} has rank {rank}, but its {CONFIG_NAME} says {r}; PEFT could not load it"
+            f"{name!r} in {folder} has rank {rank}, but its {CONFIG_NAME} says {r}; PEFT could not "
+            "load it"
         )
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise IntegrityError(f"lora_alpha of {name!r} in {folder} is {alpha!r}; expected a finite number")
+        raise IntegrityError(
+            f"lora_alpha of {name!r} in {folder} is {alpha!r}; expected a finite number"
+        )
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def one_scale(updates: Mapping[str, Update]) -> dict[str, Update]:
-    """Return the same updates with one constant scale, the most frequent; what differs from it goes into B.
+    """Return the same updates with one constant scale, the most frequent; what differs from it goes
+    into B.
 
     Exact in float32 up to one rounding of B; a scale that is not positive becomes 1.
     """
@@ -216,24 +240,33 @@ def one_scale(updates: Mapping[str, Update]) -> dict[str, Update]:
     return {
         name: update
         if update.scale == scale
-        else Update(update.a, (update.b.double() * (update.scale / scale)).to(update.b.dtype), scale)
+        else Update(
+            update.a, (update.b.double() * (update.scale / scale)).to(update.b.dtype), scale
+        )
         for name, update in updates.items()
     }
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
-    """Return `adapter` with these updates, all of one scale and none of rank 0, and a config in native form for them.
+    """Return `adapter` with these updates, all of one scale and none of rank 0, and a config in
+    native form for them.
 
-    Native form: r the largest rank, lora_alpha = scale · r, rank_pattern and alpha_pattern by full names; exact in PEFT
-    and under readers that know one lora_alpha / r.
+    Native form: r the largest rank, lora_alpha = scale · r, rank_pattern and alpha_pattern by full
+    names; exact in PEFT and under readers that know one lora_alpha / r.
     """
     if not updates:
         raise InputError("no target is left: an adapter of rank 0 everywhere changes nothing")
     (scale,) = {update.scale for update in updates.values()}
     config = copy.copy(adapter.config)
-    for name, value in scaled_config({name: update.rank for name, update in updates.items()}, scale).items():
+    for name, value in scaled_config(
+        {name: update.rank for name, update in updates.items()}, scale
+    ).items():
         setattr(config, name, value)
-    if set(updates) != set(adapter.updates) or config.target_modules == "all-linear" or config.target_modules is None:
+    if (
+        set(updates) != set(adapter.updates)
+        or config.target_modules == "all-linear"
+        or config.target_modules is None
+    ):
         config.target_modules = _target_modules(updates, adapter.updates)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.init_lora_weights = True
@@ -241,10 +274,13 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
 
 
 def _target_modules(names: Iterable[str], known: Iterable[str]) -> Any:
-    """Return full names in a list, as readers like them; a regular expression where a name could end another's."""
+    """Return full names in a list, as readers like them; a regular expression where a name could
+    end another's."""
     wanted = sorted(names)
     others = set(known) - set(wanted)
-    if all("." in name for name in wanted) and not any(o.endswith(f".{name}") for name in wanted for o in others):
+    if all("." in name for name in wanted) and not any(
+        o.endswith(f".{name}") for name in wanted for o in others
+    ):
         return wanted
     return "|".join(map(re.escape, wanted))
 
@@ -260,7 +296,8 @@ def state_dict(adapter: Adapter) -> Tensors:
 
 
 def check_output(output: str | Path) -> Path:
-    """Return the path of a folder to be made. Raises `InputError` when something is there already."""
+    """Return the path of a folder to be made. Raises `InputError` when something is there
+    already."""
     path = Path(output).expanduser()
     if path.exists() or path.is_symlink():
         raise InputError(f"output {path} exists; give another name or remove it")
@@ -268,17 +305,21 @@ def check_output(output: str | Path) -> Path:
 
 
 def write_adapter(adapter: Adapter, output: str | Path) -> Path:
-    """Write the adapter as a folder that PEFT reads, with the tokenizer of the folder it came from, and return its path.
+    """Write the adapter as a folder that PEFT reads, with the tokenizer of the folder it came from,
+    and return its path.
 
-    Written beside and moved into place when complete. Raises `InputError` when `output` exists or cannot be written,
-    `IntegrityError` when a tensor is not finite.
+    Written beside and moved into place when complete. Raises `InputError` when `output` exists or
+    cannot be written, `IntegrityError` when a tensor is not finite.
     """
     path = check_output(output)
     tensors = state_dict(adapter)
     check_finite(adapter.folder, tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder, warnings.catch_warnings():
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # PEFT's advice on the config
             staging = Path(folder) / "new"
             staging.mkdir()
@@ -293,4 +334,9 @@ def write_adapter(adapter: Adapter, output: str | Path) -> Path:
 
 
 def _companions(folder: Path) -> list[Path]:
-    return [file for pattern in (*COMPANIONS, FINGERPRINT_FILE) for file in folder.glob(pattern) if file.is_file()]
+    return [
+        file
+        for pattern in (*COMPANIONS, FINGERPRINT_FILE)
+        for file in folder.glob(pattern)
+        if file.is_file()
+    ]

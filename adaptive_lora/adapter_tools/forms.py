@@ -1,9 +1,11 @@
-"""The forms of one adapter that its readers agree on: other tensors and config, the same function. Pure, no base weights.
+"""The forms of one adapter that its readers agree on: other tensors and config, the same function.
+Pure, no base weights.
 
-native    mixed ranks, one scale: r = the largest rank, lora_alpha = scale · r. Exact in PEFT, and wherever one
-          lora_alpha / r is applied to every module (vLLM)
-uniform   A and B padded with zeros to the largest rank r, the scale in B, lora_alpha = r; every layer of an adapted
-          kind has an adapter, of zeros where there was none. Exact under every reader's arithmetic
+native    mixed ranks, one scale: r = the largest rank, lora_alpha = scale · r. Exact in PEFT, and
+          wherever one lora_alpha / r is applied to every module (vLLM)
+uniform   A and B padded with zeros to the largest rank r, the scale in B, lora_alpha = r; every
+          layer of an adapted kind has an adapter, of zeros where there was none. Exact under every
+          reader's arithmetic
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """Return the smallest --max-lora-rank with which vLLM takes an adapter of this `r`; None when there is none.
+    """Return the smallest --max-lora-rank with which vLLM takes an adapter of this `r`; None when
+    there is none.
 
     >>> [max_lora_rank(rank) for rank in (1, 6, 16, 513)]
     [1, 8, 16, None]
@@ -35,31 +38,39 @@ def max_lora_rank(rank: int) -> int | None:
 
 
 def native(adapter: Adapter) -> Adapter:
-    """Return the adapter with one scale, the most frequent one; other scales go into B, in float32 if B cannot hold it."""
+    """Return the adapter with one scale, the most frequent one; other scales go into B, in float32
+    if B cannot hold it."""
     scales = [update.scale for update in adapter.updates.values() if update.scale > 0]
     scale = max(set(scales), key=lambda one: (scales.count(one), one)) if scales else 1.0
     updates = {
-        name: update if update.scale == scale else Update(update.a, _times(update.b, update.scale / scale), scale)
+        name: update
+        if update.scale == scale
+        else Update(update.a, _times(update.b, update.scale / scale), scale)
         for name, update in adapter.updates.items()
     }
     return with_updates(adapter, updates)
 
 
 def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
-    """Return the adapter with every rank the largest, scale 1, and an adapter in every layer of each adapted kind.
+    """Return the adapter with every rank the largest, scale 1, and an adapter in every layer of
+    each adapted kind.
 
     Args:
-        modules: the linear modules of the base model; without them layers are taken to run from 0 to the last one adapted
-            in their stack, and to be alike.
+        modules: the linear modules of the base model; without them layers are taken to run from 0
+            to the last one adapted in their stack, and to be alike.
     """
     rank = max(update.rank for update in adapter.updates.values())
     some = next(iter(adapter.updates.values()))
     updates = {}
     for name, (inputs, outputs) in _every_layer(adapter, modules).items():
-        update = adapter.updates.get(name) or Update(some.a.new_zeros(0, inputs), some.b.new_zeros(outputs, 0), 1.0)
+        update = adapter.updates.get(name) or Update(
+            some.a.new_zeros(0, inputs), some.b.new_zeros(outputs, 0), 1.0
+        )
         a, b = update.a.new_zeros(rank, inputs), _times(update.b, update.scale)
         a[: update.rank] = update.a
-        updates[name] = Update(a, torch.cat([b, b.new_zeros(outputs, rank - update.rank)], dim=1), 1.0)
+        updates[name] = Update(
+            a, torch.cat([b, b.new_zeros(outputs, rank - update.rank)], dim=1), 1.0
+        )
     result = with_updates(adapter, updates)
     short = _short_names(result, modules)
     if short is None:
@@ -70,7 +81,8 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
 
 
 def _times(b: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return factor · B, in B's dtype where that is exact enough for it to hold, else in float32."""
+    """Return factor · B, in B's dtype where that is exact enough for it to hold, else in
+    float32."""
     exact = b.double() * factor
     same = exact.to(b.dtype)
     return same if b.dtype == torch.float32 or torch.equal(same.double(), exact) else exact.float()
@@ -88,7 +100,10 @@ def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[in
             if name in own or (split_name(name)[1] is not None and split_name(name)[::2] in kinds)
         }
         return {**wanted, **own}
-    last = {stack: max(i for s, i, _ in places.values() if s == stack and i is not None) for stack, _ in kinds}
+    last = {
+        stack: max(i for s, i, _ in places.values() if s == stack and i is not None)
+        for stack, _ in kinds
+    }
     alike = {places[name][::2]: shape for name, shape in own.items()}
     added = {
         f"{stack}.{index}.{kind}": alike[stack, kind]
@@ -99,8 +114,13 @@ def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[in
 
 
 def _short_names(adapter: Adapter, modules: Shapes | None) -> Any:
-    """Return the last parts of the names ("q_proj"), as most readers know them; None where they would mean other modules."""
+    """Return the last parts of the names ("q_proj"), as most readers know them; None where they
+    would mean other modules."""
     leaves = {name.rpartition(".")[2] for name in adapter.updates}
     if modules is None:
         return None
-    return leaves if all(name in adapter.updates for name in modules if name.rpartition(".")[2] in leaves) else None
+    return (
+        leaves
+        if all(name in adapter.updates for name in modules if name.rpartition(".")[2] in leaves)
+        else None
+    )

@@ -1,4 +1,5 @@
-"""What is in an adapter: ranks, scales, sizes, spectra, what is wasted and what is wrong. No model is needed."""
+"""What is in an adapter: ranks, scales, sizes, spectra, what is wasted and what is wrong. No model
+is needed."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ class Inspection:
     Args:
         base: the base model's name, as the config has it.
         parameters: LoRA parameters.
-        needed_99, needed_999: parameters that hold 99 % and 99.9 % of Σ σ² over all targets together, None where that is
-            not defined; what is above them is wasted.
+        needed_99, needed_999: parameters that hold 99 % and 99.9 % of Σ σ² over all targets
+            together, None where that is not defined; what is above them is wasted.
         other_tensors: names of the tensors that are no LoRA weights (a trained head).
         warnings: what is wrong, or will be with some readers; each a sentence.
     """
@@ -69,7 +70,8 @@ class Inspection:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data for strict JSON; a number that is not finite becomes None."""
+        """Return everything as plain data for strict JSON; a number that is not finite becomes
+        None."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
 
@@ -80,10 +82,11 @@ def _plain(value: Any) -> Any:
 
 
 def effective_rank(values: Sequence[float]) -> float:
-    """Return exp(−Σ p_k ln p_k) with p_k = σ_k / Σ σ: R for equal singular values, 1 for one; 0 when all are zero.
+    """Return exp(−Σ p_k ln p_k) with p_k = σ_k / Σ σ: R for equal singular values, 1 for one; 0
+    when all are zero.
 
-    Raises `ValueError` for negative values; NaN gives NaN. Source: Roy & Vetterli 2007, "The effective rank: a measure of
-    effective dimensionality", EUSIPCO, definition 1.
+    Raises `ValueError` for negative values; NaN gives NaN. Source: Roy & Vetterli 2007, "The
+    effective rank: a measure of effective dimensionality", EUSIPCO, definition 1.
 
     >>> effective_rank([2.0, 2.0, 0.0]), effective_rank([0.0])
     (2.0, 0.0)
@@ -142,17 +145,26 @@ def _needed(spectra: dict[str, tuple[float, ...]], costs: dict[str, int], energy
 def _warnings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
     found = []
     broken = [name for name, facts in targets.items() if not facts.finite]
-    broken += [key for key, tensor in adapter.rest.items() if not bool(torch.isfinite(tensor).all())]
+    broken += [
+        key for key, tensor in adapter.rest.items() if not bool(torch.isfinite(tensor).all())
+    ]
     if broken:
-        found.append(f"NaN or infinite values in {len(broken)} places, first {broken[0]!r}: the training diverged")
+        found.append(
+            f"NaN or infinite values in {len(broken)} places, first {broken[0]!r}: the training "
+            "diverged"
+        )
     idle = [name for name, facts in targets.items() if facts.finite and facts.norm == 0]
     if len(idle) == len(targets):
         found.append("the adapter learned nothing: every update is zero (B as it starts)")
     elif idle:
-        found.append(f"{len(idle)} of {len(targets)} targets learned nothing (their update is zero), first {idle[0]!r}")
+        found.append(
+            f"{len(idle)} of {len(targets)} targets learned nothing (their update is zero), first "
+            f"{idle[0]!r}"
+        )
     for kind, layers, expected in _gaps(targets):
         found.append(
-            f"{kind!r} is adapted in {len(layers)} of {len(expected)} layers (not in {_some(expected - layers)}): TGI and "
+            f"{kind!r} is adapted in {len(layers)} of {len(expected)} layers (not in "
+            f"{_some(expected - layers)}): TGI and "
             "LoRAX then drop the whole kind; adaptive-lora export --to uniform fills the gaps"
         )
     ranks = {facts.rank for facts in targets.values()}
@@ -161,19 +173,22 @@ def _warnings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
     if any(not math.isclose(scale, config.lora_alpha / config.r, rel_tol=1e-6) for scale in scales):
         spread = f"{scales[0]:.4g}" + (f" to {scales[-1]:.4g}" if len(scales) > 1 else "")
         found.append(
-            f"PEFT's scales are {spread}, but lora_alpha / r is {config.lora_alpha / config.r:.4g}, which readers like vLLM "
+            f"PEFT's scales are {spread}, but lora_alpha / r is "
+            f"{config.lora_alpha / config.r:.4g}, which readers like vLLM "
             "apply to every target: adaptive-lora export writes one that is right everywhere"
         )
     if len(ranks) > 1:
         found.append(
-            f"ranks differ ({min(ranks)}..{max(ranks)}): PEFT and vLLM read that; llama.cpp takes another scale, SGLang, TGI "
+            f"ranks differ ({min(ranks)}..{max(ranks)}): PEFT and vLLM read that; llama.cpp takes "
+            "another scale, SGLang, TGI "
             "and LoRAX refuse: adaptive-lora export --to uniform"
         )
     return found
 
 
 def _gaps(names: Any) -> list[tuple[str, set[int], set[int]]]:
-    """Return (module kind, its layers, the layers of its stack) for kinds that some layers of their stack lack."""
+    """Return (module kind, its layers, the layers of its stack) for kinds that some layers of their
+    stack lack."""
     layers: dict[tuple[str, str], set[int]] = {}
     for name in names:
         stack, index, kind = split_name(name)
@@ -182,7 +197,11 @@ def _gaps(names: Any) -> list[tuple[str, set[int], set[int]]]:
     stacks: dict[str, set[int]] = {}
     for (stack, _), indices in layers.items():
         stacks.setdefault(stack, set()).update(indices)
-    return [(kind, here, stacks[stack]) for (stack, kind), here in layers.items() if here != stacks[stack]]
+    return [
+        (kind, here, stacks[stack])
+        for (stack, kind), here in layers.items()
+        if here != stacks[stack]
+    ]
 
 
 def _some(indices: set[int]) -> str:
@@ -211,7 +230,9 @@ def rows(inspection: Inspection) -> list[tuple[str, ...]]:
 
 def summary(inspection: Inspection) -> list[str]:
     """Return what is true of the whole adapter in sentences, warnings last."""
-    others = f", and {len(inspection.other_tensors)} other tensors" if inspection.other_tensors else ""
+    others = (
+        f", and {len(inspection.other_tensors)} other tensors" if inspection.other_tensors else ""
+    )
     lines = [
         f"base model: {inspection.base or 'not named'}",
         f"{inspection.parameters:,} LoRA parameters on {len(inspection.targets)} targets{others}",
@@ -220,17 +241,23 @@ def summary(inspection: Inspection) -> list[str]:
         if needed is not None:
             wasted = 100 * (1 - needed / inspection.parameters)
             lines.append(
-                f"{needed:,} parameters hold {share} % of the squared singular values, and the other {wasted:.1f} % the rest: "
+                f"{needed:,} parameters hold {share} % of the squared singular values, and the "
+                f"other {wasted:.1f} % the rest: "
                 f"adaptive-lora compress ADAPTER --energy 0.{share.replace('.', '')} --output NEW"
             )
     return [*lines, *(f"warning: {one}" for one in inspection.warnings)]
 
 
 def check_figure(path: Path) -> None:
-    """Raise `InputError` for a figure that exists, has no folder to go to, or an ending that matplotlib does not know."""
+    """Raise `InputError` for a figure that exists, has no folder to go to, or an ending that
+    matplotlib does not know."""
     if path.suffix.lower() not in FIGURES:
-        raise InputError(f"figure {path} has the ending {path.suffix!r}; expected one of {', '.join(FIGURES)}")
+        raise InputError(
+            f"figure {path} has the ending {path.suffix!r}; expected one of {', '.join(FIGURES)}"
+        )
     if path.exists():
         raise InputError(f"figure {path} exists; give another name or remove it")
     if not path.parent.is_dir():
-        raise InputError(f"the folder of figure {path} does not exist; make it, or give another name")
+        raise InputError(
+            f"the folder of figure {path} does not exist; make it, or give another name"
+        )

@@ -1,4 +1,5 @@
-"""How a method changes ranks while the model trains: importance x budget schedule x rule, and when to decide."""
+"""How a method changes ranks while the model trains: importance x budget schedule x rule, and when
+to decide."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ class When:
 
 @dataclass(frozen=True, kw_only=True)
 class At(When):
-    """At `start`; with `rest` given, also every `every` steps from there, the last time `rest` before the end.
+    """At `start`; with `rest` given, also every `every` steps from there, the last time `rest`
+    before the end.
 
     Args:
-        start: the first decision, in steps or as a fraction of the training (see `budget.steps_of`).
+        start: the first decision, in steps or as a fraction of the training (see
+            `budget.steps_of`).
         rest: training after the last decision, likewise; None means one single decision.
         every: between decisions, likewise.
     """
@@ -30,11 +33,17 @@ class At(When):
 
     def __post_init__(self) -> None:
         if not (self.every >= 1 or (isinstance(self.every, float) and self.every > 0)):
-            raise InputError(f"steps between decisions are {self.every}; expected a whole number >= 1, or a fraction")
+            raise InputError(
+                f"steps between decisions are {self.every}; expected a whole number >= 1, or a "
+                "fraction"
+            )
 
     def steps(self, total: int) -> list[int]:
-        """Return the decision steps, ascending, counted from 1. Raises `InputError` when they do not fit."""
-        first = max(1, steps_of(self.start, total)) if self.start < 1 else steps_of(self.start, total)
+        """Return the decision steps, ascending, counted from 1. Raises `InputError` when they do
+        not fit."""
+        first = (
+            max(1, steps_of(self.start, total)) if self.start < 1 else steps_of(self.start, total)
+        )
         last = first if self.rest is None else total - steps_of(self.rest, total)
         if not 1 <= first <= last <= total:
             raise InputError(
@@ -46,14 +55,17 @@ class At(When):
 
 @dataclass(frozen=True, kw_only=True)
 class OnPlateau(When):
-    """When the evaluation loss has not fallen by more than `threshold` for `patience` evaluations in a row."""
+    """When the evaluation loss has not fallen by more than `threshold` for `patience` evaluations
+    in a row."""
 
     patience: int = 1
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.patience < 1:
-            raise InputError(f"patience is {self.patience}; expected a whole number of evaluations >= 1")
+            raise InputError(
+                f"patience is {self.patience}; expected a whole number of evaluations >= 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +76,8 @@ class Adaptation:
         importance: scores components from gradients and weights.
         rule: turns scores and the budget of the moment into new ranks.
         when: the decision steps.
-        schedule: the budget of the moment; `schedule.factor` times the final budget is where training starts.
+        schedule: the budget of the moment; `schedule.factor` times the final budget is where
+            training starts.
         min_rank, max_rank: bounds for every target; max_rank None means min(I, O).
     """
 
@@ -78,14 +91,16 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.min_rank < 0 or (self.max_rank is not None and self.min_rank > self.max_rank):
             raise InputError(
-                f"min_rank {self.min_rank} and max_rank {self.max_rank}: expected 0 <= min_rank <= max_rank"
+                f"min_rank {self.min_rank} and max_rank {self.max_rank}: expected 0 <= min_rank <= "
+                "max_rank"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedByPeft(Adaptation):
-    """Left to PEFT's `AdaLoraModel`, which multiplies components by a gate and sets gates to zero; ranks change once, at
-    the end, when what is left becomes plain LoRA. PEFT counts components, so there is no budget in parameters.
+    """Left to PEFT's `AdaLoraModel`, which multiplies components by a gate and sets gates to zero;
+    ranks change once, at the end, when what is left becomes plain LoRA. PEFT counts components, so
+    there is no budget in parameters.
 
     Args:
         target_rank: components at the end, as an average over the targets.

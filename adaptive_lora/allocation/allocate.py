@@ -1,8 +1,8 @@
 """Allocation rules: scores and a budget in parameters -> a rank pattern. Pure and exact; no torch.
 
-Symbols: m a target, c_m = I + O the parameters one component of m costs, r_m its rank, b the budget.
-Every rule returns ranks with lo_m <= r_m <= hi_m and Σ r_m c_m <= b, and leaves less of b unspent than the cheapest
-component that could still be added (design: budgets are met exactly).
+Symbols: m a target, c_m = I + O the parameters one component of m costs, r_m its rank, b the
+budget. Every rule returns ranks with lo_m <= r_m <= hi_m and Σ r_m c_m <= b, and leaves less of b
+unspent than the cheapest component that could still be added (design: budgets are met exactly).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ RankPattern = dict[str, int]
 class Resize:
     """Keep these components of an adapter, in this order, then add `grow` new ones.
 
-    With `rotated`, `keep` counts the singular components of B A, the largest first, instead of the rows of A as they are.
+    With `rotated`, `keep` counts the singular components of B A, the largest first, instead of the
+    rows of A as they are.
     """
 
     keep: tuple[int, ...]
@@ -45,8 +46,11 @@ def parameters(pattern: Mapping[str, int], costs: Mapping[str, int]) -> int:
     return sum(rank * costs[name] for name, rank in pattern.items())
 
 
-def check_bounds(costs: Mapping[str, int], budget: int, minimum: Mapping[str, int], maximum: Mapping[str, int]) -> None:
-    """Raise `InputError` with the numbers unless 0 <= lo <= hi for every target and Σ lo_m c_m <= budget."""
+def check_bounds(
+    costs: Mapping[str, int], budget: int, minimum: Mapping[str, int], maximum: Mapping[str, int]
+) -> None:
+    """Raise `InputError` with the numbers unless 0 <= lo <= hi for every target and Σ lo_m c_m <=
+    budget."""
     for name in costs:
         if not 0 <= minimum[name] <= maximum[name]:
             raise InputError(
@@ -56,7 +60,8 @@ def check_bounds(costs: Mapping[str, int], budget: int, minimum: Mapping[str, in
     least = parameters(minimum, costs)
     if least > budget:
         raise InputError(
-            f"a budget of {budget:,} parameters is below the minimum: the smallest allowed ranks already cost "
+            f"a budget of {budget:,} parameters is below the minimum: the smallest allowed ranks "
+            "already cost "
             f"{least:,}. Raise the budget, lower min_rank, or choose fewer targets"
         )
 
@@ -71,38 +76,50 @@ def proportional(
 ) -> RankPattern:
     """Ranks in proportion to `weights`, scaled so that the parameters spent are `budget`.
 
-    r_m = round(clip(λ w_m, lo_m, hi_m)) with λ from Σ c_m clip(λ w_m, lo_m, hi_m) = budget; the rounding gives the
-    parameters left over by the floor to the largest remainders that still fit.
+    r_m = round(clip(λ w_m, lo_m, hi_m)) with λ from Σ c_m clip(λ w_m, lo_m, hi_m) = budget; the
+    rounding gives the parameters left over by the floor to the largest remainders that still fit.
 
     Args:
-        weights: non-negative finite weight of each target; only ratios matter. All zero means equal weights.
-        costs: parameters per component, I + O, of each target. A tie goes to the higher weight, then to the earlier.
+        weights: non-negative finite weight of each target; only ratios matter. All zero means equal
+            weights.
+        costs: parameters per component, I + O, of each target. A tie goes to the higher weight,
+            then to the earlier.
         budget: Σ r_m c_m allowed, in parameters.
         minimum, maximum: rank bounds of each target; 0 is allowed.
 
-    Raises `InputError` when the bounds contradict each other or the budget, or a weight is negative or not finite.
+    Raises `InputError` when the bounds contradict each other or the budget, or a weight is negative
+    or not finite.
 
-    >>> proportional({"a": 3, "b": 1}, {"a": 10, "b": 10}, 80, minimum={"a": 1, "b": 1}, maximum={"a": 8, "b": 8})
+    >>> bounds = {"minimum": {"a": 1, "b": 1}, "maximum": {"a": 8, "b": 8}}
+    >>> proportional({"a": 3, "b": 1}, {"a": 10, "b": 10}, 80, **bounds)
     {'a': 6, 'b': 2}
     """
     check_bounds(costs, budget, minimum, maximum)
     for name in costs:
         if not (math.isfinite(weights[name]) and weights[name] >= 0):
-            raise InputError(f"weight of {name!r} is {weights[name]}; expected a finite number >= 0")
+            raise InputError(
+                f"weight of {name!r} is {weights[name]}; expected a finite number >= 0"
+            )
     if not any(weights[name] > 0 for name in costs):
         weights = dict.fromkeys(costs, 1.0)
 
-    exact = {m: Fraction(float(weights[m])) for m in costs}  # a float is a fraction: nothing is rounded before `floor`
+    exact = {
+        m: Fraction(float(weights[m])) for m in costs
+    }  # a float is a fraction: nothing is rounded before `floor`
 
     def relaxed(scale: Fraction) -> dict[str, Fraction]:
-        return {m: min(max(scale * exact[m], Fraction(minimum[m])), Fraction(maximum[m])) for m in costs}
+        return {
+            m: min(max(scale * exact[m], Fraction(minimum[m])), Fraction(maximum[m])) for m in costs
+        }
 
     def spent(scale: Fraction) -> Fraction:
         return sum((costs[m] * rank for m, rank in relaxed(scale).items()), Fraction(0))
 
-    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or meets its maximum.
+    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or
+    # meets its maximum.
     corners = sorted(
-        {Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)} | {Fraction(0)}
+        {Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)}
+        | {Fraction(0)}
     )
     position = bisect_right(corners, Fraction(budget), key=spent)
     scale = corners[position - 1]
@@ -111,8 +128,9 @@ def proportional(
         scale += (beyond - scale) * (budget - spent(scale)) / (spent(beyond) - spent(scale))
     ideal = relaxed(scale)
     pattern = {m: math.floor(ideal[m]) for m in costs}
-    # What flooring left over: one component at a time to the largest remainder, ties to the higher weight, then to the
-    # earlier target. A target that does not fit now never will, for the rest only falls.
+    # What flooring left over: one component at a time to the largest remainder, ties to the higher
+    # weight, then to the earlier target. A target that does not fit now never will, for the rest
+    # only falls.
     rest = budget - parameters(pattern, costs)
     queue = [(pattern[m] - ideal[m], -exact[m], position, m) for position, m in enumerate(costs)]
     heapify(queue)
@@ -135,16 +153,19 @@ def top_k(
 ) -> dict[str, list[int]]:
     """Keep the components of highest score, over all targets together, that the budget pays for.
 
-    First each target's best lo_m; then all others from the highest score down, each taken if it fits and its target is
-    below hi_m. Equal scores: the lower component index first, then the earlier target, so that ties spread evenly.
+    First each target's best lo_m; then all others from the highest score down, each taken if it
+    fits and its target is below hi_m. Equal scores: the lower component index first, then the
+    earlier target, so that ties spread evenly.
 
     Args:
         scores: the finite score of every component of every target.
         costs, budget, minimum, maximum: as in `proportional`.
 
-    Returns the kept indices of each target, ascending. Raises `InputError` as `check_bounds`, or on a non-finite score.
+    Returns the kept indices of each target, ascending. Raises `InputError` as `check_bounds`, or on
+    a non-finite score.
 
-    >>> top_k({"a": [3, 1], "b": [2, 5]}, {"a": 10, "b": 10}, 30, minimum={"a": 0, "b": 0}, maximum={"a": 2, "b": 2})
+    >>> bounds = {"minimum": {"a": 0, "b": 0}, "maximum": {"a": 2, "b": 2}}
+    >>> top_k({"a": [3, 1], "b": [2, 5]}, {"a": 10, "b": 10}, 30, **bounds)
     {'a': [0], 'b': [0, 1]}
     """
     within = {name: min(minimum[name], len(values)) for name, values in scores.items()}
@@ -153,7 +174,11 @@ def top_k(
         raise InputError("a component's score is not finite; expected finite numbers")
     order = {name: position for position, name in enumerate(scores)}
     ranked = sorted(
-        ((-score, k, order[name], name) for name, values in scores.items() for k, score in enumerate(values))
+        (
+            (-score, k, order[name], name)
+            for name, values in scores.items()
+            for k, score in enumerate(values)
+        )
     )
     kept: dict[str, list[int]] = {name: [] for name in scores}
     rest = budget

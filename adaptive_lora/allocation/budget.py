@@ -1,6 +1,7 @@
 """Budget schedules: how many LoRA parameters may be spent at a step. Pure; no torch.
 
-Times are fractions of the training when below 1, steps when whole numbers; total steps come from the trainer.
+Times are fractions of the training when below 1, steps when whole numbers; total steps come from
+the trainer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from adaptive_lora.errors import InputError
 
 
 def steps_of(time: float, total: int) -> int:
-    """Return a time as a number of steps: a float below 1 is a fraction of `total`, a whole number is steps.
+    """Return a time as a number of steps: a float below 1 is a fraction of `total`, a whole number
+    is steps.
 
     >>> steps_of(0.1, 200), steps_of(30, 200)
     (20, 30)
@@ -28,7 +30,8 @@ class Schedule(ABC):
 
     @abstractmethod
     def at(self, step: int, total: int, final: int) -> int:
-        """Return the budget in parameters after optimizer step `step` of `total`, for a final budget `final`."""
+        """Return the budget in parameters after optimizer step `step` of `total`, for a final
+        budget `final`."""
 
     def check(self, total: int) -> None:
         """Raise `InputError` unless the schedule fits into `total` steps."""
@@ -44,7 +47,10 @@ class Constant(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Cubic(Schedule):
-    """b(t) = b_0 for t < t_i; b_T + (b_0 − b_T)(1 − (t − t_i) / (T − t_f − t_i))³; b_T from T − t_f on. Rounded down.
+    """From b_0 to b_T by a cubic curve.
+
+    b(t) = b_0 for t < t_i; b_T + (b_0 − b_T)(1 − (t − t_i) / (T − t_f − t_i))³; b_T from T − t_f
+    on. Rounded down.
 
     Args:
         factor: b_0 / b_T, at least 1.
@@ -61,7 +67,8 @@ class Cubic(Schedule):
     def __post_init__(self) -> None:
         if not self.factor >= 1:
             raise InputError(
-                f"the initial budget is {self.factor} of the final one; a shrinking method needs at least 1"
+                f"the initial budget is {self.factor} of the final one; a shrinking method needs "
+                "at least 1"
             )
 
     def span(self, total: int) -> tuple[int, int]:
@@ -72,7 +79,8 @@ class Cubic(Schedule):
         first, last = self.span(total)
         if not 0 <= first < last <= total:
             raise InputError(
-                f"the budget schedule does not fit: of {total} training steps, {first} come before it starts and "
+                f"the budget schedule does not fit: of {total} training steps, {first} come before "
+                "it starts and "
                 f"{total - last} after it ends. Train for longer, or lower initial / final"
             )
 

@@ -1,4 +1,5 @@
-"""The allocation history: one row a decision, in `allocations.jsonl`. Replaying it gives the final pattern."""
+"""The allocation history: one row a decision, in `allocations.jsonl`. Replaying it gives the final
+pattern."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ HISTORY_FILE = "allocations.jsonl"
 class Decision:
     """What was decided after optimizer step `step`, and from what.
 
-    `status` is "changed", "kept" (nothing to change), "masked" (by PEFT's AdaLoRA: the ranks stay as they are) or "refused"
-    (with the `reason`; the ranks stay as they are).
+    `status` is "changed", "kept" (nothing to change), "masked" (by PEFT's AdaLoRA: the ranks stay
+    as they are) or "refused" (with the `reason`; the ranks stay as they are).
     """
 
     step: int
@@ -30,9 +31,13 @@ class Decision:
     changes: dict[str, Resize]  # only the targets that changed
     pattern: RankPattern  # all targets, after the decision
     scores: dict[str, float]  # one for each target
-    bytes_after: dict[str, int] = field(default_factory=dict)  # adapters, gradients, optimizer state, statistics
+    bytes_after: dict[str, int] = field(
+        default_factory=dict
+    )  # adapters, gradients, optimizer state, statistics
     seconds: float = 0.0
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # {part: {target: score}} that scores are made of
+    parts: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # {part: {target: score}} that scores are made of
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON; a score that is not finite becomes null."""
@@ -62,7 +67,9 @@ def from_json(row: Mapping[str, Any]) -> Decision:
         name: Resize(tuple(change["keep"]), change["grow"], change.get("rotated", False))
         for name, change in row["changes"].items()
     }
-    return Decision(**{**row, "scores": _with_nan(row["scores"]), "parts": parts, "changes": changes})
+    return Decision(
+        **{**row, "scores": _with_nan(row["scores"]), "parts": parts, "changes": changes}
+    )
 
 
 def replay(initial: RankPattern, rows: Iterable[Decision]) -> RankPattern:

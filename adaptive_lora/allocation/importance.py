@@ -1,8 +1,9 @@
 """Importance: a score per component, from what training shows. Higher is kept.
 
-Symbols: A (R, I), B (O, R); component k is row k of A and column k of B; g_X = ∂L/∂X; t optimizer steps.
-An importance is a frozen set of hyper-parameters; what it remembers lies outside, in plain tensors (`Statistics`), so one
-rule resizes it and it is saved as safetensors. Nothing here waits for the device, but for the scores themselves.
+Symbols: A (R, I), B (O, R); component k is row k of A and column k of B; g_X = ∂L/∂X; t optimizer
+steps. An importance is a frozen set of hyper-parameters; what it remembers lies outside, in plain
+tensors (`Statistics`), so one rule resizes it and it is saved as safetensors. Nothing here waits
+for the device, but for the scores themselves.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Scores = dict[str, torch.Tensor]
 class Statistic:
     """A tensor an importance keeps for one adapter.
 
-    `dim` is its component dimension (0 as in A, 1 as in B), None for a number that belongs to the adapter as a whole.
-    New components take the mean of the kept ones; with `copies` they take the new weights instead (a starting point).
+    `dim` is its component dimension (0 as in A, 1 as in B), None for a number that belongs to the
+    adapter as a whole. New components take the mean of the kept ones; with `copies` they take the
+    new weights instead (a starting point).
     """
 
     tensor: torch.Tensor
@@ -40,7 +42,8 @@ Statistics = dict[str, dict[str, Statistic]]
 
 
 class Importance(ABC):
-    """How components are scored. Subclasses implement `start`, `observe` and `scores`; all take the same tensors."""
+    """How components are scored. Subclasses implement `start`, `observe` and `scores`; all take the
+    same tensors."""
 
     @abstractmethod
     def start(self, pairs: Pairs) -> Statistics:
@@ -48,19 +51,22 @@ class Importance(ABC):
 
     @abstractmethod
     def observe(self, pairs: Pairs, statistics: Statistics) -> None:
-        """Take one optimizer step's gradients and weights into `statistics`, in place. Non-finite values spread into
-        the statistics, and the decision that meets them is refused and recorded."""
+        """Take one optimizer step's gradients and weights into `statistics`, in place. Non-finite
+        values spread into the statistics, and the decision that meets them is refused and
+        recorded."""
 
     @abstractmethod
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         """Return the score of every component, each of shape (R,)."""
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
-        """Return one score for each target: the sum over its components, unless a subclass defines it otherwise."""
+        """Return one score for each target: the sum over its components, unless a subclass defines
+        it otherwise."""
         return {name: float(score.sum()) for name, score in self.scores(pairs, statistics).items()}
 
     def target_parts(self, pairs: Pairs, statistics: Statistics) -> dict[str, dict[str, float]]:
-        """Return {part: {target: score}}: what `target_scores` is made of, before any normalisation; {} if of one part."""
+        """Return {part: {target: score}}: what `target_scores` is made of, before any
+        normalisation; {} if of one part."""
         return {}
 
 
@@ -69,7 +75,8 @@ def _tensors(statistics: Statistics, kind: str, pairs: Pairs) -> list[torch.Tens
 
 
 def _times_gradient(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Return w g of each parameter in float32, the type of the statistics, whatever the parameter's."""
+    """Return w g of each parameter in float32, the type of the statistics, whatever the
+    parameter's."""
     gradients = [p.grad.float() for p in parameters if p.grad is not None]
     return list(torch._foreach_mul([p.float() for p in parameters], gradients))
 
@@ -79,8 +86,10 @@ class Sensitivity(Importance):
     """AdaLoRA's smoothed sensitivity times uncertainty.
 
     I = |w g|, Ī ← β₁ Ī + (1 − β₁) I, Ū ← β₂ Ū + (1 − β₂) |I − Ī|, s(w) = Ī Ū;
-    S_k = s(λ_k) + mean_j s(A_kj) + mean_o s(B_ok). There is no gate λ in plain LoRA, and none is needed: for a gate of
-    value 1 on component k, ∂L/∂λ_k = Σ_j A_kj g_A,kj.
+    S_k = s(λ_k) + mean_j s(A_kj) + mean_o s(B_ok).
+
+    There is no gate λ in plain LoRA, and none is needed: for a gate of value 1 on component k,
+    ∂L/∂λ_k = Σ_j A_kj g_A,kj.
 
     Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512, equations 8 to 11.
     """
@@ -118,14 +127,21 @@ class Sensitivity(Importance):
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         def product(part: str, name: str) -> torch.Tensor:
-            return statistics[f"sensitivity_{part}"][name].tensor * statistics[f"uncertainty_{part}"][name].tensor
+            return (
+                statistics[f"sensitivity_{part}"][name].tensor
+                * statistics[f"uncertainty_{part}"][name].tensor
+            )
 
-        return {name: product("gate", name) + product("a", name).mean(1) + product("b", name).mean(0) for name in pairs}
+        return {
+            name: product("gate", name) + product("a", name).mean(1) + product("b", name).mean(0)
+            for name in pairs
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorm(Importance):
-    """Mean over the observed steps of the gradient norm: |g_A,k| + |g_B,k| a component, ‖g_A‖ + ‖g_B‖ a target.
+    """Mean over the observed steps of the gradient norm: |g_A,k| + |g_B,k| a component, ‖g_A‖ +
+    ‖g_B‖ a target.
 
     Source: system 2, Adaptive LoRA by gradient norms and weight deltas (2024).
     """
@@ -133,12 +149,15 @@ class GradientNorm(Importance):
     def start(self, pairs: Pairs) -> Statistics:
         return {
             "gradient_norm": {
-                n: Statistic(torch.zeros_like(a.detach()[:, 0], dtype=torch.float32)) for n, (a, _) in pairs.items()
+                n: Statistic(torch.zeros_like(a.detach()[:, 0], dtype=torch.float32))
+                for n, (a, _) in pairs.items()
             },
             "gradient_norm_target": {
                 n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()
             },
-            "steps": {n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()},
+            "steps": {
+                n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()
+            },
         }
 
     def observe(self, pairs: Pairs, statistics: Statistics) -> None:
@@ -151,32 +170,46 @@ class GradientNorm(Importance):
             statistics["steps"][name].tensor += 1
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
-        return {n: statistics["gradient_norm"][n].tensor / statistics["steps"][n].tensor.clamp_min(1) for n in pairs}
+        return {
+            n: statistics["gradient_norm"][n].tensor / statistics["steps"][n].tensor.clamp_min(1)
+            for n in pairs
+        }
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
-        steps = {n: statistics["steps"][n].tensor.clamp_min(1) for n in pairs}  # 0: never took part in a step
+        steps = {
+            n: statistics["steps"][n].tensor.clamp_min(1) for n in pairs
+        }  # 0: never took part in a step
         return {n: float(statistics["gradient_norm_target"][n].tensor / steps[n]) for n in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDelta(Importance):
-    """How far the weights have come: |A_k − A₀,k| + |B_k − B₀,k| a component, ‖A − A₀‖ + ‖B − B₀‖ a target.
+    """How far the weights have come: |A_k − A₀,k| + |B_k − B₀,k| a component, ‖A − A₀‖ + ‖B − B₀‖ a
+    target.
 
     Source: system 2, Adaptive LoRA by gradient norms and weight deltas (2024).
     """
 
     def start(self, pairs: Pairs) -> Statistics:
         return {
-            "start_a": {n: Statistic(a.detach().clone(), 0, copies=True) for n, (a, _) in pairs.items()},
-            "start_b": {n: Statistic(b.detach().clone(), 1, copies=True) for n, (_, b) in pairs.items()},
+            "start_a": {
+                n: Statistic(a.detach().clone(), 0, copies=True) for n, (a, _) in pairs.items()
+            },
+            "start_b": {
+                n: Statistic(b.detach().clone(), 1, copies=True) for n, (_, b) in pairs.items()
+            },
         }
 
     def observe(self, pairs: Pairs, statistics: Statistics) -> None:
         pass  # the weights themselves remember
 
-    def _moved(self, pairs: Pairs, statistics: Statistics, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _moved(
+        self, pairs: Pairs, statistics: Statistics, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = pairs[name]
-        return a.detach() - statistics["start_a"][name].tensor, b.detach() - statistics["start_b"][name].tensor
+        return a.detach() - statistics["start_a"][name].tensor, b.detach() - statistics["start_b"][
+            name
+        ].tensor
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         return {
@@ -209,11 +242,12 @@ class Magnitude(Importance):
 
 @dataclass(frozen=True, kw_only=True)
 class SingularValues(Importance):
-    """σ_k² / (I + O): the energy ‖B A‖² that the k-th singular component holds, for each parameter it costs.
+    """σ_k² / (I + O): the energy ‖B A‖² that the k-th singular component holds, for each parameter
+    it costs.
 
-    Component k is not row k of A but the k-th largest of Σ_k σ_k u_k v_kᵀ = B A: for rules that rotate (`Truncate`). The
-    scale is the same everywhere and left out. Equal costs: the kept components are the best approximation of all updates
-    together (Eckart & Young 1936).
+    Component k is not row k of A but the k-th largest of Σ_k σ_k u_k v_kᵀ = B A: for rules that
+    rotate (`Truncate`). The scale is the same everywhere and left out. Equal costs: the kept
+    components are the best approximation of all updates together (Eckart & Young 1936).
     """
 
     def start(self, pairs: Pairs) -> Statistics:
@@ -245,7 +279,8 @@ class Uniform(Importance):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Importance):
-    """Σ_i w_i s̃_i, where s̃ is s min-max normalised over all targets (over all components for component scores)."""
+    """Σ_i w_i s̃_i, where s̃ is s min-max normalised over all targets (over all components for
+    component scores)."""
 
     parts: tuple[tuple[float, Importance], ...] = field()
 
@@ -276,13 +311,16 @@ class Weighted(Importance):
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
         total = dict.fromkeys(pairs, 0.0)
-        for (weight, _), raw in zip(self.parts, self.target_parts(pairs, statistics).values(), strict=True):
+        for (weight, _), raw in zip(
+            self.parts, self.target_parts(pairs, statistics).values(), strict=True
+        ):
             for n, score in min_max(raw).items():
                 total[n] += weight * score
         return total
 
     def target_parts(self, pairs: Pairs, statistics: Statistics) -> dict[str, dict[str, float]]:
-        """Return the scores of each part under the name of its class, in order; a second of a class is "Class 2"."""
+        """Return the scores of each part under the name of its class, in order; a second of a class
+        is "Class 2"."""
         result: dict[str, dict[str, float]] = {}
         classes = [type(part).__name__ for _, part in self.parts]
         for i, (_, part) in enumerate(self.parts):
@@ -293,7 +331,8 @@ class Weighted(Importance):
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:
-    """Return (v − min) / (max − min) of each value; all equal gives 0, one that is not finite gives NaN, for every one.
+    """Return (v − min) / (max − min) of each value; all equal gives 0, one that is not finite gives
+    NaN, for every one.
 
     >>> min_max({"a": 1.0, "b": 3.0, "c": 2.0})
     {'a': 0.0, 'b': 1.0, 'c': 0.5}
@@ -301,4 +340,6 @@ def min_max(values: Mapping[str, float]) -> dict[str, float]:
     if not all(map(math.isfinite, values.values())):
         return dict.fromkeys(values, math.nan)
     low, high = min(values.values()), max(values.values())
-    return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}
+    return {
+        name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()
+    }

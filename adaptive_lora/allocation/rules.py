@@ -38,7 +38,8 @@ class View:
         return all(map(math.isfinite, everything))
 
     def to_pattern(self, pattern: RankPattern) -> dict[str, Resize]:
-        """Return the resizes that lead to `pattern`: the best components stay, new ones come last."""
+        """Return the resizes that lead to `pattern`: the best components stay, new ones come
+        last."""
         changes = {}
         for name, rank in pattern.items():
             now = self.ranks[name]
@@ -56,19 +57,23 @@ class Rule(ABC):
 
     @abstractmethod
     def decide(self, view: View) -> dict[str, Resize]:
-        """Return the changes. All scores of `view` are finite. Raises `InputError` when the budget cannot be met."""
+        """Return the changes. All scores of `view` are finite. Raises `InputError` when the budget
+        cannot be met."""
 
 
 @dataclass(frozen=True)
 class TopK(Rule):
     """Keep the components of highest score over all targets (AdaLoRA).
 
-    Costs differ, so a little of the budget may pay for no component there is; the last decision spends it on new ones.
+    Costs differ, so a little of the budget may pay for no component there is; the last decision
+    spends it on new ones.
     """
 
     def decide(self, view: View) -> dict[str, Resize]:
         assert view.budget is not None
-        kept = top_k(view.components, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum)
+        kept = top_k(
+            view.components, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum
+        )
         rest = view.budget - sum(len(keep) * view.costs[name] for name, keep in kept.items())
         grow = dict.fromkeys(kept, 0)
         for name in sorted(kept, key=lambda m: -view.scores[m]) if view.last else ():
@@ -84,15 +89,19 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Truncate(TopK):
-    """As `TopK`, of the singular components of each update B A: what changes is rotated to them first."""
+    """As `TopK`, of the singular components of each update B A: what changes is rotated to them
+    first."""
 
     def decide(self, view: View) -> dict[str, Resize]:
-        return {name: replace(change, rotated=True) for name, change in super().decide(view).items()}
+        return {
+            name: replace(change, rotated=True) for name, change in super().decide(view).items()
+        }
 
 
 @dataclass(frozen=True)
 class Proportional(Rule):
-    """Ranks in proportion to target scores under a budget; without one r = r_min + s (r_max − r_min), rounded down.
+    """Ranks in proportion to target scores under a budget; without one r = r_min + s (r_max −
+    r_min), rounded down.
 
     Args:
         floor: added to every score before apportioning, so that the lowest keeps a share.
@@ -103,16 +112,22 @@ class Proportional(Rule):
     def decide(self, view: View) -> dict[str, Resize]:
         if view.budget is None:
             span = {m: view.maximum[m] - view.minimum[m] for m in view.costs}
-            pattern = {m: int(view.minimum[m] + min(max(view.scores[m], 0.0), 1.0) * span[m]) for m in view.costs}
+            pattern = {
+                m: int(view.minimum[m] + min(max(view.scores[m], 0.0), 1.0) * span[m])
+                for m in view.costs
+            }
         else:
             weights = {m: max(view.scores[m], 0.0) + self.floor for m in view.costs}
-            pattern = proportional(weights, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum)
+            pattern = proportional(
+                weights, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum
+            )
         return view.to_pattern(pattern)
 
 
 @dataclass(frozen=True)
 class Grow(Rule):
-    """Every target grows by `step` components, up to its maximum and the budget; the best-scored first.
+    """Every target grows by `step` components, up to its maximum and the budget; the best-scored
+    first.
 
     Args:
         step: components added to a target at a time.

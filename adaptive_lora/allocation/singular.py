@@ -1,6 +1,8 @@
-"""The singular components of an adapter: B A = Σ_k σ_k u_k v_kᵀ, without ever forming the O x I matrix.
+"""The singular components of an adapter: B A = Σ_k σ_k u_k v_kᵀ, without ever forming the O x I
+matrix.
 
-Symbols: A (R, I), B (O, R). QR of Aᵀ = Q_A R_A and B = Q_B R_B, SVD of the R x R matrix R_B R_Aᵀ = U Σ Vᵀ.
+Symbols: A (R, I), B (O, R). QR of Aᵀ = Q_A R_A and B = Q_B R_B, SVD of the R x R matrix R_B R_Aᵀ =
+U Σ Vᵀ.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ def _svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return σ of B A, falling, shape (R,); NaN in every place when a weight is not finite.
 
-    >>> singular_values(torch.eye(2, 5), torch.tensor([[0.0, 3.0], [1.0, 0.0], [0.0, 0.0]])).tolist()
+    >>> b = torch.tensor([[0.0, 3.0], [1.0, 0.0], [0.0, 0.0]])
+    >>> singular_values(torch.eye(2, 5), b).tolist()
     [3.0, 1.0]
     """
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
@@ -29,15 +32,17 @@ def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def rotation(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (P, N), both (R, R), which turn an adapter to its singular components, the largest first, balanced.
+    """Return (P, N), both (R, R), which turn an adapter to its singular components, the largest
+    first, balanced.
 
         A' = Nᵀ A,  B' = B Pᵀ,  B' A' = B A;   P = α⁻¹ Vᵀ R_A,  N = R_A⁻¹ V α,  P N = 1
 
-    Row k of A' is α_k v_kᵀ and column k of B' is (σ_k / α_k) u_k, with α_k = √σ_k, so that both have the same length. A
-    component without an update (σ_k = 0) keeps the root mean square length of the rows of A: with both sides zero it would
-    never get a gradient.
+    Row k of A' is α_k v_kᵀ and column k of B' is (σ_k / α_k) u_k, with α_k = √σ_k, so that both
+    have the same length. A component without an update (σ_k = 0) keeps the root mean square length
+    of the rows of A: with both sides zero it would never get a gradient.
 
-    What transforms against the weights: g_A' = P g_A and g_B' = g_B N, for g = ∂L/∂(B A) stays what it is.
+    What transforms against the weights: g_A' = P g_A and g_B' = g_B N, for g = ∂L/∂(B A) stays what
+    it is.
 
     >>> a, b = torch.randn(3, 7), torch.randn(5, 3)
     >>> p, n = rotation(a, b)
@@ -52,12 +57,13 @@ def rotation(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (A', B', σ) with B' A' = B A: row k of A' is √σ_k v_kᵀ, column k of B' √σ_k u_k, σ falling; in float64.
+    """Return (A', B', σ) with B' A' = B A: row k of A' is √σ_k v_kᵀ, column k of B' √σ_k u_k, σ
+    falling; in float64.
 
         B' = Q_B U √Σ,  A' = √Σ Vᵀ Q_Aᵀ
 
-    The first k rows and columns are the best approximation of B A of rank k (Eckart & Young 1936). Both weights must be
-    finite. Unlike `rotation` it needs no inverse, so it is exact for any A.
+    The first k rows and columns are the best approximation of B A of rank k (Eckart & Young 1936).
+    Both weights must be finite. Unlike `rotation` it needs no inverse, so it is exact for any A.
 
     >>> a, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     >>> new_a, new_b, _ = balanced(a, b)

@@ -1,4 +1,5 @@
-"""Commands on adapter folders. As in `cli`: each reads arguments, calls one function of the library, and prints."""
+"""Commands on adapter folders. As in `cli`: each reads arguments, calls one function of the
+library, and prints."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from adaptive_lora.cli.quiet import quiet
 
 app = typer.Typer()
 
-Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA adapter folder, or a run directory.")]
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA adapter folder, or a run directory.")
+]
 
 
 @app.command()
@@ -21,11 +24,18 @@ def export(
     adapter: Adapter,
     to: Annotated[str, typer.Option(help="native, uniform, merged or gguf; see docs/serving.md.")],
     output: Annotated[Path, typer.Option(help="The folder to make.")],
-    model: Annotated[str | None, typer.Option(help="The base model. Default: what the adapter names.")] = None,
-    converter: Annotated[Path | None, typer.Option(help="llama.cpp's convert_lora_to_gguf.py, for gguf.")] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Write only; compare nothing with the adapter.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The base model. Default: what the adapter names.")
+    ] = None,
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's convert_lora_to_gguf.py, for gguf.")
+    ] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Write only; compare nothing with the adapter.")
+    ] = False,
 ) -> None:
-    """Write an adapter in the form that PEFT, vLLM, llama.cpp or others need, and check that it answers the same."""
+    """Write an adapter in the form that PEFT, vLLM, llama.cpp or others need, and check that it
+    answers the same."""
     from adaptive_lora.adapter_tools.export import export as write
     from adaptive_lora.report.tables import WIDTH
 
@@ -41,17 +51,28 @@ def compress(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="The adapter folder to make.")],
     budget: Annotated[
-        float | None, typer.Option(help="LoRA parameters to keep; below 1 a share of those there are: 0.25.")
+        float | None,
+        typer.Option(help="LoRA parameters to keep; below 1 a share of those there are: 0.25."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Budget: the parameters of this uniform rank.")
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Keep this share of all squared singular values, with few parameters: 0.99.")
+        float | None,
+        typer.Option(
+            help="Keep this share of all squared singular values, with few parameters: 0.99."
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Records to measure the adapter on, before and after.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Records to measure the adapter on, before and after.")
+    ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="The run that says how to measure; without --data, on its records.")
+        Path | None,
+        typer.Option(help="The run that says how to measure; without --data, on its records."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Where the base model is now, to measure with.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base model is now, to measure with.")
+    ] = None,
 ) -> None:
     """Shrink any trained adapter under one budget for all its layers, by singular values."""
     from adaptive_lora.adapter_tools.compress import compress as shrink
@@ -72,7 +93,8 @@ def compress(
     dropped = sum(not rank for rank in done.after.values())
     typer.echo(
         f"LoRA parameters {done.parameters_before:,} -> {done.parameters_after:,} "
-        f"({100 * done.parameters_after / done.parameters_before:.1f} %), energy kept {100 * done.energy:.2f} %"
+        f"({100 * done.parameters_after / done.parameters_before:.1f} %), energy kept "
+        f"{100 * done.energy:.2f} %"
         + (f", {dropped} of {len(done.after)} targets dropped" if dropped else "")
     )
     if before is not None and run is not None:
@@ -80,14 +102,19 @@ def compress(
         for name, value in before.items():
             changed = "" if name == "records" else f" -> {after[name]:.6g}"
             typer.echo(f"{name:<28}{value:.6g}{changed}")
-    ranks = {f"before: {done.parameters_before:,}": done.before, f"after: {done.parameters_after:,}": done.after}
+    ranks = {
+        f"before: {done.parameters_before:,}": done.before,
+        f"after: {done.parameters_after:,}": done.after,
+    }
     typer.echo(f"figure: {rank_heatmap(ranks, output / 'ranks.png')}")
     typer.echo(f"adapter: {output}")
 
 
 @app.command()
 def convert(
-    adalora_dir: Annotated[Path, typer.Argument(metavar="ADALORA_DIR", help="A folder with PEFT's AdaLoRA adapter.")],
+    adalora_dir: Annotated[
+        Path, typer.Argument(metavar="ADALORA_DIR", help="A folder with PEFT's AdaLoRA adapter.")
+    ],
     output: Annotated[Path, typer.Option(help="The adapter folder to make.")],
 ) -> None:
     """Turn a PEFT AdaLoRA checkpoint into plain LoRA with its true ranks, exactly."""
@@ -97,7 +124,10 @@ def convert(
     quiet()
     converted = to_lora(adalora_dir, output)
     show(rank_table(converted.ranks))
-    typer.echo(f"{converted.parameters:,} LoRA parameters on {len(converted.ranks)} targets; scale {_scale(converted)}")
+    typer.echo(
+        f"{converted.parameters:,} LoRA parameters on {len(converted.ranks)} targets; scale "
+        f"{_scale(converted)}"
+    )
     typer.echo(f"adapter: {output}")
 
 
@@ -113,7 +143,8 @@ def inspect(
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg file to draw.")] = None,
 ) -> None:
-    """Show what is in an adapter: ranks, scales, sizes, effective ranks, what is wasted, what is wrong."""
+    """Show what is in an adapter: ranks, scales, sizes, effective ranks, what is wasted, what is
+    wrong."""
     from adaptive_lora.adapter_tools.inspect import check_figure, rows, summary
     from adaptive_lora.adapter_tools.inspect import inspect as look
     from adaptive_lora.report.figures import adapter_spectra

@@ -23,7 +23,8 @@ OPTIONAL = (
 
 
 class Finding(NamedTuple):
-    """One line of the report. `state` is "ok", "missing" (optional) or "wrong" (the library cannot work)."""
+    """One line of the report. `state` is "ok", "missing" (optional) or "wrong" (the library cannot
+    work)."""
 
     state: str
     what: str
@@ -55,18 +56,31 @@ def findings() -> Iterator[Finding]:
             )
     for module, purpose, remedy in OPTIONAL:
         present = importlib.util.find_spec(module) is not None
-        yield Finding("ok" if present else "missing", f"{module}: {purpose}", "" if present else remedy)
+        yield Finding(
+            "ok" if present else "missing", f"{module}: {purpose}", "" if present else remedy
+        )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            yield Finding("ok", f"CUDA device {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+            yield Finding(
+                "ok",
+                f"CUDA device {index}: {properties.name}, {properties.total_memory / 2**30:.0f} "
+                "GiB",
+            )
     else:
-        yield Finding("missing", f"no CUDA device; training runs on the CPU with {torch.get_num_threads()} threads")
+        yield Finding(
+            "missing",
+            f"no CUDA device; training runs on the CPU with {torch.get_num_threads()} threads",
+        )
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Finding(
-        "ok" if free > 1 else "missing", f"{free:.1f} GiB free in this folder", "" if free > 1 else "free some space"
+        "ok" if free > 1 else "missing",
+        f"{free:.1f} GiB free in this folder",
+        "" if free > 1 else "free some space",
     )
     if reachable():
         yield Finding("ok", "the hub is reachable")
     else:
-        yield Finding("missing", "the hub is not reachable", "local folders and files work all the same")
+        yield Finding(
+            "missing", "the hub is not reachable", "local folders and files work all the same"
+        )

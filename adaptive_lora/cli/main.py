@@ -1,4 +1,5 @@
-"""The command line. Every function here reads arguments, calls one function of the library, and prints."""
+"""The command line. Every function here reads arguments, calls one function of the library, and
+prints."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from adaptive_lora.recipe.config import RunConfig
 
 app = typer.Typer(
-    help="LoRA fine-tuning with a rank of its own for every layer. The result is an ordinary PEFT LoRA adapter.",
+    help="LoRA fine-tuning with a rank of its own for every layer. "
+    "The result is an ordinary PEFT LoRA adapter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,10 +56,17 @@ _FLAGS = {
 
 Config = Annotated[Path | None, typer.Option(help="A recipe (YAML). Flags and --set override it.")]
 Model = Annotated[str | None, typer.Option(help="A local model folder, or a name on the hub.")]
-Preset = Annotated[str | None, typer.Option(help="A known data set: its columns, classes and metric (sst2, squad).")]
-TaskName = Annotated[str | None, typer.Option(help="classification (default), causal_lm, summarization, ...")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A known data set: its columns, classes and metric (sst2, squad)."),
+]
+TaskName = Annotated[
+    str | None, typer.Option(help="classification (default), causal_lm, summarization, ...")
+]
 TrainData = Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")]
+EvalData = Annotated[
+    str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")
+]
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")]
 Label = Annotated[str | None, typer.Option(help="Label column.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")]
@@ -65,10 +74,16 @@ MethodName = Annotated[str | None, typer.Option(help="See `adaptive-lora methods
 Rank = Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")]
 Budget = Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")]
 BatchSize = Annotated[int | None, typer.Option(help="Per device.")]
-QuantizationName = Annotated[str | None, typer.Option(help="Of the base: none (default), nf4 or int8.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")]
+QuantizationName = Annotated[
+    str | None, typer.Option(help="Of the base: none (default), nf4 or int8.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe key: training.weight_decay=0.01.")
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-BaseModel = Annotated[str | None, typer.Option("--model", help="Where the base model is now. Default: as trained.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", help="Where the base model is now. Default: as trained.")
+]
 NewTokens = Annotated[int | None, typer.Option(help="The longest text to write, in tokens.")]
 
 
@@ -93,16 +108,25 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the training.")] = None,
     output: Annotated[str | None, typer.Option(help="The run directory to make.")] = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Random weights, two steps: does it all fit? Keeps nothing.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder.")
     ] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Random weights, two steps: does it all fit? Keeps nothing."
+        ),
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune a model. Writes adapter, metrics and result to the output folder."""
     flags = locals()
     if dry_run and resume:
-        raise InputError("--dry-run keeps nothing and --resume goes on with what was kept; give one of them")
+        raise InputError(
+            "--dry-run keeps nothing and --resume goes on with what was kept; give one of them"
+        )
     resolved = _resolve(flags, locate=not print_config)
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
@@ -117,8 +141,13 @@ def train(
             result = run(resolved.model_copy(update={"output": f"{folder}/run"}), dry_run=True)
         if not main_process:
             return
-        parameters = f"{result['lora_parameters']:,} LoRA parameters on {result['total_parameters']:,}"
-        typer.echo(f"dry run of {result['steps']} steps on random weights: ok, {parameters}; nothing is kept")
+        parameters = (
+            f"{result['lora_parameters']:,} LoRA parameters on {result['total_parameters']:,}"
+        )
+        typer.echo(
+            f"dry run of {result['steps']} steps on random weights: ok, {parameters}; nothing is "
+            "kept"
+        )
         return
     run(resolved, resume=resume)
     if not main_process:
@@ -129,7 +158,8 @@ def train(
 
 
 def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
-    """Return the recipe that --config, the flags and --set make together; by name of the command's parameter."""
+    """Return the recipe that --config, the flags and --set make together; by name of the command's
+    parameter."""
     from adaptive_lora.files import read_recipe, set_key
 
     config = flags["config"]
@@ -146,7 +176,9 @@ def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     if isinstance(values.get("model"), str) and locate:
         from adaptive_lora.hub import locate_model
 
-        locate_model(str(Path(values["model"]).expanduser()))  # before the seconds that importing transformers takes
+        locate_model(
+            str(Path(values["model"]).expanduser())
+        )  # before the seconds that importing transformers takes
     from adaptive_lora.recipe.config import parse
 
     return parse(values, origin=str(config) if config else "command line")
@@ -174,7 +206,9 @@ def evaluate(
     if output is not None and output.exists():
         raise InputError(f"output {output} exists; give another name or remove it")
     if output is not None and not output.parent.is_dir():
-        raise InputError(f"the folder of output {output} does not exist; make it, or give another name")
+        raise InputError(
+            f"the folder of output {output} does not exist; make it, or give another name"
+        )
     quiet()
     from adaptive_lora.runs import use
 
@@ -190,7 +224,9 @@ def evaluate(
 @app.command()
 def predict(
     folder: Run,
-    input_: Annotated[str, typer.Option("--input", help="Records to predict for; no labels needed.")],
+    input_: Annotated[
+        str, typer.Option("--input", help="Records to predict for; no labels needed.")
+    ],
     output: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file to make.")],
     model: BaseModel = None,
     max_new_tokens: NewTokens = None,
@@ -208,7 +244,9 @@ def predict(
 @app.command()
 def generate(
     folder: Run,
-    prompt: Annotated[list[str], typer.Option(help="Text to answer or to go on with; may be given several times.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to answer or to go on with; may be given several times.")
+    ],
     model: BaseModel = None,
     max_new_tokens: NewTokens = None,
 ) -> None:
@@ -243,7 +281,8 @@ def check(
     max_length: MaxLength = None,
     set_: Set = None,
 ) -> None:
-    """Show what the model will see: first records, label counts, lengths, cuts, tokens that bear loss."""
+    """Show what the model will see: first records, label counts, lengths, cuts, tokens that bear
+    loss."""
     flags = locals() | {"output": "unused"}
     quiet()
     resolved = _resolve(flags)
@@ -267,11 +306,19 @@ def plan(
     quantization: QuantizationName = None,
     set_: Set = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is here.")] = None,
-    find_budget: Annotated[str | None, typer.Option(help="Print the largest budget that fits, such as 24GB.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A folder to make: plan.json and a figure.")] = None,
+    find_budget: Annotated[
+        str | None, typer.Option(help="Print the largest budget that fits, such as 24GB.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder to make: plan.json and a figure.")
+    ] = None,
 ) -> None:
     """Say what a training will need in memory, from the model's configuration alone."""
-    flags = locals() | {"output": "unused", "text": None, "train_data": None if config else "unused"}
+    flags = locals() | {
+        "output": "unused",
+        "text": None,
+        "train_data": None if config else "unused",
+    }
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device is {device!r}; expected cpu or cuda")
     if output is not None and output.exists():
@@ -283,12 +330,18 @@ def plan(
 
     if find_budget is None:
         found = planning.plan(resolved, device=device)
-        others = {} if found.fits(memory.SIZES["8 GB"]) else planning.alternatives(resolved, device=device)
+        others = (
+            {}
+            if found.fits(memory.SIZES["8 GB"])
+            else planning.alternatives(resolved, device=device)
+        )
     else:
         size = planning.parse_size(find_budget)
         largest, found = planning.largest_budget(resolved, size, device=device)
         others = {}
-        typer.echo(f"largest budget in {find_budget}: {largest:,} LoRA parameters (--budget {largest})")
+        typer.echo(
+            f"largest budget in {find_budget}: {largest:,} LoRA parameters (--budget {largest})"
+        )
     memory.show_plan(found, others)
     if output is not None:
         for file in memory.write_plan(found, output):
@@ -305,7 +358,9 @@ def methods() -> None:
         summary, source = describe(name)
         typer.secho(name, bold=True)
         for line in (summary, source):
-            typer.echo(textwrap.fill(line, width=WIDTH, initial_indent="  ", subsequent_indent="    "))
+            typer.echo(
+                textwrap.fill(line, width=WIDTH, initial_indent="  ", subsequent_indent="    ")
+            )
 
 
 @app.command()
@@ -324,9 +379,12 @@ def doctor() -> None:
 
 @app.command(name="report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY", help="A run directory, or a study's.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_STUDY", help="A run directory, or a study's.")
+    ],
 ) -> None:
-    """Print a run's result and ranks, or a study's table, and draw figures; a study gets report.html, .md and .csv."""
+    """Print a run's result and ranks, or a study's table, and draw figures; a study gets
+    report.html, .md and .csv."""
     from adaptive_lora.report import report
 
     for path in report(folder):
@@ -335,9 +393,12 @@ def report_command(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the runs and figures.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for the runs and figures.")] = Path(
+        "demo-output"
+    ),
 ) -> None:
-    """Fine-tune a real encoder on the shipped data with several methods at one parameter budget, and compare."""
+    """Fine-tune a real encoder on the shipped data with several methods at one parameter budget,
+    and compare."""
     from adaptive_lora.demo.run import demo as run_demo
 
     quiet()
@@ -345,7 +406,8 @@ def demo(
 
 
 def main() -> NoReturn:
-    """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no tracebacks for bad input."""
+    """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no
+    tracebacks for bad input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_imports()
     try:

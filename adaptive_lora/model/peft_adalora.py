@@ -1,8 +1,10 @@
-"""PEFT's own AdaLoRA (`AdaLoraModel`), driven as its documentation asks, and turned into plain LoRA at the end.
+"""PEFT's own AdaLoRA (`AdaLoraModel`), driven as its documentation asks, and turned into plain LoRA
+at the end.
 
-PEFT must be called at every optimizer step, with that step's gradients, numbered so that the final allocation is met; it
-adds its orthogonality penalty to the evaluation loss, and it saves a checkpoint that cannot go on. `PeftAdaLora` does the
-calling and mends the rest from outside: penalty in training only, checkpoints with every component and all statistics.
+PEFT must be called at every optimizer step, with that step's gradients, numbered so that the final
+allocation is met; it adds its orthogonality penalty to the evaluation loss, and it saves a
+checkpoint that cannot go on. `PeftAdaLora` does the calling and mends the rest from outside:
+penalty in training only, checkpoints with every component and all statistics.
 """
 
 from __future__ import annotations
@@ -35,20 +37,23 @@ BUFFERS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator: {par
 
 
 class PeftAdaLora:
-    """Calls PEFT's `update_and_allocate` after every optimizer step, with the gradients of that step.
+    """Calls PEFT's `update_and_allocate` after every optimizer step, with the gradients of that
+    step.
 
     Args:
         model: attached with `methods.peft_adalora`.
         adaptation: of that method.
         total_steps: optimizer steps of the whole training.
 
-    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; PEFT's documentation of `AdaLoraModel.update_and_allocate`.
+    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; PEFT's documentation of
+    `AdaLoraModel.update_and_allocate`.
     """
 
     def __init__(self, model: PeftModel, adaptation: MaskedByPeft, total_steps: int) -> None:
         if not is_masked(model):
             raise InputError(
-                "the model has plain LoRA adapters; attach it with methods.peft_adalora to train with that"
+                "the model has plain LoRA adapters; attach it with methods.peft_adalora to train "
+                "with that"
             )
         assert isinstance(model.base_model, AdaLoraModel)
         self.model, self._tuner = model, model.base_model
@@ -56,18 +61,25 @@ class PeftAdaLora:
         assert isinstance(adaptation.schedule, Cubic)
         if type(model) is PeftModel and adaptation.orthogonality:
             raise InputError(
-                "PEFT adds its orthogonality penalty only to models with a task type, and this one has none: give "
+                "PEFT adds its orthogonality penalty only to models with a task type, and this one "
+                "has none: give "
                 "orthogonality=0, or attach with a task_type"
             )
         first, last = adaptation.schedule.span(total_steps)
         if last < 2:
             raise InputError(
-                f"PEFT's AdaLoRA would allocate after step {last} of {total_steps}, before it has scored anything: train for "
+                f"PEFT's AdaLoRA would allocate after step {last} of {total_steps}, before it has "
+                "scored anything: train for "
                 "longer, or lower final"
             )
         self._last = last
-        self._config.tinit, self._config.tfinal, self._config.total_step = first, total_steps - last, total_steps
-        # PEFT's masks by gate name, kept here: with them in its config PEFT would drop masked components when it saves.
+        self._config.tinit, self._config.tfinal, self._config.total_step = (
+            first,
+            total_steps - last,
+            total_steps,
+        )
+        # PEFT's masks by gate name, kept here: with them in its config PEFT would drop masked
+        # components when it saves.
         self._masks: dict[str, list[bool]] | None = None
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._without_penalty_in_evaluation()
@@ -85,25 +97,34 @@ class PeftAdaLora:
         self._tuner.register_forward_hook(after, always_call=True)
 
     def observe(self, step: int) -> None:
-        """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are gone."""
+        """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are
+        gone."""
         if step > self._last:
             return
         named = self._tuner.model.named_parameters()
         parameters = [p for name, p in named if "lora_" in name and p.requires_grad]
         # A target that took no part in this step (LayerDrop) shows nothing.
-        self._gradients = [(p, torch.zeros_like(p) if p.grad is None else p.grad.clone()) for p in parameters]
+        self._gradients = [
+            (p, torch.zeros_like(p) if p.grad is None else p.grad.clone()) for p in parameters
+        ]
         if all(p.grad is None for p in parameters):
-            raise InputError("observe() found no gradients; call it after loss.backward() and before zero_grad()")
+            raise InputError(
+                "observe() found no gradients; call it after loss.backward() and before zero_grad()"
+            )
 
     def step(self, step: int) -> dict[str, float] | None:
-        """Let PEFT score and mask after optimizer step `step`, counted from 1; return the score of every target (the sum
-        over its components) if it set new masks. Raises `DivergedError` when a score is not finite.
+        """Let PEFT score and mask after optimizer step `step`, counted from 1; return the score of
+        every target (the sum over its components) if it set new masks. Raises `DivergedError` when
+        a score is not finite.
         """
         afterwards = [p.grad for p, _ in self._gradients]
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         allocator, before = self._tuner.rankallocator, self._masks
-        moments = allocator.exp_avg_ipt, allocator.exp_avg_unc  # PEFT drops them at the last allocation
+        moments = (
+            allocator.exp_avg_ipt,
+            allocator.exp_avg_unc,
+        )  # PEFT drops them at the last allocation
         self._config.rank_pattern = before
         self._tuner.update_and_allocate(step)
         self._masks, self._config.rank_pattern = self._config.rank_pattern, None
@@ -112,21 +133,34 @@ class PeftAdaLora:
         self._gradients = []
         if self._masks is before:
             return None
-        scores = {name: _score(name, *moments, self.model.active_adapter) for name in adapters(self.model)}
+        scores = {
+            name: _score(name, *moments, self.model.active_adapter) for name in adapters(self.model)
+        }
         if not all(map(math.isfinite, scores.values())):
             raise DivergedError(f"step {step}: PEFT's importance scores are not finite", step=step)
         return scores
 
     def alive(self) -> dict[str, list[int]]:
         """Return the components of every target whose gate is not zero."""
-        gates = {name: layer.lora_E[self.model.active_adapter] for name, layer in adapters(self.model).items()}
-        return {name: gate.detach().flatten().nonzero().flatten().tolist() for name, gate in gates.items()}
+        gates = {
+            name: layer.lora_E[self.model.active_adapter]
+            for name, layer in adapters(self.model).items()
+        }
+        return {
+            name: gate.detach().flatten().nonzero().flatten().tolist()
+            for name, gate in gates.items()
+        }
 
     def statistics(self) -> Statistics:
         """Return all that PEFT remembers, to be saved."""
-        masks = {name: Statistic(torch.tensor(mask), None) for name, mask in (self._masks or {}).items()}
+        masks = {
+            name: Statistic(torch.tensor(mask), None) for name, mask in (self._masks or {}).items()
+        }
         buffers = {
-            kind: {name: Statistic(tensor, None) for name, tensor in getattr(self._tuner.rankallocator, kind).items()}
+            kind: {
+                name: Statistic(tensor, None)
+                for name, tensor in getattr(self._tuner.rankallocator, kind).items()
+            }
             for kind in BUFFERS
         }
         return {**buffers, "mask": masks}
@@ -134,7 +168,9 @@ class PeftAdaLora:
     def restore(self, statistics: Statistics) -> None:
         """Take up what `statistics` returned."""
         for kind in BUFFERS:
-            tensors = {name: statistic.tensor for name, statistic in statistics.get(kind, {}).items()}
+            tensors = {
+                name: statistic.tensor for name, statistic in statistics.get(kind, {}).items()
+            }
             setattr(self._tuner.rankallocator, kind, tensors)
         masks = statistics.get("mask", {})
         self._masks = {name: statistic.tensor.tolist() for name, statistic in masks.items()} or None
@@ -142,8 +178,9 @@ class PeftAdaLora:
     def to_lora(self) -> dict[str, Resize]:
         """Turn the adapters into plain LoRA, in place, and return what was kept of each.
 
-        B diag(Λ) A · α / r₀ = s B' A' with A' the rows and B' = B Λ · (α / r₀) / s the columns of the gates that are not
-        zero; s = α / r₀ as given to `attach`, up to PEFT's 1e-5 beside r₀. A target without any gets rank 0.
+        B diag(Λ) A · α / r₀ = s B' A' with A' the rows and B' = B Λ · (α / r₀) / s the columns of
+        the gates that are not zero; s = α / r₀ as given to `attach`, up to PEFT's 1e-5 beside r₀. A
+        target without any gets rank 0.
         """
         model, config, adapter = self.model, self._config, self.model.active_adapter
         scale = config.lora_alpha / config.init_r
@@ -153,19 +190,28 @@ class PeftAdaLora:
         base = base_of(model)
         modes = {name: layer.training for name, layer in adapters(model).items()}
         for name, layer in adapters(model).items():
-            a, b, gate = (part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
+            a, b, gate = (
+                part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E)
+            )
             factor = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5) / scale
             pairs[name] = a[alive[name]].clone(), (b * (gate.T * factor))[:, alive[name]].clone()
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.get_base_layer())
-        created = {name: max(len(kept), 1) for name, kept in alive.items()}  # PEFT cannot create rank 0
+        created = {
+            name: max(len(kept), 1) for name, kept in alive.items()
+        }  # PEFT cannot create rank 0
         plain = LoraConfig(
             target_modules=target_modules(base, created),  # type: ignore[arg-type]
             base_model_name_or_path=config.base_model_name_or_path,
-            **{key: getattr(config, key) for key in ("lora_dropout", "modules_to_save", "task_type", "fan_in_fan_out")},
+            **{
+                key: getattr(config, key)
+                for key in ("lora_dropout", "modules_to_save", "task_type", "fan_in_fan_out")
+            },
             **scaled_config(created, scale),
         )
-        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]  # the head
+        trained = [
+            parameter for parameter in base.parameters() if parameter.requires_grad
+        ]  # the head
         del base.peft_config
         with torch.random.fork_rng():
             model.base_model = LoraModel(base, plain, adapter)
@@ -184,10 +230,14 @@ class PeftAdaLora:
 
 
 def _score(
-    name: str, sensitivity: dict[str, torch.Tensor], uncertainty: dict[str, torch.Tensor], adapter: str
+    name: str,
+    sensitivity: dict[str, torch.Tensor],
+    uncertainty: dict[str, torch.Tensor],
+    adapter: str,
 ) -> float:
     """Return Σ_k S_k of one target, S_k = s(λ_k) + mean_j s(A_kj) + mean_o s(B_ok) with s = Ī Ū."""
     gate, a, b = (
-        sensitivity[key] * uncertainty[key] for key in (f"{name}.lora_{part}.{adapter}" for part in ("E", "A", "B"))
+        sensitivity[key] * uncertainty[key]
+        for key in (f"{name}.lora_{part}.{adapter}" for part in ("E", "A", "B"))
     )
     return float(gate.sum() + a.mean(1).sum() + b.mean(0).sum())

@@ -1,15 +1,19 @@
-"""Change the rank of adapters in place: weights, optimizer moments and importance statistics by one rule.
+"""Change the rank of adapters in place: weights, optimizer moments and importance statistics by one
+rule.
 
-A `Resize` says which components stay and how many are new. Kept components keep everything bit for bit. New ones get a
-fresh row in A, zero in B (so the function is unchanged), zero in the first moment, and the mean of the kept entries in
-the second moment and in the statistics (with 0 there, Adam's first updates of the new entries would be several lr).
+A `Resize` says which components stay and how many are new. Kept components keep everything bit for
+bit. New ones get a fresh row in A, zero in B (so the function is unchanged), zero in the first
+moment, and the mean of the kept entries in the second moment and in the statistics (with 0 there,
+Adam's first updates of the new entries would be several lr).
 
-A rotated `Resize` first turns the adapter to its singular components (`singular.rotation`): A' = Nᵀ A, B' = B Pᵀ, and the
-moments as the gradients they average: m_A' = P m_A, v_A' = P² v_A, m_B' = m_B N, v_B' = v_B N² (squares entry by entry,
-as if the entries of a gradient were uncorrelated). Measured in `studies/squeeze.py`.
+A rotated `Resize` first turns the adapter to its singular components (`singular.rotation`): A' = Nᵀ
+A, B' = B Pᵀ, and the moments as the gradients they average: m_A' = P m_A, v_A' = P² v_A, m_B' = m_B
+N, v_B' = v_B N² (squares entry by entry, as if the entries of a gradient were uncorrelated).
+Measured in `studies/squeeze.py`.
 
-The `nn.Parameter` objects stay the same; only their storage is new. New objects behind an optimizer would silently stop
-training, and moments of the wrong shape silently corrupt it under fused AdamW, so shapes are checked after every change.
+The `nn.Parameter` objects stay the same; only their storage is new. New objects behind an optimizer
+would silently stop training, and moments of the wrong shape silently corrupt it under fused AdamW,
+so shapes are checked after every change.
 """
 
 from __future__ import annotations
@@ -29,7 +33,16 @@ from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.importance import Statistic, Statistics
 from adaptive_lora.allocation.singular import rotation
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
-from adaptive_lora.model.adapters import adapters, all_weights, is_masked, park, ranks, sync_config, unpark, weights
+from adaptive_lora.model.adapters import (
+    adapters,
+    all_weights,
+    is_masked,
+    park,
+    ranks,
+    sync_config,
+    unpark,
+    weights,
+)
 from adaptive_lora.model.quantization import keep_trainable
 
 SUPPORTED = (AdamW, Adam, SGD)
@@ -44,26 +57,32 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 def check_model(model: Any) -> None:
-    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded, or packed for inference."""
+    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded,
+    or packed for inference."""
     kind = None if isinstance(model, PeftModel) else type(model).__name__
     if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         kind = "PeftModel sharded by FSDP"
     if kind is not None:
         raise InputError(
-            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. Ranks cannot change inside "
-            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train on one device, unwrapped"
+            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. "
+            "Ranks cannot change inside "
+            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train "
+            "on one device, unwrapped"
         )
     keep_trainable(model)
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer, or raise `InputError` naming it when its state cannot be resized."""
+    """Return the torch optimizer, or raise `InputError` naming it when its state cannot be
+    resized."""
     inner = unwrap(optimizer)
     if type(inner) not in SUPPORTED:
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise InputError(
-            f"the optimizer {type(inner).__module__}.{type(inner).__name__} cannot be resized; expected one of {names} "
-            "from torch.optim, whose state has the shape of its parameters (training.optim: adamw_torch)"
+            f"the optimizer {type(inner).__module__}.{type(inner).__name__} cannot be resized; "
+            f"expected one of {names} "
+            "from torch.optim, whose state has the shape of its parameters (training.optim: "
+            "adamw_torch)"
         )
     return inner
 
@@ -78,23 +97,28 @@ def resize(
 ) -> None:
     """Change the rank of the named adapters, all or none.
 
-    Kept: A[keep], B[:, keep] and all their state, bit for bit. New: A ~ U(±1/√I) (PEFT's own start), B = 0. A `Resize`
-    with `rotated` keeps singular components of B A instead, with the moments carried over.
+    Kept: A[keep], B[:, keep] and all their state, bit for bit. New: A ~ U(±1/√I) (PEFT's own
+    start), B = 0. A `Resize` with `rotated` keeps singular components of B A instead, with the
+    moments carried over.
 
     Args:
         model: a model with adapters.
-        changes: {full target name: new rank, or `Resize`}. A plain rank keeps the components of largest |b_k| |a_k|
-            when it shrinks, and adds new ones at the end when it grows.
-        optimizer: the optimizer that trains the adapters, bare or wrapped by accelerate; None before training.
+        changes: {full target name: new rank, or `Resize`}. A plain rank keeps the components of
+            largest |b_k| |a_k| when it shrinks, and adds new ones at the end when it grows.
+        optimizer: the optimizer that trains the adapters, bare or wrapped by accelerate; None
+            before training.
         statistics: tensors of an importance, resized by the same rule, in place.
-        seed: of the new rows of A; drawn from a generator of their own, so that no other random number changes.
+        seed: of the new rows of A; drawn from a generator of their own, so that no other random
+            number changes.
 
-    Raises `InputError` for unknown targets, impossible ranks or an unsupported optimizer, `DivergedError` when a new
-    tensor would not be finite; nothing is changed then. Gradients of changed adapters are dropped.
+    Raises `InputError` for unknown targets, impossible ranks or an unsupported optimizer,
+    `DivergedError` when a new tensor would not be finite; nothing is changed then. Gradients of
+    changed adapters are dropped.
 
     >>> from transformers import BertConfig, BertModel
     >>> from adaptive_lora import attach, methods, ranks
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=1, **sizes))
     >>> model = attach(tiny, methods.lora(4), targets=["query"])
     >>> resize(model, {"encoder.layer.0.attention.self.query": 2})
     >>> ranks(model)
@@ -102,14 +126,19 @@ def resize(
     """
     check_model(model)
     if is_masked(model):
-        raise InputError("PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that shrink")
+        raise InputError(
+            "PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that "
+            "shrink"
+        )
     layers = adapters(model)
     inner = check_optimizer(optimizer) if optimizer is not None else None
     generator = torch.Generator().manual_seed(seed)
     plans = {name: _plan(name, layers, change) for name, change in changes.items()}
     if not any((ranks(model) | {name: plan.rank for name, plan in plans.items()}).values()):
         raise InputError("every adapter would have rank 0; at least one must keep a component")
-    staged_pairs = {name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()}
+    staged_pairs = {
+        name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()
+    }
     staged = [item for pair in staged_pairs.values() for item in pair]
     staged_statistics: list[tuple[Statistic, torch.Tensor]] = []
     for kind in (statistics or {}).values():
@@ -117,21 +146,26 @@ def resize(
             if name in plans and statistic.dim is not None:
                 if plans[name].rotated:
                     raise InputError(
-                        "an importance that remembers something of each component cannot be used with a rule that rotates "
+                        "an importance that remembers something of each component cannot be used "
+                        "with a rule that rotates "
                         "components; use importance.SingularValues"
                     )
                 new = _take(statistic.tensor, statistic.dim, plans[name], _mean)
                 if statistic.copies:
                     kept, grown = len(plans[name].keep), plans[name].grow
                     weight = staged_pairs[name][statistic.dim].value
-                    new.narrow(statistic.dim, kept, grown).copy_(weight.narrow(statistic.dim, kept, grown))
+                    new.narrow(statistic.dim, kept, grown).copy_(
+                        weight.narrow(statistic.dim, kept, grown)
+                    )
                 staged_statistics.append((statistic, new))
     for new in (
         *(tensor for item in staged for tensor in item.tensors()),
         *(tensor for _, tensor in staged_statistics),
     ):
         if not torch.isfinite(new).all():
-            raise DivergedError("a resize was refused: weights, moments or statistics would not be finite")
+            raise DivergedError(
+                "a resize was refused: weights, moments or statistics would not be finite"
+            )
 
     _swap(staged)
     for item in staged:
@@ -151,20 +185,24 @@ def resize(
 
 
 def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
-    """Raise `IntegrityError` unless every adapter parameter is in the optimizer, with state of its own shape."""
+    """Raise `IntegrityError` unless every adapter parameter is in the optimizer, with state of its
+    own shape."""
     inner = unwrap(optimizer)
     known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         for parameter in all_weights(layer):
             if id(parameter) not in known:
                 raise IntegrityError(
-                    f"an adapter parameter of {name!r} is not in the optimizer: it would not be trained"
+                    f"an adapter parameter of {name!r} is not in the optimizer: it would not be "
+                    "trained"
                 )
             for key, value in inner.state.get(parameter, {}).items():
                 if _is_moment(value) and value.shape != parameter.shape:
                     raise IntegrityError(
-                        f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, its parameter "
-                        f"{tuple(parameter.shape)}: the next step would be wrong. Change ranks with adaptive_lora.resize only"
+                        f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, its "
+                        "parameter "
+                        f"{tuple(parameter.shape)}: the next step would be wrong. Change ranks "
+                        "with adaptive_lora.resize only"
                     )
 
 
@@ -184,8 +222,9 @@ class _Staged:
 def _swap(staged: list[_Staged]) -> None:
     """Put every new value into its parameter, or none.
 
-    swap_tensors, not `.data =`: the latter breaks the next backward while an old graph (a live `loss`) exists. It
-    refuses a parameter that a graph still needs, one that was never run backward; then the others are swapped back.
+    swap_tensors, not `.data =`: the latter breaks the next backward while an old graph (a live
+    `loss`) exists. It refuses a parameter that a graph still needs, one that was never run
+    backward; then the others are swapped back.
     """
     done: list[tuple[nn.Parameter, nn.Parameter]] = []
     try:
@@ -198,19 +237,24 @@ def _swap(staged: list[_Staged]) -> None:
         for parameter, other in done:
             torch.utils.swap_tensors(parameter, other)
         raise InputError(
-            "ranks cannot change while a graph over the adapters waits for backward(): run evaluations under "
+            "ranks cannot change while a graph over the adapters waits for backward(): run "
+            "evaluations under "
             f"torch.no_grad(), and delete losses that are not used. Nothing was changed ({error})"
         ) from error
 
 
 def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
     if name not in layers:
-        raise InputError(f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ...")
+        raise InputError(
+            f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ..."
+        )
     layer = layers[name]
     pair = weights(layer)
     now = 0 if pair is None else pair[0].shape[0]
     full_rank = min(layer.in_features, layer.out_features)
-    impossible = f"rank {{rank}} for {name!r} is impossible; expected 0..{full_rank} = min(in, out features)"
+    impossible = (
+        f"rank {{rank}} for {name!r} is impossible; expected 0..{full_rank} = min(in, out features)"
+    )
     if isinstance(change, int):
         if not 0 <= change <= full_rank:
             raise InputError(impossible.format(rank=change))
@@ -235,7 +279,8 @@ def _zero(_kept: torch.Tensor) -> float:
 
 
 def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tensor:
-    """Return `tensor` with the kept components along `dim`, then `plan.grow` new ones filled from the kept."""
+    """Return `tensor` with the kept components along `dim`, then `plan.grow` new ones filled from
+    the kept."""
     kept = tensor.index_select(dim, torch.tensor(plan.keep, dtype=torch.long, device=tensor.device))
     if not plan.grow:
         return kept
@@ -244,7 +289,9 @@ def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tens
     return torch.cat([kept, kept.new_full(shape, fill(kept))], dim=dim)
 
 
-def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator) -> list[_Staged]:
+def _stage(
+    layer: Any, plan: Resize, optimizer: Optimizer | None, generator: torch.Generator
+) -> list[_Staged]:
     staged = []
     pair = all_weights(layer)
     turns: tuple[_Turn | None, ...] = (None, None)
@@ -253,11 +300,18 @@ def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: tor
         turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
     for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
         value = _take(
-            parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim), dim, plan, _zero
+            parameter.detach() if turn is None else turn.of_weights(parameter.detach(), dim),
+            dim,
+            plan,
+            _zero,
         )
         if dim == 0 and plan.grow:
-            bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
-            fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(
+                parameter.shape[1]
+            )  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(
+                -bound, bound, generator=generator
+            )
             value[len(plan.keep) :] = fresh.to(value)
         state = {
             key: _take(
@@ -275,7 +329,8 @@ def _stage(layer: Any, plan: Resize, optimizer: Optimizer | None, generator: tor
 
 @dataclass
 class _Turn:
-    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component j."""
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component
+    j."""
 
     weights: torch.Tensor
     moments: torch.Tensor
@@ -284,7 +339,9 @@ class _Turn:
         return self._apply(self.weights, tensor, dim)
 
     def of_moment(self, key: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        return self._apply(self.moments.square() if key in SECOND_MOMENTS else self.moments, tensor, dim)
+        return self._apply(
+            self.moments.square() if key in SECOND_MOMENTS else self.moments, tensor, dim
+        )
 
     @staticmethod
     def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Targets: the linear modules of a model that may carry an adapter, found by introspection.
 
-No table of model names: what is linear is read from the module's class, how deep it sits from its dotted name, whether
-it belongs to attention from the modules it sits in, and which modules form the head from `base_model_prefix`.
+No table of model names: what is linear is read from the module's class, how deep it sits from its
+dotted name, whether it belongs to attention from the modules it sits in, and which modules form the
+head from `base_model_prefix`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Target:
 
     name: str  # full dotted name in the base model
     kind: str  # the name inside its layer, such as "attention.self.query": the same in every layer
-    stack: str  # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
+    stack: (
+        str  # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
+    )
     layer: int  # 0-based among the layers of this stack that carry targets
     n_layers: int  # how many such layers the stack has
     attention: bool  # inside an attention module (otherwise: feed-forward)
@@ -48,9 +51,11 @@ class Target:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Return the names of the top-level modules outside the pretrained base (`classifier`, `score`, `qa_outputs` ...).
+    """Return the names of the top-level modules outside the pretrained base (`classifier`, `score`,
+    `qa_outputs` ...).
 
-    They are trained in full beside the adapters. What holds the output embeddings of a language model is not a head.
+    They are trained in full beside the adapters. What holds the output embeddings of a language
+    model is not a head.
     """
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return []
@@ -65,11 +70,13 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a `Linear` (also 4/8-bit) or GPT-2's `Conv1D`; None for anything else."""
+    """Return (in_features, out_features) of a `Linear` (also 4/8-bit) or GPT-2's `Conv1D`; None for
+    anything else."""
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    # MultiheadAttention takes the weight of its out_proj without calling it: an adapter there would do nothing.
+    # MultiheadAttention takes the weight of its out_proj without calling it: an adapter there would
+    # do nothing.
     if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return module.in_features, module.out_features
     return None
@@ -80,15 +87,18 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
 
     Args:
         model: the base model, without adapters.
-        targets: `"all-linear"` (every linear module outside the head and the output embeddings, but not one of a single
-            input or output, such as the gate of a shared expert, nor one PEFT takes for an expert), a regular expression
-            that must match full names, or a list of names, each a full dotted name or its last parts (PEFT's meaning).
+        targets: `"all-linear"` (every linear module outside the head and the output embeddings, but
+            not one of a single input or output, such as the gate of a shared expert, nor one PEFT
+            takes for an expert), a regular expression that must match full names, or a list of
+            names, each a full dotted name or its last parts (PEFT's meaning).
 
-    Raises `InputError` when nothing matches, or one of several names matches nothing; both list what there is. Also for a
-    module that PEFT takes for an expert. What a model holds besides linear modules: `coverage`.
+    Raises `InputError` when nothing matches, or one of several names matches nothing; both list
+    what there is. Also for a module that PEFT takes for an expert. What a model holds besides
+    linear modules: `coverage`.
 
     >>> from transformers import BertConfig, BertModel
-    >>> tiny = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> tiny = BertModel(BertConfig(num_hidden_layers=2, **sizes))
     >>> [t.name for t in find_targets(tiny, ["query"])]
     ['encoder.layer.0.attention.self.query', 'encoder.layer.1.attention.self.query']
     """
@@ -100,19 +110,27 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
         names = [name for name in names if name not in claimed and min(linear[name]) > 1]
     elif claimed:
         raise InputError(
-            f"PEFT takes {', '.join(_kinds(claimed))} for the fused experts of {type(model).__name__} and puts no adapter "
+            f"PEFT takes {', '.join(_kinds(claimed))} for the fused experts of "
+            f"{type(model).__name__} and puts no adapter "
             f"there: leave them out of the targets, as {ALL_LINEAR!r} does"
         )
     if not names:
-        packed = "".join(f": {line}; load it with its weights unpacked, in bf16" for line in _packed(model))
-        raise InputError(f"{type(model).__name__} has no linear module that could carry an adapter{packed}")
+        packed = "".join(
+            f": {line}; load it with its weights unpacked, in bf16" for line in _packed(model)
+        )
+        raise InputError(
+            f"{type(model).__name__} has no linear module that could carry an adapter{packed}"
+        )
     return describe_targets(model, {name: linear[name] for name in names})
 
 
 def _linear(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return {full name: (in_features, out_features)} of the linear modules outside the head and the output embeddings."""
+    """Return {full name: (in_features, out_features)} of the linear modules outside the head and
+    the output embeddings."""
     heads = head_modules(model)
-    output_embeddings = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output_embeddings = (
+        model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    )
     return {
         name: features
         for name, module in model.named_modules()
@@ -123,11 +141,14 @@ def _linear(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _claimed_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that PEFT reads as something else: where transformers 5 fused the experts of a family, it
-    takes every `gate_proj`, `up_proj` and `down_proj` for an expert, also of a dense layer, at attaching and at loading.
+    """Return those of `names` that PEFT reads as something else: where transformers 5 fused the
+    experts of a family, it takes every `gate_proj`, `up_proj` and `down_proj` for an expert, also
+    of a dense layer, at attaching and at loading.
     """
     try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_config_for_transformers as convert,
+        )
     except ImportError:  # an older PEFT
         return []
 
@@ -149,25 +170,30 @@ def _kinds(names: Iterable[str]) -> list[str]:
 
 
 def coverage(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Return what a user should know of these targets before training, a line each; [] when nothing is remarkable.
+    """Return what a user should know of these targets before training, a line each; [] when nothing
+    is remarkable.
 
-    - Layers that share weights, as in ALBERT: an adapter serves them all, and counts once in the budget.
-    - Weights in 3-D parameters, such as fused experts, packed linear modules, and linear modules PEFT takes for experts:
-      no adapter reaches them.
+    - Layers that share weights, as in ALBERT: an adapter serves them all, and counts once in the
+      budget.
+    - Weights in 3-D parameters, such as fused experts, packed linear modules, and linear modules
+      PEFT takes for experts: no adapter reaches them.
 
     Args:
         model: the base model, without adapters.
         targets: from `find_targets(model, ...)`.
 
     >>> from transformers import AlbertConfig, AlbertModel
-    >>> sizes = {"embedding_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
-    >>> tiny = AlbertModel(AlbertConfig(vocab_size=16, num_hidden_layers=12, **sizes))
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> config = AlbertConfig(vocab_size=16, embedding_size=8, num_hidden_layers=12, **sizes)
+    >>> tiny = AlbertModel(config)
     >>> coverage(tiny, find_targets(tiny, ["query", "value"]))
-    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over depth see 1 layer']
+    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over depth
+    see 1 layer']
     """
     left_out = _claimed_by_peft(model, _linear(model))
     claimed = (
-        f"{', '.join(_kinds(left_out))}: no adapter, as PEFT takes these names for the fused experts of such a model"
+        f"{', '.join(_kinds(left_out))}: no adapter, as PEFT takes these names for the fused "
+        "experts of such a model"
     )
     return [
         *_shared(model, targets),
@@ -178,22 +204,34 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    depth = getattr(model.config, "num_hidden_layers", None) if isinstance(model, PreTrainedModel) else None
-    # Modules in lists that have weights of their own: at least one to a layer, unless layers share them.
-    own = {found[0] for name, _ in model.named_parameters() if (found := re.match(r"(.*\.)?\d+(?=\.)", name))}
+    depth = (
+        getattr(model.config, "num_hidden_layers", None)
+        if isinstance(model, PreTrainedModel)
+        else None
+    )
+    # Modules in lists that have weights of their own: at least one to a layer, unless layers share
+    # them.
+    own = {
+        found[0]
+        for name, _ in model.named_parameters()
+        if (found := re.match(r"(.*\.)?\d+(?=\.)", name))
+    }
     inside = [target for target in targets if split_name(target.name)[1] is not None]
     if not inside or not isinstance(depth, int) or len(own) >= depth:
         return []
     share = f"{'all' if len(own) == 1 else 'several of the'} {depth} layers"
     seen = max(target.n_layers for target in inside)
     return [
-        f"its layers share weights: each of these {len(inside)} adapters serves {share}, and shapes over depth see "
+        f"its layers share weights: each of these {len(inside)} adapters serves {share}, and "
+        "shapes over depth see "
         f"{seen} layer{'s' if seen > 1 else ''}"
     ]
 
 
 def _three_dimensional(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    convolutions = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _ConvNd))
+    convolutions = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, _ConvNd)
+    )
     # (1, N, D) is an embedding of positions, or one token.
     found = {
         name: parameter.numel()
@@ -204,8 +242,10 @@ def _three_dimensional(model: nn.Module, targets: Sequence[Target]) -> list[str]
         return []
     count, total = sum(found.values()), sum(parameter.numel() for parameter in model.parameters())
     return [
-        f"{', '.join(_kinds(found))} hold {count:,} parameters, {count / total:.0%} of the base, in 3-D parameters (as fused "
-        f"experts do), which LoRA on linear modules does not reach; adapted are {', '.join(_kinds(t.name for t in targets))}"
+        f"{', '.join(_kinds(found))} hold {count:,} parameters, {count / total:.0%} of the base, "
+        "in 3-D parameters (as fused "
+        "experts do), which LoRA on linear modules does not reach; adapted are "
+        f"{', '.join(_kinds(t.name for t in targets))}"
     ]
 
 
@@ -220,7 +260,10 @@ def _packed(model: nn.Module) -> list[str]:
     if not found:
         return []
     types = ", ".join(dict.fromkeys(found.values()))
-    return [f"{len(found)} {types} modules ({', '.join(_kinds(found))}) hold packed weights and can carry no adapter"]
+    return [
+        f"{len(found)} {types} modules ({', '.join(_kinds(found))}) hold packed weights and can "
+        "carry no adapter"
+    ]
 
 
 def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
@@ -231,11 +274,15 @@ def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
         try:
             chosen = [name for name in names if re.fullmatch(targets, name)]
         except re.error as error:
-            raise InputError(f"targets {targets!r} is not a valid regular expression: {error}") from None
+            raise InputError(
+                f"targets {targets!r} is not a valid regular expression: {error}"
+            ) from None
         if not chosen:
             raise InputError(
-                f"targets {targets!r} match no linear module: a string is a regular expression over full names; "
-                f"give a list for last parts of names.{_listing(names, nearest(targets, [ALL_LINEAR]))}"
+                f"targets {targets!r} match no linear module: a string is a regular expression "
+                "over full names; "
+                "give a list for last parts of "
+                f"names.{_listing(names, nearest(targets, [ALL_LINEAR]))}"
             )
         return chosen
     wanted = list(targets)
@@ -245,9 +292,12 @@ def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
     for want in wanted:
         hits = {name for name in names if name == want or name.endswith(f".{want}")}
         if not hits:
-            endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+            endings = {
+                name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)
+            }
             raise InputError(
-                f"target {want!r} matches no linear module.{_listing(names, nearest(want, sorted(endings)))}"
+                f"target {want!r} matches no linear "
+                f"module.{_listing(names, nearest(want, sorted(endings)))}"
             )
         chosen_names |= hits
     return [name for name in names if name in chosen_names]
@@ -259,9 +309,11 @@ def _listing(names: Sequence[str], hint: str = "") -> str:
 
 
 def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> list[Target]:
-    """Return a `Target` for each {full name: (in_features, out_features)} of `model`, in the same order."""
-    # A target outside every layer (an input projection, a pooler) takes the depth of the layer before it, or of the
-    # first one when none comes before: a shape over depth then has an answer for it.
+    """Return a `Target` for each {full name: (in_features, out_features)} of `model`, in the same
+    order."""
+    # A target outside every layer (an input projection, a pooler) takes the depth of the layer
+    # before it, or of the first one when none comes before: a shape over depth then has an answer
+    # for it.
     places: list[tuple[str, int] | None] = []
     for name in features:
         stack, index, _ = split_name(name)
@@ -285,7 +337,8 @@ def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> 
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:
-    """True when a module between the layer and this target is called attention, by attribute or by class."""
+    """True when a module between the layer and this target is called attention, by attribute or by
+    class."""
     stack, index, _ = split_name(name)
     inside_from = len(f"{stack}.{index}".split(".")) if index is not None else 0
     parts = name.split(".")

@@ -32,12 +32,16 @@ from adaptive_lora.recipe.presets import expand
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
-Location = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~ is the home folder, or a hub name
+Location = Annotated[
+    str, AfterValidator(os.path.expanduser)
+]  # a path, in which ~ is the home folder, or a hub name
 
 
 def _class_name(value: Any) -> Any:
     if isinstance(value, bool):
-        raise InputError(f"data.classes holds {value}: YAML reads a bare yes, no, on or off so; put it in quotes")
+        raise InputError(
+            f"data.classes holds {value}: YAML reads a bare yes, no, on or off so; put it in quotes"
+        )
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -49,9 +53,11 @@ class _Strict(BaseModel):
 
 
 class DataConfig(_Strict):
-    """Where the records come from and what their columns mean. Names of columns that a task does not read are ignored."""
+    """Where the records come from and what their columns mean. Names of columns that a task does
+    not read are ignored."""
 
-    train: Location  # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
+    # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
+    train: Location
     eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
     extra_eval: dict[str, Location] = {}  # name -> further records, evaluated once after training
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
@@ -60,45 +66,65 @@ class DataConfig(_Strict):
     extra_eval_split: dict[str, str] = {}  # hub only: name -> split
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
-    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1  # a fraction, or a number of records
+    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = (
+        0.1  # a fraction, or a number of records
+    )
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
-    too_long: Literal["cut", "drop", "refuse"] = "cut"  # what becomes of a longer one; counted and printed
-    text: str | list[str] | None = None  # what is read: one column, or a pair (classification, regression)
+    too_long: Literal["cut", "drop", "refuse"] = (
+        "cut"  # what becomes of a longer one; counted and printed
+    )
+    text: str | list[str] | None = (
+        None  # what is read: one column, or a pair (classification, regression)
+    )
     label: str | None = None  # classification, regression
     classes: list[ClassName] | None = (
         None  # classification: names of the classes; None reads them off the training split
     )
-    class_numbers: bool = (
-        False  # whether a label may be the number of a class; turned on by giving classes without numbers
-    )
+    # whether a label may be the number of a class; turned on by giving classes without numbers
+    class_numbers: bool = False
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
     output: str = "output"  # causal_lm: what is learned, after the prompt
-    prompt: str | None = None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    prompt: str | None = (
+        None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    )
     summary: str = "summary"  # summarization
     max_target_length: Positive = 128  # summarization: tokens of a summary
     question: str = "question"  # question_answering
     context: str = "context"
-    answers: str = "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
-    answer_start: str = "answer_start"  # characters; without this column the first occurrence is taken
-    unanswerable: bool = False  # whether no answer is an answer; turned on by training records without one
+    answers: str = (
+        "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
+    )
+    answer_start: str = (
+        "answer_start"  # characters; without this column the first occurrence is taken
+    )
+    unanswerable: bool = (
+        False  # whether no answer is an answer; turned on by training records without one
+    )
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
 
 
 class GenerationConfig(_Strict):
-    """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always greedy or beam search."""
+    """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always
+    greedy or beam search."""
 
     max_new_tokens: Positive = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     num_beams: Positive = 1
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # of beams; above 0 favours longer texts
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0  # no run of so many tokens twice; 0: no such rule
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = (
+        1.0  # of beams; above 0 favours longer texts
+    )
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = (
+        0  # no run of so many tokens twice; 0: no such rule
+    )
     batch_size: Positive = 16
-    rows: Positive | None = None  # how many evaluation records are generated for at each evaluation; None: all
+    rows: Positive | None = (
+        None  # how many evaluation records are generated for at each evaluation; None: all
+    )
 
 
 class MethodConfig(BaseModel):
@@ -120,7 +146,8 @@ class AdapterConfig(_Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be given.
+# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be
+# given.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "linear",
@@ -141,7 +168,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkpoint": "--resume"}
 
 TaskName = Literal[
-    "classification", "regression", "causal_lm", "summarization", "question_answering", "image_classification"
+    "classification",
+    "regression",
+    "causal_lm",
+    "summarization",
+    "question_answering",
+    "image_classification",
 ]
 
 
@@ -152,19 +184,23 @@ class RunConfig(_Strict):
     task: TaskName
     data: DataConfig
     output: Location
-    preset: str | None = None  # a name in `presets.PRESETS`, from which keys not given were filled in
+    preset: str | None = (
+        None  # a name in `presets.PRESETS`, from which keys not given were filled in
+    )
     metric: str | None = None  # the one to report first; None: the task's
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     generation: GenerationConfig = GenerationConfig()
     training: dict[str, Any] = {}
-    on_non_finite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to its step
+    on_non_finite: Literal["stop", "skip"] = (
+        "stop"  # what a NaN or infinite loss or gradient does to its step
+    )
     max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
     quantization: Quantization = (
         "none"  # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
     )
-    # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's files, and on a quantised
-    # base float32 on a CPU, bfloat16 (else float16) on CUDA.
+    # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's
+    # files, and on a quantised base float32 on a CPU, bfloat16 (else float16) on CUDA.
     dtype: Precision = "auto"
     seed: Seed = 42
     trust_remote_code: bool = False
@@ -176,19 +212,29 @@ class RunConfig(_Strict):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether activations are computed anew in the backward pass, by either name that transformers gives it."""
-        return any(bool(self.training.get(f"{kind}_checkpointing")) for kind in ("activation", "gradient"))
+        """Whether activations are computed anew in the backward pass, by either name that
+        transformers gives it."""
+        return any(
+            bool(self.training.get(f"{kind}_checkpointing")) for kind in ("activation", "gradient")
+        )
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
-        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own words."""
+        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own
+        words."""
         values = {**self.training, "seed": self.seed, **overrides}
         if self.quantization != "none" and not (values.get("bf16") or values.get("fp16")):
-            # The head is trained in float32 on what the base computes in 16 bits: autocast joins them.
+            # The head is trained in float32 on what the base computes in 16 bits: autocast joins
+            # them.
             dtype = compute_dtype(self.dtype)
             values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # the name before transformers 5.23
+        for name in (
+            "gradient_checkpointing",
+            "gradient_checkpointing_kwargs",
+        ):  # the name before transformers 5.23
             newer = name.replace("gradient", "activation")
-            if name in values and newer in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            if name in values and newer in {
+                field.name for field in dataclasses.fields(TrainingArguments)
+            }:
                 values.setdefault(newer, values.pop(name))
         try:
             return TrainingArguments(**values)
@@ -196,7 +242,8 @@ class RunConfig(_Strict):
             raise InputError(f"training: {error}") from error
 
     def to_yaml(self) -> str:
-        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config back."""
+        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config
+        back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -209,7 +256,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"training.{name} cannot be set; use {TRAINING_RESERVED[name]}")
         if name not in known:
             raise InputError(
-                f"unknown key training.{name}.{nearest(name, known)} Fields are those of TrainingArguments"
+                f"unknown key training.{name}.{nearest(name, known)} Fields are those of "
+                "TrainingArguments"
             )
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML 1.1 reads a bare `no` as false
@@ -222,7 +270,11 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"training.{name} is {value!r}; expected a finite number")
         if hasattr(checked[name], "value"):  # an enum: keep the config plain data
             checked[name] = checked[name].value
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    batches = (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    )
     for name in ("learning_rate", "num_train_epochs", *batches):
         if name in checked and not checked[name] > 0:
             raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
@@ -231,7 +283,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache  # a study checks thousands of recipes
 def _training_type(name: str) -> TypeAdapter[Any] | None:
-    """Return what checks a field of `TrainingArguments`; None for a type that pydantic cannot check: its own check will."""
+    """Return what checks a field of `TrainingArguments`; None for a type that pydantic cannot
+    check: its own check will."""
     try:
         return TypeAdapter(_training_hints()[name])
     except PydanticSchemaGenerationError:
@@ -246,8 +299,8 @@ def _training_hints() -> dict[str, Any]:
 def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
     """Return the `RunConfig` of a plain mapping, such as a parsed YAML file.
 
-    Raises `InputError` naming `origin`, the key, and the nearest known spelling. The method is built once, so that a
-    wrong method or argument is found here and not after the model is loaded.
+    Raises `InputError` naming `origin`, the key, and the nearest known spelling. The method is
+    built once, so that a wrong method or argument is found here and not after the model is loaded.
     """
     try:
         config = RunConfig.model_validate(expand(values))
@@ -272,8 +325,8 @@ def _explain(problem: Any) -> str:
 
 
 def _key_at(location: Iterable[Any]) -> tuple[str, str, list[str]]:
-    """Return (dotted key, its last part, the keys known beside it). What follows the key in a location (positions in a
-    list, arms of a union) is pydantic's."""
+    """Return (dotted key, its last part, the keys known beside it). What follows the key in a
+    location (positions in a list, arms of a union) is pydantic's."""
     path: list[str] = []
     model: Any = RunConfig
     known = list(model.model_fields)

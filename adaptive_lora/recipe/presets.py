@@ -1,4 +1,5 @@
-"""Presets: well-known data sets by name. Each is a fragment of a recipe; whatever the recipe itself says wins."""
+"""Presets: well-known data sets by name. Each is a fragment of a recipe; whatever the recipe itself
+says wins."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ from typing import Any
 
 from adaptive_lora.errors import InputError, nearest
 
-# Keys of `data` that say where the records are on the hub; a recipe with files of its own does not take them.
+# Keys of `data` that say where the records are on the hub; a recipe with files of its own does not
+# take them.
 _WHERE = ("train", "config", "train_split", "eval_split", "extra_eval_split")
 
 
-def _glue(name: str, text: str | list[str], classes: list[str] | None, metric: str, **data: Any) -> dict[str, Any]:
-    """GLUE, with its columns, class names in the order of its label numbers, and official metric (Wang et al. 2018,
-    arXiv 1804.07461, table 1)."""
+def _glue(
+    name: str, text: str | list[str], classes: list[str] | None, metric: str, **data: Any
+) -> dict[str, Any]:
+    """GLUE, with its columns, class names in the order of its label numbers, and official metric
+    (Wang et al. 2018, arXiv 1804.07461, table 1)."""
     return {
         "task": "regression" if classes is None else "classification",
         "metric": metric,
@@ -52,7 +56,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "squad": {
         "task": "question_answering",
         "metric": "f1",
-        "data": {"train": "rajpurkar/squad", "eval_split": "validation", "max_length": 384, "stride": 128},
+        "data": {
+            "train": "rajpurkar/squad",
+            "eval_split": "validation",
+            "max_length": 384,
+            "stride": 128,
+        },
     },
     "cnn_dailymail": {
         "task": "summarization",
@@ -71,9 +80,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with what its preset says filled in. Raises `InputError` on an unknown preset, or one for another task.
+    """Return a recipe with what its preset says filled in. Raises `InputError` on an unknown
+    preset, or one for another task.
 
-    >>> expand({"preset": "cola", "data": {"train": "mine.csv", "max_length": 32}})["data"]["max_length"]
+    >>> data = {"train": "mine.csv", "max_length": 32}
+    >>> expand({"preset": "cola", "data": data})["data"]["max_length"]
     32
     """
     name = values.get("preset")
@@ -81,10 +92,13 @@ def expand(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
-        raise InputError(f"unknown preset {name!r}.{nearest(str(name), PRESETS)} Known: {', '.join(PRESETS)}")
+        raise InputError(
+            f"unknown preset {name!r}.{nearest(str(name), PRESETS)} Known: {', '.join(PRESETS)}"
+        )
     if values.get("task") not in (None, preset["task"]):
         raise InputError(
-            f"preset {name!r} is for the task {preset['task']}; got the task {values['task']!r}. Leave one of them out"
+            f"preset {name!r} is for the task {preset['task']}; got the task {values['task']!r}. "
+            "Leave one of them out"
         )
     data = values.get("data") or {}
     if not isinstance(data, Mapping):

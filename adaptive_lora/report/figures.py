@@ -22,7 +22,8 @@ from adaptive_lora.report.read import RunRecord
 
 
 def rank_heatmap(patterns: dict[str, dict[str, int]], path: Path) -> Path:
-    """Draw layers x module kinds, one panel for each {title: {target: rank}}, all on one colour scale."""
+    """Draw layers x module kinds, one panel for each {title: {target: rank}}, all on one colour
+    scale."""
     return save(rank_figure(patterns), path)
 
 
@@ -37,19 +38,25 @@ def rank_figure(patterns: dict[str, dict[str, int]]) -> Figure:
 
 
 def saliency(row: Decision, path: Path) -> Path:
-    """Draw the scores of `row` over layers x module kinds: one panel for each part, one for the total.
+    """Draw the scores of `row` over layers x module kinds: one panel for each part, one for the
+    total.
 
-    Parts have units of their own, so each panel has its own colour scale, in a power of ten that leaves two digits.
+    Parts have units of their own, so each panel has its own colour scale, in a power of ten that
+    leaves two digits.
     """
     grids = {f"{part} at step {row.step}": scores for part, scores in row.parts.items()}
-    grids[f"score at step {row.step}" if not row.parts else f"total score at step {row.step}"] = row.scores
+    grids[f"score at step {row.step}" if not row.parts else f"total score at step {row.step}"] = (
+        row.scores
+    )
     figure, axes = _panels(grids)
     for axis, (title, scores) in zip(axes, grids.items(), strict=True):
         highest = max((score for score in scores.values() if math.isfinite(score)), default=0.0)
         power = math.floor(math.log10(highest)) - 1 if highest > 0 else 0
         scaled = {name: score / 10.0**power for name, score in scores.items()}
         image = _heatmap(axis, title, scaled, highest / 10.0**power or 1.0, "{:.0f}")
-        figure.colorbar(image, ax=axis, label=f"value / 1e{power}" if power else "value", shrink=0.9)
+        figure.colorbar(
+            image, ax=axis, label=f"value / 1e{power}" if power else "value", shrink=0.9
+        )
     return save(figure, path)
 
 
@@ -66,8 +73,11 @@ def _panels(grids: Mapping[str, Mapping[str, float]]) -> tuple[Figure, list[Axes
     return figure, list(axes.flat[: len(tables)])
 
 
-def _heatmap(axis: Axes, title: str, values: Mapping[str, float], highest: float, text: str) -> AxesImage:
-    """Draw {target: value}, from 0 to `highest`, with every value written into its cell; NaN stays white."""
+def _heatmap(
+    axis: Axes, title: str, values: Mapping[str, float], highest: float, text: str
+) -> AxesImage:
+    """Draw {target: value}, from 0 to `highest`, with every value written into its cell; NaN stays
+    white."""
     table = by_kind(values)
     n_layers = 1 + max(layer for row in table.values() for layer in row)
     grid = np.full((len(table), n_layers), np.nan)
@@ -87,7 +97,8 @@ def _heatmap(axis: Axes, title: str, values: Mapping[str, float], highest: float
 
 
 def rank_steps(run: RunRecord, path: Path) -> Path:
-    """Draw the rank of every target over optimizer steps: a panel for each module kind, a colour for each layer.
+    """Draw the rank of every target over optimizer steps: a panel for each module kind, a colour
+    for each layer.
 
     A kind that occurs once (a pooler) is black.
     """
@@ -111,9 +122,13 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     for axis, (kind, row) in zip(axes.flat, table.items(), strict=False):
         for layer, ranks in row.items():
             once = len(row) == 1
-            shift = 0.0 if once else 0.5 * layer / (n_layers - 1) - 0.25  # equal ranks would hide one another
+            shift = (
+                0.0 if once else 0.5 * layer / (n_layers - 1) - 0.25
+            )  # equal ranks would hide one another
             colour = "black" if once else colours(layer)
-            axis.step(steps, [rank + shift for rank in ranks], where="post", color=colour, linewidth=1.1)
+            axis.step(
+                steps, [rank + shift for rank in ranks], where="post", color=colour, linewidth=1.1
+            )
         axis.set_title(kind, fontsize=8)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
@@ -138,14 +153,38 @@ def parameter_steps(run: RunRecord, path: Path) -> Path:
     budgets = [(row.step, row.budget) for row in run.history if row.budget is not None]
     if budgets:
         steps, values = zip(*budgets, strict=True)
-        axis.step([*steps, end], [*values, values[-1]], where="post", color="#f0a860", linewidth=4, label="budget")
+        axis.step(
+            [*steps, end],
+            [*values, values[-1]],
+            where="post",
+            color="#f0a860",
+            linewidth=4,
+            label="budget",
+        )
     steps = (0, *(row.step for row in run.history), end)
     counts = (first.parameters_before, *(row.parameters_after for row in run.history))
-    axis.step(steps, (*counts, counts[-1]), where="post", color="#1f4e79", linewidth=1.3, label="LoRA parameters")
-    for status, marker, colour in (("changed", "o", "#1f4e79"), ("kept", "|", "#777777"), ("refused", "x", "#c0392b")):
+    axis.step(
+        steps,
+        (*counts, counts[-1]),
+        where="post",
+        color="#1f4e79",
+        linewidth=1.3,
+        label="LoRA parameters",
+    )
+    for status, marker, colour in (
+        ("changed", "o", "#1f4e79"),
+        ("kept", "|", "#777777"),
+        ("refused", "x", "#c0392b"),
+    ):
         points = [(row.step, row.parameters_after) for row in run.history if row.status == status]
         if points:
-            axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, label=f"decision: {status}")
+            axis.plot(
+                *zip(*points, strict=True),
+                marker,
+                color=colour,
+                markersize=4,
+                label=f"decision: {status}",
+            )
     axis.set_ylim(0, 1.08 * max(*counts, *(value for _, value in budgets)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -174,7 +213,8 @@ def training_curve(run: RunRecord, path: Path) -> Path:
 
 
 def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: str) -> Path:
-    """Draw one horizontal bar for each (name, value, half width of its interval), the first on top."""
+    """Draw one horizontal bar for each (name, value, half width of its interval), the first on
+    top."""
     figure, axis = plt.subplots(figsize=(7, 0.9 + 0.38 * len(rows)), layout="constrained")
     names, values, errors = zip(*rows, strict=True)
     axis.barh(names, values, xerr=errors, color="#3b7dbb", ecolor="#222222", capsize=3)
@@ -185,9 +225,13 @@ def accuracy_bars(rows: list[tuple[str, float, float]], path: Path, *, label: st
 
 
 def adapter_spectra(
-    effective: Mapping[str, float], norms: Mapping[str, float], spectra: Mapping[str, Sequence[float]], path: Path
+    effective: Mapping[str, float],
+    norms: Mapping[str, float],
+    spectra: Mapping[str, Sequence[float]],
+    path: Path,
 ) -> Path:
-    """Draw an adapter: effective rank and norm over layers x module kinds, and the singular values of every target.
+    """Draw an adapter: effective rank and norm over layers x module kinds, and the singular values
+    of every target.
 
     Values that are not finite stay white; a target without an update has no line.
     """
@@ -208,7 +252,13 @@ def adapter_spectra(
     for number, (kind, rows) in enumerate(kinds.items()):
         for row in rows:
             positive = [value for value in row if value > 1e-9 * max(row)]
-            axes[2].plot(range(1, len(positive) + 1), positive, color=colours(number % 10), alpha=0.55, linewidth=1)
+            axes[2].plot(
+                range(1, len(positive) + 1),
+                positive,
+                color=colours(number % 10),
+                alpha=0.55,
+                linewidth=1,
+            )
         axes[2].plot([], [], color=colours(number % 10), label=kind)
     if any(max(row, default=0.0) > 0 for row in spectra.values()):
         axes[2].set_yscale("log")
@@ -222,10 +272,13 @@ def adapter_spectra(
 
 
 def save(figure: Figure, path: Path, *, close: bool = True) -> Path:
-    """Write `figure` as the file's suffix says, the same bytes for the same figure, and return the path."""
+    """Write `figure` as the file's suffix says, the same bytes for the same figure, and return the
+    path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
-        with plt.rc_context({"svg.hashsalt": path.stem}):  # or the same figure has other ids at every call
+        with plt.rc_context(
+            {"svg.hashsalt": path.stem}
+        ):  # or the same figure has other ids at every call
             figure.savefig(path, metadata={"Date": None})
     else:
         figure.savefig(path, dpi=130)

@@ -1,4 +1,5 @@
-"""The page: one file that opens from disk. Template, style and script are in `page/`, the data travel as JSON."""
+"""The page: one file that opens from disk. Template, style and script are in `page/`, the data
+travel as JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +17,17 @@ SCRIPTS = ("dom.js", "charts.js", "results.js", "one_run.js", "main.js")
 def render(title: str, data: dict[str, Any]) -> str:
     """Return the page that shows `data`. The same data give the same bytes.
 
-    Nothing in `data` can end its script element or start markup: `<`, `>` and `&` are written as JSON escapes, and the
-    page's security policy runs and styles only what is hashed here and fetches nothing.
+    Nothing in `data` can end its script element or start markup: `<`, `>` and `&` are written as
+    JSON escapes, and the page's security policy runs and styles only what is hashed here and
+    fetches nothing.
 
     Raises `ValueError` when a number in `data` is not finite: JSON has no word for it.
     """
     folder = files("adaptive_lora.report") / "page"
     style = (folder / "page.css").read_text(encoding="utf-8")
-    script = '"use strict";\n' + "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = '"use strict";\n' + "\n".join(
+        (folder / name).read_text(encoding="utf-8") for name in SCRIPTS
+    )
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 is escaped too
     parts = {
         "title": html.escape(title),

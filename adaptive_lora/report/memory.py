@@ -51,7 +51,10 @@ class PlanView(Protocol):
 
 def parts_of(account: Mapping[str, Any]) -> dict[str, int]:
     """Return an account with one number a part, in bytes."""
-    return {name: sum(part.values()) if isinstance(part, dict) else part for name, part in account.items()}
+    return {
+        name: sum(part.values()) if isinstance(part, dict) else part
+        for name, part in account.items()
+    }
 
 
 def show_plan(plan: PlanView, alternatives: Mapping[str, PlanView]) -> None:
@@ -70,7 +73,9 @@ def show_plan(plan: PlanView, alternatives: Mapping[str, PlanView]) -> None:
     table.add_row("LoRA parameters", *(f"{stage.parameters:,}" for stage in plan.stages))
     show(table)
     reserve = (
-        ", 1 GB of it left to CUDA and fragmentation" if plan.device == "cuda" else ", beside Python and its libraries"
+        ", 1 GB of it left to CUDA and fragmentation"
+        if plan.device == "cuda"
+        else ", beside Python and its libraries"
     )
     fit = ", ".join(f"{name} {'yes' if plan.fits(size) else 'no'}" for name, size in SIZES.items())
     print(f"fits in: {fit}{reserve}")
@@ -82,7 +87,9 @@ def show_plan(plan: PlanView, alternatives: Mapping[str, PlanView]) -> None:
         changes.add_column("peak, MB", justify="right")
         changes.add_column("fits in", justify="right")
         for what, other in alternatives.items():
-            smallest = next((name for name, size in SIZES.items() if other.fits(size)), "none of these")
+            smallest = next(
+                (name for name, size in SIZES.items() if other.fits(size)), "none of these"
+            )
             changes.add_row(what, _mb(other.peak), smallest)
         show(changes)
 
@@ -104,7 +111,10 @@ def write_plan(plan: PlanView, folder: Path) -> list[Path]:
     file = folder / "plan.json"
     text = json.dumps({"device": plan.device, "stages": stages, "notes": plan.notes}, indent=2)
     file.write_text(text + "\n", encoding="utf-8")
-    bars = {stage.name: {**parts_of(stage.account), "activations": stage.activations} for stage in plan.stages}
+    bars = {
+        stage.name: {**parts_of(stage.account), "activations": stage.activations}
+        for stage in plan.stages
+    }
     return [file, memory_bars(bars, folder / "plan.png")]
 
 
@@ -119,10 +129,22 @@ def memory_bars(
         axis.barh(list(bars), widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for name, peak in (measured or {}).items():
-        axis.plot(peak / 1e6, name, "k|", markersize=16, label="measured peak" if name == next(iter(bars)) else None)
+        axis.plot(
+            peak / 1e6,
+            name,
+            "k|",
+            markersize=16,
+            label="measured peak" if name == next(iter(bars)) else None,
+        )
     axis.invert_yaxis()
     axis.set_xlabel("MB")
-    axis.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.3 / len(bars)), frameon=False)
+    axis.legend(
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.25 - 0.3 / len(bars)),
+        frameon=False,
+    )
     return save(figure, path)
 
 

@@ -1,4 +1,5 @@
-"""What the page shows, as one JSON value: the record of a study, long series thinned, numbers rounded."""
+"""What the page shows, as one JSON value: the record of a study, long series thinned, numbers
+rounded."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ COLOURS = 9  # --m0 ... --m8 in page.css; 0 is the baseline's
 
 
 def page_data(study: StudyRecord) -> dict[str, Any]:
-    """Return the data of the page, in JSON's types and without NaN: what is not finite is null. A pure function."""
+    """Return the data of the page, in JSON's types and without NaN: what is not finite is null. A
+    pure function."""
     methods = study.methods
     number = {method: i for i, method in enumerate(methods)}
     axes = further_axes(study)
@@ -27,30 +29,46 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
     grids: list[dict[str, Any]] = []
     runs = [_run(study, run, number[run.method], axes, grids, kept) for run in study.runs]
     return {
-        "study": {"metric": label(study.head.metric), "greater_is_better": study.head.greater_is_better},
+        "study": {
+            "metric": label(study.head.metric),
+            "greater_is_better": study.head.greater_is_better,
+        },
         "facts": facts(study),
         "rule": rule(study),
         "notes": [*noise_notes(study), *remarks(study), *study.notes],
         "problems": study.problems,
         "footer": [*environment_lines(study.environment), _thinning(study, kept)],
         "methods": [
-            {"name": name, "colour": colour_number(study, name), "baseline": name == study.head.baseline}
+            {
+                "name": name,
+                "colour": colour_number(study, name),
+                "baseline": name == study.head.baseline,
+            }
             for name in methods
         ],
         "tasks": _distinct([*(run.task for run in study.runs), *(row.task for row in study.table)]),
-        "models": _distinct([*(run.model for run in study.runs), *(row.model for row in study.table)]),
-        "budgets": _distinct([*(run.budget for run in study.runs), *(row.budget for row in study.table)]),
+        "models": _distinct(
+            [*(run.model for run in study.runs), *(row.model for row in study.table)]
+        ),
+        "budgets": _distinct(
+            [*(run.budget for run in study.runs), *(row.budget for row in study.table)]
+        ),
         "axes": axes,
         "digits": digits(study),
         "table": [_table_row(row, number[row.method], axes) for row in study.table],
-        "wins": [{"method": number[method], **counts} for method, counts in study.wins.items() if method in number],
+        "wins": [
+            {"method": number[method], **counts}
+            for method, counts in study.wins.items()
+            if method in number
+        ],
         "grids": grids,
         "runs": runs,
     }
 
 
 def colour_number(study: StudyRecord, method: str) -> int:
-    """Return which colour a method has everywhere: 0 is the baseline's, the others follow the order of the grid."""
+    """Return which colour a method has everywhere: 0 is the baseline's, the others follow the order
+    of the grid."""
     place = study.methods.index(method)
     first = 0 if study.methods[0] == study.head.baseline else 1
     return 0 if (place, first) == (0, 0) else 1 + (place - 1 + first) % (COLOURS - 1)
@@ -75,33 +93,48 @@ def axis_name(axis: str) -> str:
 
 
 def further_axes(study: StudyRecord) -> list[str]:
-    """Return the axes of the grid that have no column of their own; the label of a budget is made of rank or budget."""
+    """Return the axes of the grid that have no column of their own; the label of a budget is made
+    of rank or budget."""
     known = {"method", "task", "model", "budget", "learning_rate", "training.learning_rate", "seed"}
-    return [axis for axis in study.head.axes if axis not in known | {"method.rank", "method.budget"}]
+    return [
+        axis for axis in study.head.axes if axis not in known | {"method.rank", "method.budget"}
+    ]
 
 
 def facts(study: StudyRecord) -> str:
     """Return the size of the study in a sentence."""
-    states = {state: sum(run.status == state for run in study.runs) for state in ("ok", "failed", "missing", "skipped")}
+    states = {
+        state: sum(run.status == state for run in study.runs)
+        for state in ("ok", "failed", "missing", "skipped")
+    }
     counted = ", ".join(f"{count} {state}" for state, count in states.items() if count) or "none"
     sizes = ((len(values), axis_name(axis)) for axis, values in study.head.axes.items())
-    shape = " × ".join(f"{size} {axis}{'s' if size != 1 and not axis.endswith('s') else ''}" for size, axis in sizes)
+    shape = " × ".join(
+        f"{size} {axis}{'s' if size != 1 and not axis.endswith('s') else ''}"
+        for size, axis in sizes
+    )
     return f"{shape or 'No axes'}. {len(study.runs)} runs: {counted}."
 
 
 def rule(study: StudyRecord) -> str:
     """Return by which rule settings were chosen, from how many trials, and what is reported."""
     trials = sorted({row.trials for row in study.table})
-    many = f"; trials a row: {trials[0]}" + (f" to {trials[-1]}" if trials[1:] else "") if trials else ""
+    many = (
+        f"; trials a row: {trials[0]}" + (f" to {trials[-1]}" if trials[1:] else "")
+        if trials
+        else ""
+    )
     choice, better = study.head.selection, "higher" if study.head.greater_is_better else "lower"
     chosen = ", ".join(axis_name(axis) for axis in choice.axes)
     selected = (
-        f"Selection of {chosen}: {choice.rule}, {choice.description} of {label(choice.metric)}{many}."
+        f"Selection of {chosen}: {choice.rule}, {choice.description} of "
+        f"{label(choice.metric)}{many}."
         if choice.axes
         else f"Nothing was selected{many}."
     )
     return (
-        f"{selected} Reported: {label(study.head.metric)}, {better} is better. Intervals are 95 % over seeds; differences "
+        f"{selected} Reported: {label(study.head.metric)}, {better} is better. Intervals are 95 % "
+        "over seeds; differences "
         f"are against {study.head.baseline} on equal seeds, their p corrected over methods (Holm)."
     )
 
@@ -110,7 +143,11 @@ def noise_notes(study: StudyRecord) -> list[str]:
     """Return the noise floors in one sentence, and those that are unknown in another."""
     precision = digits(study)
     floors, unknown, further = [], [], further_axes(study)
-    several = [name for name in ("task", "model", "budget") if len({getattr(row, name) for row in study.table}) > 1]
+    several = [
+        name
+        for name in ("task", "model", "budget")
+        if len({getattr(row, name) for row in study.table}) > 1
+    ]
     for floor in study.noise_floor:
         where = [getattr(floor, name) for name in several]
         where += [f"{name} {value}" for name, value in floor.settings.items() if name in further]
@@ -123,34 +160,47 @@ def noise_notes(study: StudyRecord) -> list[str]:
     notes = []
     if floors:
         notes.append(
-            f"Noise floor: 95 % of the differences between two means of {study.head.baseline}, from other seeds each, lie "
+            f"Noise floor: 95 % of the differences between two means of {study.head.baseline}, "
+            "from other seeds each, lie "
             f"within {'; '.join(floors)}."
         )
     if unknown:
         of = f" of {'; '.join(unknown)}" if any(unknown) else ""
-        notes.append(f"The noise floor{of} is unknown: it takes two seeds of {study.head.baseline}.")
+        notes.append(
+            f"The noise floor{of} is unknown: it takes two seeds of {study.head.baseline}."
+        )
     return notes
 
 
 def environment_lines(environment: Mapping[str, Any]) -> list[str]:
     """Return the environment as lines of text, a nested mapping on a line of its own."""
-    flat = [f"{name}: {value}" for name, value in environment.items() if not isinstance(value, Mapping)]
+    flat = [
+        f"{name}: {value}" for name, value in environment.items() if not isinstance(value, Mapping)
+    ]
     nested = {name: value for name, value in environment.items() if isinstance(value, Mapping)}
     lines = [" · ".join(flat)] if flat else []
-    return lines + [f"{name}: " + " · ".join(f"{k} {v}" for k, v in value.items()) for name, value in nested.items()]
+    return lines + [
+        f"{name}: " + " · ".join(f"{k} {v}" for k, v in value.items())
+        for name, value in nested.items()
+    ]
 
 
 def digits(study: StudyRecord) -> dict[str, int]:
-    """Return the decimals of each task's figures: those that show two digits of the median half interval, 1 to 5."""
+    """Return the decimals of each task's figures: those that show two digits of the median half
+    interval, 1 to 5."""
     halves: dict[str, list[float]] = {}
     for row in study.table:
         if row.ci95 is not None and row.ci95[1] > row.ci95[0]:
             halves.setdefault(row.task, []).append((row.ci95[1] - row.ci95[0]) / 2)
-    return {task: min(5, max(1, 1 - math.floor(math.log10(median(values))))) for task, values in halves.items()}
+    return {
+        task: min(5, max(1, 1 - math.floor(math.log10(median(values)))))
+        for task, values in halves.items()
+    }
 
 
 def remark(row: TableRow) -> str | None:
-    """Return what must be said beside a row, such as that its parameters are not the baseline's; None where nothing."""
+    """Return what must be said beside a row, such as that its parameters are not the baseline's;
+    None where nothing."""
     if row.parameters_equal is False:
         return row.note or "LoRA parameters differ from the baseline's by more than one component"
     return row.note
@@ -163,10 +213,12 @@ def remarks(study: StudyRecord) -> list[str]:
         if (said := remark(row)) is not None:
             rows.setdefault((row.method, said), []).append(row)
     where = {
-        key: "; ".join(" ".join(filter(None, (row.task, row.budget))) for row in some) for key, some in rows.items()
+        key: "; ".join(" ".join(filter(None, (row.task, row.budget))) for row in some)
+        for key, some in rows.items()
     }
     return [
-        f"{method}: {said}" + (f" ({where[method, said]})." if where[method, said] else ".") for method, said in rows
+        f"{method}: {said}" + (f" ({where[method, said]})." if where[method, said] else ".")
+        for method, said in rows
     ]
 
 
@@ -203,7 +255,12 @@ def _table_row(row: TableRow, method: int, axes: Sequence[str]) -> dict[str, Any
 
 
 def _run(
-    study: StudyRecord, run: Run, method: int, axes: Sequence[str], grids: list[dict[str, Any]], kept: int
+    study: StudyRecord,
+    run: Run,
+    method: int,
+    axes: Sequence[str],
+    grids: list[dict[str, Any]],
+    kept: int,
 ) -> dict[str, Any]:
     details, costs = study.details[run.id], study.costs[run.id]
     row: dict[str, Any] = {
@@ -241,13 +298,18 @@ def _run(
 
 
 def _grid(names: list[str], grids: list[dict[str, Any]]) -> int:
-    """Return the number of the grid of these targets, adding it when it is new: most runs share one."""
+    """Return the number of the grid of these targets, adding it when it is new: most runs share
+    one."""
     for number, grid in enumerate(grids):
         if grid["names"] == names:
             return number
     table = by_kind({name: i for i, name in enumerate(names)})
-    places = {i: (kind, layer) for kind, row in enumerate(table.values()) for layer, i in row.items()}
-    lost = [i for i in range(len(names)) if i not in places]  # two names with one kind and layer: rows of their own
+    places = {
+        i: (kind, layer) for kind, row in enumerate(table.values()) for layer, i in row.items()
+    }
+    lost = [
+        i for i in range(len(names)) if i not in places
+    ]  # two names with one kind and layer: rows of their own
     for extra, i in enumerate(lost):
         places[i] = (len(table) + extra, 0)
     grids.append(
@@ -275,13 +337,15 @@ def _decision(number: int, decision: Decision, names: Sequence[str]) -> dict[str
     if any(decision.scores.values()) or decision.parts:
         row["scores"] = [_round(decision.scores.get(name), 3) for name in names]
         row["parts"] = {
-            part: [_round(scores.get(name), 3) for name in names] for part, scores in decision.parts.items()
+            part: [_round(scores.get(name), 3) for name in names]
+            for part, scores in decision.parts.items()
         }
     return row
 
 
 def decisions_kept(study: StudyRecord) -> int:
-    """Return how many decisions of a run are kept, at least 2, so that all runs together have at most `CELLS` cells."""
+    """Return how many decisions of a run are kept, at least 2, so that all runs together have at
+    most `CELLS` cells."""
     cells = 0
     for run in study.runs:
         history = study.details[run.id].history
@@ -291,7 +355,8 @@ def decisions_kept(study: StudyRecord) -> int:
 
 
 def evenly(items: Sequence[Item], most: int) -> list[tuple[int, Item]]:
-    """Return at most `most` (2 or more) of `items` with their numbers from 1, evenly spaced, the first and last among them.
+    """Return at most `most` (2 or more) of `items` with their numbers from 1, evenly spaced, the
+    first and last among them.
 
     >>> evenly("abcdefg", 3)
     [(1, 'a'), (4, 'd'), (7, 'g')]
@@ -331,12 +396,21 @@ def _round(value: Any, figures: int) -> float | None:
 
 
 def _plain(value: Any) -> str | int | float | bool | None:
-    return value if isinstance(value, str | int | bool) or value is None else _round(value, 7) or str(value)
+    return (
+        value
+        if isinstance(value, str | int | bool) or value is None
+        else _round(value, 7) or str(value)
+    )
 
 
 def _thinning(study: StudyRecord, kept: int) -> str:
     longest = max((len(details.history) for details in study.details.values()), default=0)
-    cut = f"; of more than {kept} decisions in a run, {kept} are kept, evenly spaced" if longest > kept else ""
+    cut = (
+        f"; of more than {kept} decisions in a run, {kept} are kept, evenly spaced"
+        if longest > kept
+        else ""
+    )
     return (
-        f"Curves are thinned to {CURVE_POINTS} points, evenly spaced{cut}. Losses have 4 significant figures, scores 3."
+        f"Curves are thinned to {CURVE_POINTS} points, evenly spaced{cut}. Losses have 4 "
+        "significant figures, scores 3."
     )

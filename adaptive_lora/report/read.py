@@ -28,9 +28,11 @@ KEYS = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a report needs of a run. `ranks` are those of the saved tensors; a target without tensors has rank 0.
+    """What a report needs of a run. `ranks` are those of the saved tensors; a target without
+    tensors has rank 0.
 
-    `history` has one `Decision` a row of `allocations.jsonl`, and none when the method never changes ranks.
+    `history` has one `Decision` a row of `allocations.jsonl`, and none when the method never
+    changes ranks.
     """
 
     folder: Path
@@ -44,8 +46,9 @@ class RunRecord:
 def read_run(folder: str | Path) -> RunRecord:
     """Read the run in `folder`.
 
-    Raises `InputError` when there is no finished run, `IntegrityError` when a file is damaged, the saved tensors do not
-    have the ranks that `result.json` states, or the decisions do not lead from the initial ranks to those.
+    Raises `InputError` when there is no finished run, `IntegrityError` when a file is damaged, the
+    saved tensors do not have the ranks that `result.json` states, or the decisions do not lead from
+    the initial ranks to those.
     """
     path = Path(folder)
     result_file = path / "result.json"
@@ -54,12 +57,21 @@ def read_run(folder: str | Path) -> RunRecord:
     result = _json(result_file)
     missing = KEYS - result.keys() if isinstance(result, dict) else KEYS
     if missing:
-        raise IntegrityError(f"{result_file} is not the result of a run: it lacks {', '.join(sorted(missing))}")
+        raise IntegrityError(
+            f"{result_file} is not the result of a run: it lacks {', '.join(sorted(missing))}"
+        )
     metrics = read_metrics(path / "metrics.jsonl")
     ranks, initial = dict(result["ranks"]), dict(result["initial_ranks"])
     if result["status"] == "ok":
         check_tensors(path, ranks)
-    return RunRecord(path, result, metrics, ranks, initial, read_history(path / "allocations.jsonl", initial, ranks))
+    return RunRecord(
+        path,
+        result,
+        metrics,
+        ranks,
+        initial,
+        read_history(path / "allocations.jsonl", initial, ranks),
+    )
 
 
 def _json(file: Path) -> Any:
@@ -70,7 +82,8 @@ def _json(file: Path) -> Any:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`, [] without it. Raises `IntegrityError` when a line is not an object."""
+    """Return the rows of a `metrics.jsonl`, [] without it. Raises `IntegrityError` when a line is
+    not an object."""
     rows = []
     try:
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -83,18 +96,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def check_tensors(folder: Path, ranks: dict[str, int]) -> None:
-    """Raise `IntegrityError` unless the tensors saved in the run directory have `ranks`; one without tensors has 0."""
+    """Raise `IntegrityError` unless the tensors saved in the run directory have `ranks`; one
+    without tensors has 0."""
     tensors = tensor_ranks(folder / "adapter" / "adapter_model.safetensors")
     saved = {name: tensors.pop(name, 0) for name in ranks} | tensors
     if saved != ranks:
         odd = next(name for name in saved if saved[name] != ranks.get(name))
         raise IntegrityError(
-            f"{folder}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says {ranks.get(odd)}"
+            f"{folder}: the saved adapter has rank {saved[odd]} for {odd!r}, result.json says "
+            f"{ranks.get(odd)}"
         )
 
 
 def read_history(file: Path, initial: dict[str, int], final: dict[str, int]) -> list[Decision]:
-    """Return the decisions in `file`, [] without it, after replaying them from `initial` to `final`."""
+    """Return the decisions in `file`, [] without it, after replaying them from `initial` to
+    `final`."""
     if not file.is_file():
         return []
     history: list[Decision] = []
@@ -104,12 +120,15 @@ def read_history(file: Path, initial: dict[str, int], final: dict[str, int]) -> 
             _check(row, history[-1] if history else None, initial)
             history.append(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{file} is damaged: row {len(history) + 1} is not a decision: {error}") from error
+        raise IntegrityError(
+            f"{file} is damaged: row {len(history) + 1} is not a decision: {error}"
+        ) from error
     last = history[-1].pattern if history else initial
     if last != final:
         odd = next(name for name in last | final if last.get(name) != final.get(name))
         raise IntegrityError(
-            f"{file}: the decisions end with rank {last.get(odd)} for {odd!r}, the run with {final.get(odd)}"
+            f"{file}: the decisions end with rank {last.get(odd)} for {odd!r}, the run with "
+            f"{final.get(odd)}"
         )
     return history
 
@@ -121,8 +140,14 @@ def _check(row: Decision, before: Decision | None, initial: dict[str, int]) -> N
     for numbers in ({"seconds": row.seconds}, row.scores, *row.parts.values()):
         if not all(isinstance(number, int | float) for number in numbers.values()):
             raise ValueError("a score, or seconds, is not a number")
-    counts = {"step": row.step, "parameters_before": row.parameters_before, "parameters_after": row.parameters_after}
-    for name, count in (counts | row.bytes_after | row.pattern | {"budget": row.budget or 0}).items():
+    counts = {
+        "step": row.step,
+        "parameters_before": row.parameters_before,
+        "parameters_after": row.parameters_after,
+    }
+    for name, count in (
+        counts | row.bytes_after | row.pattern | {"budget": row.budget or 0}
+    ).items():
         if not isinstance(count, int):
             raise ValueError(f"{name} is {count!r}, expected an integer")
     if row.pattern != replay(before.pattern if before else initial, [row]):

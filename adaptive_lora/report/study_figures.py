@@ -1,4 +1,5 @@
-"""Figures of a study, each as PNG and SVG. Methods have the colours and marks that they have on the page."""
+"""Figures of a study, each as PNG and SVG. Methods have the colours and marks that they have on the
+page."""
 
 from __future__ import annotations
 
@@ -22,14 +23,26 @@ from adaptive_lora.report.figures import rank_figure, save
 from adaptive_lora.report.page_data import CURVE_POINTS, colour_number, curve, evenly, label
 from adaptive_lora.report.study_read import Run, StudyRecord, TableRow, pareto_front
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; dark grey is the baseline. As in page.css.
-COLOURS = ("#3d444d", "#0072b2", "#d55e00", "#009e73", "#b8548e", "#c98a00", "#3aa5dd", "#7a5195", "#8c6d46")
+# Okabe and Ito's colours, told apart with every kind of colour vision; dark grey is the baseline.
+# As in page.css.
+COLOURS = (
+    "#3d444d",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b8548e",
+    "#c98a00",
+    "#3aa5dd",
+    "#7a5195",
+    "#8c6d46",
+)
 MARKERS = "os^DPv"
 Item = TypeVar("Item", Run, TableRow)
 
 
 def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
-    """Draw into `folder` every figure that the study has data for, as PNG and as SVG, and return the PNG files."""
+    """Draw into `folder` every figure that the study has data for, as PNG and as SVG, and return
+    the PNG files."""
     drawn: list[Path] = []
     kinds: dict[str, Callable[[StudyRecord], Figure | None]] = {
         "quality": quality,
@@ -37,7 +50,8 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
         "loss": loss_curves,
         "cost": cost,
     }
-    # Names are text and no formulas, whatever they contain; a sign that the font lacks is a box and no warning.
+    # Names are text and no formulas, whatever they contain; a sign that the font lacks is a box and
+    # no warning.
     with plt.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
@@ -52,7 +66,9 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
                     f"{_cut(method)}: initial ranks": run.initial_ranks,
                     f"{_cut(method)}: final ranks": run.ranks,
                 }
-                name = f"ranks-{number}-{re.sub(r'[^a-z0-9]+', '-', method.lower()).strip('-')[:40]}"
+                name = (
+                    f"ranks-{number}-{re.sub(r'[^a-z0-9]+', '-', method.lower()).strip('-')[:40]}"
+                )
                 drawn.append(_save(rank_figure(patterns), folder / f"{name}.png"))
     return drawn
 
@@ -74,11 +90,19 @@ def quality(study: StudyRecord) -> Figure | None:
             style = _style(study, row.method)
             if row.ci95:
                 axis.plot(
-                    row.ci95, (place, place), color=style["color"], linewidth=2.4, alpha=0.55, solid_capstyle="round"
+                    row.ci95,
+                    (place, place),
+                    color=style["color"],
+                    linewidth=2.4,
+                    alpha=0.55,
+                    solid_capstyle="round",
                 )
             axis.plot(row.mean or 0.0, place, **style)
         budgets = len({row.budget for row in rows}) > 1
-        names = [_cut(f"{row.method}, {row.budget}" if budgets and row.budget else row.method) for row in rows]
+        names = [
+            _cut(f"{row.method}, {row.budget}" if budgets and row.budget else row.method)
+            for row in rows
+        ]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.25)
@@ -117,7 +141,11 @@ def pareto(study: StudyRecord) -> Figure | None:
 
 def loss_curves(study: StudyRecord) -> Figure | None:
     """Draw the training loss of the runs in the table, a panel for each task and model."""
-    drawn = [run for run in study.runs if run.id in study.in_table and curve(study.details[run.id].metrics, "loss")]
+    drawn = [
+        run
+        for run in study.runs
+        if run.id in study.in_table and curve(study.details[run.id].metrics, "loss")
+    ]
     groups = _groups(study, drawn)
     if not groups:
         return None
@@ -126,7 +154,12 @@ def loss_curves(study: StudyRecord) -> Figure | None:
         for run in runs:
             shown = evenly(curve(study.details[run.id].metrics, "loss"), CURVE_POINTS)
             points = [(step, float("nan") if loss is None else loss) for _, (step, loss) in shown]
-            axis.plot(*zip(*points, strict=True), color=_style(study, run.method)["color"], linewidth=0.9, alpha=0.7)
+            axis.plot(
+                *zip(*points, strict=True),
+                color=_style(study, run.method)["color"],
+                linewidth=0.9,
+                alpha=0.7,
+            )
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.set_title(_cut(title), fontsize=9)
@@ -137,21 +170,32 @@ def loss_curves(study: StudyRecord) -> Figure | None:
 
 
 def cost(study: StudyRecord) -> Figure | None:
-    """Draw training time and peak memory of the runs in the table: the median as a bar, a run as a mark."""
+    """Draw training time and peak memory of the runs in the table: the median as a bar, a run as a
+    mark."""
     runs = [run for run in study.runs if run.id in study.in_table]
     times = {run.id: study.costs[run.id].train_seconds for run in runs}
     peaks = {run.id: study.costs[run.id].peak_memory_bytes for run in runs}
     memory = {identity: peak / 2**20 if peak else None for identity, peak in peaks.items()}
-    measures = [(name, values) for name, values in (("seconds", times), ("peak MiB", memory)) if any(values.values())]
+    measures = [
+        (name, values)
+        for name, values in (("seconds", times), ("peak MiB", memory))
+        if any(values.values())
+    ]
     methods = [method for method in study.methods if any(run.method == method for run in runs)]
     if not measures:
         return None
     figure, axes = _panels(len(measures), 4.4, 1.0 + 0.36 * len(methods))
     for axis, (name, values) in zip(axes, measures, strict=True):
         for place, method in enumerate(methods):
-            own = [value for run in runs if run.method == method and (value := values[run.id]) is not None]
+            own = [
+                value
+                for run in runs
+                if run.method == method and (value := values[run.id]) is not None
+            ]
             if own:
-                axis.barh(place, median(own), height=0.55, color=_style(study, method)["color"], alpha=0.8)
+                axis.barh(
+                    place, median(own), height=0.55, color=_style(study, method)["color"], alpha=0.8
+                )
                 axis.plot(own, [place] * len(own), "|", color="#222222", markersize=9)
         axis.set_yticks(range(len(methods)), [_cut(method) for method in methods], fontsize=8)
         axis.invert_yaxis()
@@ -161,17 +205,21 @@ def cost(study: StudyRecord) -> Figure | None:
 
 
 def _points(rows: Sequence[TableRow]) -> tuple[list[float], list[float]]:
-    return [float(row.lora_parameters or 0) for row in rows], [float(row.mean or 0.0) for row in rows]
+    return [float(row.lora_parameters or 0) for row in rows], [
+        float(row.mean or 0.0) for row in rows
+    ]
 
 
 def _cut(text: str) -> str:
-    """Return `text` on one line, its middle left out where it is longer than 60 signs: ends tell settings apart."""
+    """Return `text` on one line, its middle left out where it is longer than 60 signs: ends tell
+    settings apart."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:24]} … {line[-33:]}"
 
 
 def _metric(study: StudyRecord) -> str:
-    return f"{_cut(label(study.head.metric))}, {'higher' if study.head.greater_is_better else 'lower'} is better"
+    better = "higher" if study.head.greater_is_better else "lower"
+    return f"{_cut(label(study.head.metric))}, {better} is better"
 
 
 def _groups(study: StudyRecord, rows: Sequence[Item]) -> dict[str, list[Item]]:
@@ -204,7 +252,11 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     columns = min(count, 3)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows + 0.4), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(width * columns, height * rows + 0.4),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat[count:]:
         axis.set_visible(False)

@@ -1,6 +1,7 @@
 """A study directory as a record: `results.json`, and what the run directories beside it hold.
 
-Whatever is damaged is left out and named in `problems`; only without a readable `results.json` there is nothing to report.
+Whatever is damaged is left out and named in `problems`; only without a readable `results.json`
+there is nothing to report.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Row = TypeVar("Row", bound=BaseModel)
 
 
 class _Row(BaseModel):
-    """What a report needs of a record in `adaptive_lora.study.records`; the rest is ignored, NaN is refused."""
+    """What a report needs of a record in `adaptive_lora.study.records`; the rest is ignored, NaN is
+    refused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -117,7 +119,8 @@ class Costs(_Row):
 
 @dataclass(frozen=True)
 class Details:
-    """What the run directory holds: log rows, decisions, and bytes by `MEMORY_PARTS` where the run says so."""
+    """What the run directory holds: log rows, decisions, and bytes by `MEMORY_PARTS` where the run
+    says so."""
 
     folder: Path | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -145,7 +148,9 @@ class StudyRecord:
     def methods(self) -> list[str]:
         """Every method, the baseline first, then in the order of the grid."""
         known = [str(name) for name in self.head.axes.get("method", [])]
-        names = dict.fromkeys([*known, *(row.method for row in self.table), *(run.method for run in self.runs)])
+        names = dict.fromkeys(
+            [*known, *(row.method for row in self.table), *(run.method for run in self.runs)]
+        )
         return sorted(names, key=lambda name: name != self.head.baseline)
 
     @property
@@ -158,9 +163,16 @@ class StudyRecord:
         return run.metrics.get(self.head.metric) if run.status == "ok" else None
 
     def representative(self, method: str) -> Run | None:
-        """Return the run of `method` whose ranks are shown: in the table, with decisions, the first seed; None without."""
-        runs = [run for run in self.runs if run.method == method and run.ranks and run.status == "ok"]
-        return min(runs, key=lambda run: (run.id not in self.in_table, not self.details[run.id].history), default=None)
+        """Return the run of `method` whose ranks are shown: in the table, with decisions, the first
+        seed; None without."""
+        runs = [
+            run for run in self.runs if run.method == method and run.ranks and run.status == "ok"
+        ]
+        return min(
+            runs,
+            key=lambda run: (run.id not in self.in_table, not self.details[run.id].history),
+            default=None,
+        )
 
 
 def is_study(folder: str | Path) -> bool:
@@ -169,18 +181,24 @@ def is_study(folder: str | Path) -> bool:
 
 
 def read_study(folder: str | Path) -> StudyRecord:
-    """Read the study in `folder`: its `results.json`, or, while there is none, what its runs have left so far.
+    """Read the study in `folder`: its `results.json`, or, while there is none, what its runs have
+    left so far.
 
-    Raises `InputError` when there are no results, `IntegrityError` when `results.json` is damaged or of another version.
+    Raises `InputError` when there are no results, `IntegrityError` when `results.json` is damaged
+    or of another version.
     """
     path, problems = Path(folder), list[str]()
     file = path / RESULTS_FILE
     if not is_study(path):
         raise InputError(f"{path} holds no study: it has neither {RESULTS_FILE} nor {PLAN_FILE}")
-    record = _read_json(file) if file.is_file() else dict(analyse(path))  # whose notes say what is missing
+    record = (
+        _read_json(file) if file.is_file() else dict(analyse(path))
+    )  # whose notes say what is missing
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
-        raise IntegrityError(f"{file} has version {version!r}, this release reads version {VERSION}")
+        raise IntegrityError(
+            f"{file} has version {version!r}, this release reads version {VERSION}"
+        )
     try:
         head = Head.model_validate(record.get("study"))
     except ValidationError as error:
@@ -204,11 +222,14 @@ def read_study(folder: str | Path) -> StudyRecord:
 
 
 def pareto_front(rows: Sequence[TableRow], *, greater_is_better: bool) -> list[TableRow]:
-    """Return the rows that no other beats: by parameters ascending, each better than all that are cheaper."""
+    """Return the rows that no other beats: by parameters ascending, each better than all that are
+    cheaper."""
     sign = 1 if greater_is_better else -1
     front: list[TableRow] = []
     known = [
-        (row.lora_parameters, sign * row.mean, row) for row in rows if row.mean is not None and row.lora_parameters
+        (row.lora_parameters, sign * row.mean, row)
+        for row in rows
+        if row.mean is not None and row.lora_parameters
     ]
     best = -math.inf
     for _, quality, row in sorted(known, key=lambda item: (item[0], -item[1])):
@@ -238,7 +259,9 @@ def _rows(kind: type[Row], rows: Any, name: str, file: Path, problems: list[str]
     good = []
     for number, row in enumerate(rows, start=1):
         try:
-            good.append(kind.model_validate_json(json.dumps(row)))  # JSON has no tuples: a list is one here
+            good.append(
+                kind.model_validate_json(json.dumps(row))
+            )  # JSON has no tuples: a list is one here
         except ValidationError as error:
             known = f" ({row['id']})" if isinstance(row, dict) and "id" in row else ""
             problems.append(f"{file.name}: {name} {number}{known} is left out: {_first(error)}")
@@ -260,7 +283,9 @@ def _unique(runs: Sequence[Run], file: Path, problems: list[str]) -> list[Run]:
         if run.id in seen:
             problems.append(f"{file.name}: run {run.id} occurs twice; the first is used")
         elif Path(run.id).name != run.id or run.id == "..":
-            problems.append(f"{file.name}: run {run.id!r} is left out: its id is not the name of a directory")
+            problems.append(
+                f"{file.name}: run {run.id!r} is left out: its id is not the name of a directory"
+            )
         else:
             seen[run.id] = run
     return list(seen.values())
@@ -285,17 +310,22 @@ def _wins(wins: dict[str, Any], file: Path, problems: list[str]) -> dict[str, di
 
 
 def _costs(given: Any, file: Path, problems: list[str]) -> dict[str, Costs]:
-    """Return {run id: costs}, `given` or from the file; without either, or from damaged ones, none."""
+    """Return {run id: costs}, `given` or from the file; without either, or from damaged ones,
+    none."""
     try:
         entries = given if given is not None else _read_json(file) if file.is_file() else {}
         return {identity: Costs.model_validate(costs) for identity, costs in entries.items()}
     except (IntegrityError, ValidationError, AttributeError) as error:
-        problems.append(f"{file.name} is not used: {_first(error) if isinstance(error, ValidationError) else error}")
+        problems.append(
+            f"{file.name} is not used: "
+            f"{_first(error) if isinstance(error, ValidationError) else error}"
+        )
         return {}
 
 
 def _details(folder: Path, run: Run, problems: list[str]) -> Details:
-    """Return what the run directory adds to `run`. A file that contradicts it is not used, the others are."""
+    """Return what the run directory adds to `run`. A file that contradicts it is not used, the
+    others are."""
     if not folder.is_dir() or run.status == "skipped":
         return Details()
     metrics: list[dict[str, Any]] = []
@@ -329,6 +359,9 @@ def _memory(file: Path) -> dict[str, int] | None:
     if not isinstance(memory, dict):
         return None
     # The base is given by type: of the floats, the packed weights, their scales.
-    sums = {name: sum(part.values()) if isinstance(part, dict) else part for name, part in memory.items()}
+    sums = {
+        name: sum(part.values()) if isinstance(part, dict) else part
+        for name, part in memory.items()
+    }
     parts = {name: sums[name] for name in MEMORY_PARTS if isinstance(sums.get(name), int)}
     return parts or None

@@ -1,4 +1,5 @@
-"""A study as text: `report.md`, `results.csv`, and the table of the terminal. Pure functions of the record."""
+"""A study as text: `report.md`, `results.csv`, and the table of the terminal. Pure functions of the
+record."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ COLUMNS = (
 
 
 def csv_text(study: StudyRecord) -> str:
-    """Return one row a run: its settings, what became of it, every metric (`metric:NAME`), every further axis (`axis:NAME`).
+    """Return one row a run: its settings, what became of it, every metric (`metric:NAME`), every
+    further axis (`axis:NAME`).
 
     Text that a spreadsheet would take for a formula gets a quotation mark before it.
     """
@@ -53,21 +55,30 @@ def csv_text(study: StudyRecord) -> str:
     metrics = sorted({name for run in study.runs for name in run.metrics})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"axis:{name}" for name in axes), *(f"metric:{name}" for name in metrics)])
+    writer.writerow(
+        [*COLUMNS, *(f"axis:{name}" for name in axes), *(f"metric:{name}" for name in metrics)]
+    )
     for run in study.runs:
         costs = study.costs[run.id]
         row = run.model_dump() | costs.model_dump() | {"in_table": run.id in study.in_table}
         values = [*(row[name] for name in COLUMNS), *(run.settings.get(name) for name in axes)]
-        writer.writerow([_harmless(value) for value in [*values, *(run.metrics.get(name) for name in metrics)]])
+        writer.writerow(
+            [_harmless(value) for value in [*values, *(run.metrics.get(name) for name in metrics)]]
+        )
     return out.getvalue()
 
 
 def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+        else value
+    )
 
 
 def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
-    """Return `report.md`. `figures` are paths relative to it; text from files cannot become markup."""
+    """Return `report.md`. `figures` are paths relative to it; text from files cannot become
+    markup."""
     name = _text(study.head.name)
     parts = [f"# {name}", _text(facts(study)), "## Results", _text(rule(study))]
     if study.table:
@@ -79,9 +90,13 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
     parts.append("\n".join(f"- {_text(note)}" for note in notes))
     if study.wins:
         counts = [
-            [method, *(str(wins[kind]) for kind in ("win", "tie", "loss"))] for method, wins in study.wins.items()
+            [method, *(str(wins[kind]) for kind in ("win", "tie", "loss"))]
+            for method, wins in study.wins.items()
         ]
-        parts += [f"## Against {_text(study.head.baseline)}", _table(["method", "wins", "ties", "losses"], counts)]
+        parts += [
+            f"## Against {_text(study.head.baseline)}",
+            _table(["method", "wins", "ties", "losses"], counts),
+        ]
     parts += ["## Figures", "The same and more, to sort and filter: [report.html](report.html)."]
     parts += [f"![{_text(path.rsplit('/')[-1].removesuffix('.png'))}]({path})" for path in figures]
     failed = [run for run in study.runs if run.status != "ok"]
@@ -100,16 +115,25 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
     ]
     parts.append("## Failures")
     header = ["run", "status", "method", "task", "budget", "lr", "seed", "reason"]
-    parts.append(_table(header, rows) if rows else "No run failed." if study.runs else "There are no runs.")
+    parts.append(
+        _table(header, rows) if rows else "No run failed." if study.runs else "There are no runs."
+    )
     if study.problems:
-        parts += ["Files that could not be used:", "\n".join(f"- {_text(problem)}" for problem in study.problems)]
+        parts += [
+            "Files that could not be used:",
+            "\n".join(f"- {_text(problem)}" for problem in study.problems),
+        ]
     environment = environment_lines(study.environment)
-    parts += ["## Environment", "\n".join(f"- {_text(line)}" for line in environment) or "Not recorded."]
+    parts += [
+        "## Environment",
+        "\n".join(f"- {_text(line)}" for line in environment) or "Not recorded.",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
-    """The table of the study for the terminal, without the columns in which all rows are equal or that do not fit."""
+    """The table of the study for the terminal, without the columns in which all rows are equal or
+    that do not fit."""
     table = Table(
         title=escape(study.head.name),
         box=box.SIMPLE_HEAD,
@@ -126,7 +150,9 @@ def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
     ]
     for row, cells in zip(study.table, rows, strict=True):
         if row.ci95:
-            cells[figure] += f" ± {(row.ci95[1] - row.ci95[0]) / 2:.{digits(study).get(row.task, 4)}f}"
+            cells[figure] += (
+                f" ± {(row.ci95[1] - row.ci95[0]) / 2:.{digits(study).get(row.task, 4)}f}"
+            )
     needed = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in shown}
     for name in ("lr", "model", "p (Holm)", "parameters", "seeds"):
         if sum(needed[column] for column in shown) > width and name in shown:
@@ -146,7 +172,9 @@ def _cells(study: StudyRecord, row: TableRow) -> dict[str, str]:
     """Return {column: text} of one row of the table."""
     places = digits(study).get(row.task, 4)
     comparison = row.comparison
-    settings = {name: _plain({**row.settings, **row.chosen}.get(name)) for name in further_axes(study)}
+    settings = {
+        name: _plain({**row.settings, **row.chosen}.get(name)) for name in further_axes(study)
+    }
     return {
         "method": row.method,
         "task": row.task,
@@ -159,12 +187,20 @@ def _cells(study: StudyRecord, row: TableRow) -> dict[str, str]:
         "difference": _number(comparison.difference if comparison else None, places, sign="+"),
         "its 95 % interval": _interval(comparison.ci95 if comparison else None, places, sign="+"),
         "p (Holm)": _p(comparison.p_holm if comparison else None),
-        "verdict": (comparison.verdict if comparison else "baseline" if row.method == study.head.baseline else None)
+        "verdict": (
+            comparison.verdict
+            if comparison
+            else "baseline"
+            if row.method == study.head.baseline
+            else None
+        )
         or "–",
         "parameters": _count(row.lora_parameters) + (" ≠" if row.parameters_equal is False else ""),
         "lr": _plain(row.learning_rate),
         "trials": str(row.trials),
-        "seeds": str(row.seeds) if row.seeds == len(row.runs) else f"{row.seeds} of {len(row.runs)}",
+        "seeds": str(row.seeds)
+        if row.seeds == len(row.runs)
+        else f"{row.seeds} of {len(row.runs)}",
     }
 
 
@@ -197,11 +233,20 @@ def _text(value: str) -> str:
     line = " ".join(str(value).split())
     for mark in "\\`*_[]|#~$":
         line = line.replace(mark, f"\\{mark}")
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", ":&#47;/")
+    return (
+        line.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("://", ":&#47;/")
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[_text(name) for name in header], ["---"] * len(header), *([_text(cell) for cell in row] for row in rows)]
+    lines = [
+        [_text(name) for name in header],
+        ["---"] * len(header),
+        *([_text(cell) for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -222,7 +267,8 @@ def print_study(study: StudyRecord) -> None:
 
 
 def _failures(study: StudyRecord) -> list[str]:
-    """Return a line for each run that is not ok, one for all that have the same reason, at most 12."""
+    """Return a line for each run that is not ok, one for all that have the same reason, at most
+    12."""
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in study.runs:
         if run.status != "ok":
@@ -232,4 +278,8 @@ def _failures(study: StudyRecord) -> list[str]:
     for (status, reason), runs in alike.items():
         one = f"{runs[0].id}, {runs[0].method}, seed {runs[0].seed}"
         lines.append(f"{status}: {one if len(runs) == 1 else f'{len(runs)} runs'}: {reason}")
-    return lines if len(lines) <= ROWS else [*lines[:ROWS], f"and {len(lines) - ROWS} more; all are in report.md"]
+    return (
+        lines
+        if len(lines) <= ROWS
+        else [*lines[:ROWS], f"and {len(lines) - ROWS} more; all are in report.md"]
+    )

@@ -1,4 +1,5 @@
-"""The reports of a study: table on the terminal, `report.md`, `results.csv`, `report.html`, figures."""
+"""The reports of a study: table on the terminal, `report.md`, `results.csv`, `report.html`,
+figures."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ FIGURES = "figures"
 
 
 def report_study(folder: str | Path) -> list[Path]:
-    """Print the table of the study in `folder`, write its reports beside its results, and return their paths.
+    """Print the table of the study in `folder`, write its reports beside its results, and return
+    their paths.
 
-    `report.md`, `results.csv`, `report.html` and `figures/` are written anew, each whole or not at all; the same study
-    gives the same bytes.
+    `report.md`, `results.csv`, `report.html` and `figures/` are written anew, each whole or not at
+    all; the same study gives the same bytes.
 
-    Raises `InputError` when there are no results or the folder cannot be written to, `IntegrityError` when
-    `results.json` is damaged. Anything else that is damaged is left out and named in the reports.
+    Raises `InputError` when there are no results or the folder cannot be written to,
+    `IntegrityError` when `results.json` is damaged. Anything else that is damaged is left out and
+    named in the reports.
     """
     study = read_study(folder)
     print_study(study)
@@ -54,4 +57,7 @@ def _write(study: StudyRecord) -> list[Path]:
             os.replace(figure, study.folder / FIGURES / figure.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return [*(study.folder / name for name in texts), *(study.folder / FIGURES / figure.name for figure in drawn)]
+    return [
+        *(study.folder / name for name in texts),
+        *(study.folder / FIGURES / figure.name for figure in drawn),
+    ]

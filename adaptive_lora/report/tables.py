@@ -30,7 +30,9 @@ def rank_table(ranks: dict[str, int]) -> Table:
     table.add_column("ranks", overflow="fold")
     table.add_column("sum", justify="right")
     for kind, row in by_kind(ranks).items():
-        table.add_row(kind, " ".join(f"{row[layer]:>2}" for layer in sorted(row)), str(sum(row.values())))
+        table.add_row(
+            kind, " ".join(f"{row[layer]:>2}" for layer in sorted(row)), str(sum(row.values()))
+        )
     return table
 
 
@@ -38,19 +40,29 @@ def summary_table(run: RunRecord) -> Table:
     """What the run was and what came out."""
     table = Table(title=escape(str(run.folder)), show_header=False)
     result = run.result
-    table.add_row("status", result["status"] if result["status"] == "ok" else escape(f"failed: {result['reason']}"))
+    table.add_row(
+        "status",
+        result["status"] if result["status"] == "ok" else escape(f"failed: {result['reason']}"),
+    )
     table.add_row("model, task", escape(f"{result['model']}, {result['task']}"))
     table.add_row("method, seed", f"{result['method']}, {result['seed']}")
     budget = result["budget_parameters"]
     table.add_row(
-        "LoRA parameters", f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else "")
+        "LoRA parameters",
+        f"{result['lora_parameters']:,}" + (f" of a budget of {budget:,}" if budget else ""),
     )
     if "train_seconds" in result:
         table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
     if "memory" in result:
         table.add_row("memory", _memory(result))
-    before = next((row for row in run.metrics if row.get("step") == 0), {})  # there with training.eval_on_start
-    names = [n for n in result["metrics"] if n.startswith("eval_") and not n.endswith(("runtime", "per_second"))]
+    before = next(
+        (row for row in run.metrics if row.get("step") == 0), {}
+    )  # there with training.eval_on_start
+    names = [
+        n
+        for n in result["metrics"]
+        if n.startswith("eval_") and not n.endswith(("runtime", "per_second"))
+    ]
     for name in sorted(names, key=lambda name: name != result.get("metric")):
         start = f"{_number(before[name])} before training, " if name in before else ""
         table.add_row(name.removeprefix("eval_"), start + _number(result["metrics"][name]))
@@ -59,10 +71,18 @@ def summary_table(run: RunRecord) -> Table:
 
 def _memory(result: dict[str, Any]) -> str:
     """Return the account of the end of the training, and the measured peak beside it."""
-    parts = {name: sum(part.values()) if isinstance(part, dict) else part for name, part in result["memory"].items()}
+    parts = {
+        name: sum(part.values()) if isinstance(part, dict) else part
+        for name, part in result["memory"].items()
+    }
     shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
-    peak, before = result["peak_memory_bytes"] / 2**20, result["process_memory_before_bytes"] / 2**20
-    return f"MiB: {shown}; peak of the process {peak:,.0f}, before the model was loaded {before:,.0f}"
+    peak, before = (
+        result["peak_memory_bytes"] / 2**20,
+        result["process_memory_before_bytes"] / 2**20,
+    )
+    return (
+        f"MiB: {shown}; peak of the process {peak:,.0f}, before the model was loaded {before:,.0f}"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -70,9 +90,12 @@ def _number(value: float | None) -> str:
 
 
 def decision_table(history: Sequence[Decision]) -> Table:
-    """At most 12 decisions, evenly spaced from the first to the last, and how many of which status there were."""
+    """At most 12 decisions, evenly spaced from the first to the last, and how many of which status
+    there were."""
     shown = sorted({round(i * (len(history) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in history).items())
+    counts = ", ".join(
+        f"{n} {status}" for status, n in Counter(row.status for row in history).items()
+    )
     left_out = len(history) - len(shown)
     rest = f"; {left_out} {'row' if left_out == 1 else 'rows'} left out" if left_out else ""
     table = Table(title=f"Rank decisions: {counts}{rest}")
@@ -89,13 +112,16 @@ def decision_table(history: Sequence[Decision]) -> Table:
             f"{memory / 2**20:,.2f}",
             f"{1000 * row.seconds:,.1f}",
         )
-    table.caption = "parameters and ranks after the decision; MiB of adapters, their gradients and optimizer state"
+    table.caption = (
+        "parameters and ranks after the decision; MiB of adapters, their gradients and optimizer "
+        "state"
+    )
     return table
 
 
 def adapter_table(rows: Sequence[tuple[str, ...]], title: str) -> Table:
-    """One row a target of an adapter: (module kind, layer, shape, rank, scale, norm, effective rank, needed for 99 % and
-    99.9 %)."""
+    """One row a target of an adapter: (module kind, layer, shape, rank, scale, norm, effective
+    rank, needed for 99 % and 99.9 %)."""
     table = Table(title=escape(title))
     table.add_column("module kind", overflow="fold")
     for name in ("layer", "O x I", "rank", "scale", "norm", "eff.", "99 %", "99.9 %"):
@@ -110,7 +136,8 @@ def adapter_table(rows: Sequence[tuple[str, ...]], title: str) -> Table:
 
 
 def kept_table(after: dict[str, int], kept: dict[str, float]) -> Table:
-    """One row a module kind: its new ranks and the energy kept, from the first layer to the last."""
+    """One row a module kind: its new ranks and the energy kept, from the first layer to the
+    last."""
     table = Table(title="After compression, first layer to last")
     table.add_column("module kind", overflow="fold")
     table.add_column("ranks", overflow="fold")
@@ -125,5 +152,6 @@ def kept_table(after: dict[str, int], kept: dict[str, float]) -> Table:
 
 
 def _percent(share: float) -> str:
-    """Return whole percent, rounded down, so that 100 means all; `-` where there was nothing to keep."""
+    """Return whole percent, rounded down, so that 100 means all; `-` where there was nothing to
+    keep."""
     return "  -" if share != share else f"{int(100 * share + 1e-9):>3}"

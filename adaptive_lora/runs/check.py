@@ -1,4 +1,5 @@
-"""What a model will see of the data, before anything is trained. Needs the tokenizer, not the weights."""
+"""What a model will see of the data, before anything is trained. Needs the tokenizer, not the
+weights."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from adaptive_lora.recipe.config import RunConfig
-from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.runs.loading import load_task
+from adaptive_lora.tasks.data import load_splits
 
 SHOWN, LONGEST_SHOWN = 3, 600  # records; characters of one
 
 
 def check(config: RunConfig, width: int = 100) -> Iterator[str]:
-    """Yield lines: the records, classes, lengths and cuts of every split, repeated inputs, and the first records as the
-    model reads them. Raises what training would: `InputError` on data that cannot be trained on."""
+    """Yield lines: the records, classes, lengths and cuts of every split, repeated inputs, and the
+    first records as the model reads them. Raises what training would: `InputError` on data that
+    cannot be trained on."""
     task = load_task(config)
     splits = load_splits(config.data)
     task.learn(splits.train)
@@ -29,8 +31,11 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
         shown = task.show(train[number])
         if len(shown) > LONGEST_SHOWN:
             half = LONGEST_SHOWN // 2
-            shown = f"{shown[:half]} [... {len(shown) - LONGEST_SHOWN:,} characters ...] {shown[-half:]}"
-        yield "\n".join(textwrap.fill(line, width, drop_whitespace=False) for line in shown.split("\n"))
+            left_out = len(shown) - LONGEST_SHOWN
+            shown = f"{shown[:half]} [... {left_out:,} characters ...] {shown[-half:]}"
+        yield "\n".join(
+            textwrap.fill(line, width, drop_whitespace=False) for line in shown.split("\n")
+        )
 
 
 def _repeats(features: dict[str, Dataset]) -> Iterator[str]:

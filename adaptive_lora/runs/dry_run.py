@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from adaptive_lora.allocation.adaptation import At
 from adaptive_lora.allocation.budget import Cubic
-from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.methods import Method
+from adaptive_lora.recipe.config import RunConfig
 
 STEPS = 2
 
@@ -19,7 +19,8 @@ STEPS = 2
 def two_steps(config: RunConfig) -> dict[str, Any]:
     """Return the fields of `TrainingArguments` to override."""
     overrides = {"max_steps": STEPS, "save_strategy": "no", "load_best_model_at_end": False}
-    if config.training["eval_strategy"] != "no":  # a method that waits for evaluations needs one before the end
+    # a method that waits for evaluations needs one before the end
+    if config.training["eval_strategy"] != "no":
         overrides |= {"eval_strategy": "steps", "eval_steps": 1}
     return overrides
 
@@ -30,8 +31,8 @@ def few(features: Dataset, arguments: TrainingArguments) -> Dataset:
 
 
 def soon(method: Method) -> Method:
-    """Return the method with its decisions in a dry run: after step 1, and after each when there are several. Times given
-    in steps, such as 200 of warm-up, would not fit."""
+    """Return the method with its decisions in a dry run: after step 1, and after each when there
+    are several. Times given in steps, such as 200 of warm-up, would not fit."""
     adaptation = method.adaptation
     if adaptation is None or not isinstance(adaptation.when, At):
         return method

@@ -1,4 +1,5 @@
-"""What a training will need, from its recipe and the model's configuration alone: no weights, no data, no storage."""
+"""What a training will need, from its recipe and the model's configuration alone: no weights, no
+data, no storage."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from transformers import AutoConfig
 
 from adaptive_lora import methods
 from adaptive_lora.allocation.adaptation import MaskedByPeft
-from adaptive_lora.model.adapters import adapters, all_weights, attach, base_of, lora_parameters
 from adaptive_lora.allocation.allocate import RankPattern, proportional
-from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.errors import InputError
 from adaptive_lora.hub import locate_model
+from adaptive_lora.model.adapters import adapters, all_weights, attach, base_of, lora_parameters
 from adaptive_lora.model.memory import account, statistics_bytes, total
 from adaptive_lora.model.quantization import check_plain, compute_dtype, left_out
-from adaptive_lora.runs.simulation import Shapes, pack, step_bytes
 from adaptive_lora.model.targets import Target, find_targets, head_modules
+from adaptive_lora.recipe.config import RunConfig
+from adaptive_lora.runs.simulation import Shapes, pack, step_bytes
 from adaptive_lora.tasks import TASKS
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,7 +32,8 @@ MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}  # of an optimize
 
 @dataclass(frozen=True)
 class Stage:
-    """Memory at one moment of the schedule, in bytes. `exact` is False where ranks are bounds, chosen by the training."""
+    """Memory at one moment of the schedule, in bytes. `exact` is False where ranks are bounds,
+    chosen by the training."""
 
     name: str
     parameters: int  # LoRA parameters
@@ -59,21 +61,25 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
     def fits(self, size: int) -> bool:
-        """True when the training fits in `size` bytes of a device, with what CUDA keeps for itself."""
+        """True when the training fits in `size` bytes of a device, with what CUDA keeps for
+        itself."""
         return self.peak + (CUDA_RESERVE if self.device == "cuda" else 0) <= size
 
 
 def plan(config: RunConfig, *, device: str | None = None) -> Plan:
-    """Return the memory that the training of `config` needs, for its batch size and `data.max_length`.
+    """Return the memory that the training of `config` needs, for its batch size and
+    `data.max_length`.
 
-    peak = base + head + adapters + gradients + optimizer + statistics + activations, at the start and at the end of the
-    schedule. Activations are those of a simulated step (see `simulation`); all else is counted on a model without storage.
+    peak = base + head + adapters + gradients + optimizer + statistics + activations, at the start
+    and at the end of the schedule. Activations are those of a simulated step (see `simulation`);
+    all else is counted on a model without storage.
 
     Args:
         config: a recipe; of its data only `max_length`, `max_target_length` and `classes` matter.
         device: "cpu" or "cuda"; None: what is here. On CUDA attention is taken to be fused.
 
-    Raises `InputError` for a model whose configuration cannot be read, or that is quantised already.
+    Raises `InputError` for a model whose configuration cannot be read, or that is quantised
+    already.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     method = methods.build(config.method.name, config.method.arguments)
@@ -92,24 +98,36 @@ def plan(config: RunConfig, *, device: str | None = None) -> Plan:
         last = _stage("end", config, device, static, _model(config, device, static))
         stages.append(replace(last, exact=exact))
         if not exact:
-            notes.append("the ranks at the end are chosen by the training; counted is the most the method allows")
+            notes.append(
+                "the ranks at the end are chosen by the training; counted is the most the method "
+                "allows"
+            )
     if config.training["optim"] not in MOMENTS:
-        notes.append(f"optimizer {config.training['optim']}: its state is not known here and counted as that of AdamW")
+        notes.append(
+            f"optimizer {config.training['optim']}: its state is not known here and counted as "
+            "that of AdamW"
+        )
     return Plan(stages, device, notes)
 
 
 def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -> tuple[int, Plan]:
-    """Return the largest budget in LoRA parameters with which the training fits in `size` bytes, and its plan.
+    """Return the largest budget in LoRA parameters with which the training fits in `size` bytes,
+    and its plan.
 
-    The peak is all but linear in the budget: a line through two plans gives a guess, which is then planned, and lowered
-    while it does not fit. Raises `InputError` when nothing fits, or the method takes no budget.
+    The peak is all but linear in the budget: a line through two plans gives a guess, which is then
+    planned, and lowered while it does not fit. Raises `InputError` when nothing fits, or the method
+    takes no budget.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     targets = find_targets(_skeleton(config, device), config.adapters.targets)
 
     def planned(budget: int) -> Plan:
-        arguments = {k: v for k, v in config.method.arguments.items() if k not in ("rank", "budget")}
-        changed = config.method.model_validate({"name": config.method.name, **arguments, "budget": budget})
+        arguments = {
+            k: v for k, v in config.method.arguments.items() if k not in ("rank", "budget")
+        }
+        changed = config.method.model_validate(
+            {"name": config.method.name, **arguments, "budget": budget}
+        )
         return plan(config.model_copy(update={"method": changed}), device=device)
 
     reserve = CUDA_RESERVE if device == "cuda" else 0
@@ -119,8 +137,10 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
     low = planned(least)
     if not low.fits(size):
         raise InputError(
-            f"even rank 1 on every target needs {low.peak / 1e9:.2f} GB{' and CUDA 1 GB' if reserve else ''}, more than "
-            f"{size / 1e9:.2f} GB: lower the batch size or data.max_length, turn training.gradient_checkpointing on, or "
+            f"even rank 1 on every target needs {low.peak / 1e9:.2f} "
+            f"GB{' and CUDA 1 GB' if reserve else ''}, more than "
+            f"{size / 1e9:.2f} GB: lower the batch size or data.max_length, turn "
+            "training.gradient_checkpointing on, or "
             "set quantization: nf4"
         )
     second = min(most, 8 * least)
@@ -136,18 +156,29 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
 
 
 def alternatives(config: RunConfig, *, device: str | None = None) -> dict[str, Plan]:
-    """Return plans of the same training with one thing changed that saves memory, by what is changed."""
+    """Return plans of the same training with one thing changed that saves memory, by what is
+    changed."""
     batch = config.training["per_device_train_batch_size"]
     changes: dict[str, Callable[[], dict[str, Any]]] = {}
     if not config.checkpointing:
-        changes["training.gradient_checkpointing: true"] = lambda: _training(config, gradient_checkpointing=True)
+        changes["training.gradient_checkpointing: true"] = lambda: _training(
+            config, gradient_checkpointing=True
+        )
     if config.quantization == "none":
         changes["quantization: nf4"] = lambda: {"quantization": "nf4"}
     if batch > 1:
         steps = config.training.get("gradient_accumulation_steps", 1)
-        smaller = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": 2 * steps}
-        changes[f"batch size {batch // 2}, twice the accumulation"] = lambda: _training(config, **smaller)
-    return {what: plan(config.model_copy(update=change()), device=device) for what, change in changes.items()}
+        smaller = {
+            "per_device_train_batch_size": batch // 2,
+            "gradient_accumulation_steps": 2 * steps,
+        }
+        changes[f"batch size {batch // 2}, twice the accumulation"] = lambda: _training(
+            config, **smaller
+        )
+    return {
+        what: plan(config.model_copy(update=change()), device=device)
+        for what, change in changes.items()
+    }
 
 
 def _training(config: RunConfig, **values: Any) -> dict[str, Any]:
@@ -162,13 +193,19 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
     if found is None or float(found[1]) <= 0:
-        raise InputError(f"memory size is {text!r}; expected a number and a unit, such as 24GB or 8GiB")
+        raise InputError(
+            f"memory size is {text!r}; expected a number and a unit, such as 24GB or 8GiB"
+        )
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _skeleton(config: RunConfig, device: str) -> Any:
-    """Return the base model without storage, quantised modules replaced by stand-ins of their size."""
-    where = {"trust_remote_code": config.trust_remote_code, "local_files_only": locate_model(config.model)}
+    """Return the base model without storage, quantised modules replaced by stand-ins of their
+    size."""
+    where = {
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": locate_model(config.model),
+    }
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
@@ -179,17 +216,24 @@ def _skeleton(config: RunConfig, device: str) -> Any:
         if config.quantization != "none":
             check_plain(model_config, config.model)
         dtype = _base_dtype(config, model_config, device)
-        if device == "cuda":  # its fused kernels keep no matrix of attention weights, with dropout neither
+        # its fused kernels keep no matrix of attention weights, with dropout neither
+        if device == "cuda":
             for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
                 if getattr(model_config, name, 0):
                     setattr(model_config, name, 0.0)
         with torch.device("meta"):
             code = {"trust_remote_code": config.trust_remote_code}
-            model = TASKS[config.task].model_class(model_config).from_config(model_config, dtype=dtype, **code)
+            model = (
+                TASKS[config.task]
+                .model_class(model_config)
+                .from_config(model_config, dtype=dtype, **code)
+            )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(f"cannot plan {config.task} with the model {config.model!r}: {error}") from error
+        raise InputError(
+            f"cannot plan {config.task} with the model {config.model!r}: {error}"
+        ) from error
     if config.quantization != "none":
         pack(model, config.quantization, dtype, device)
         for name in head_modules(model):
@@ -208,17 +252,22 @@ def _model(config: RunConfig, device: str, method: methods.Method) -> PeftModel:
     base = _skeleton(config, device)
     settings = config.adapters
     with torch.device("meta"):
-        return attach(base, method, settings.targets, scale=settings.scale, dropout=settings.dropout)
+        return attach(
+            base, method, settings.targets, scale=settings.scale, dropout=settings.dropout
+        )
 
 
-def _stage(name: str, config: RunConfig, device: str, method: methods.Method, model: PeftModel) -> Stage:
+def _stage(
+    name: str, config: RunConfig, device: str, method: methods.Method, model: PeftModel
+) -> Stage:
     parts = account(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = MOMENTS.get(config.training["optim"], 2)
     # A moment has the type of its parameter; Adam's step count is one float.
     parts["optimizer"] = moments * parts["gradients"] + (4 * len(trained) if moments else 0)
     if isinstance(method.adaptation, MaskedByPeft):
-        parts["statistics"] = 3 * parts["adapters"]  # PEFT keeps a score, its mean and its spread for each parameter
+        # PEFT keeps a score, its mean and its spread for each parameter
+        parts["statistics"] = 3 * parts["adapters"]
     elif method.adaptation is not None:
         pairs = {target: all_weights(layer) for target, layer in adapters(model).items()}
         parts["statistics"] = statistics_bytes(method.adaptation.importance.start(pairs))
@@ -253,7 +302,8 @@ def _inputs(config: RunConfig, model: PeftModel) -> Shapes:
         return {"pixel_values": (torch.float32, pixels)}
     tokens = {"input_ids": (whole, (batch, length)), "attention_mask": (whole, (batch, length))}
     if config.task in ("classification", "regression"):
-        return tokens  # DeBERTa picks records by their labels, which have no values here; its loss weighs nothing
+        # DeBERTa picks records by their labels, which have no values here; its loss weighs nothing
+        return tokens
     if config.task == "question_answering":
         return {**tokens, "start_positions": (whole, rows), "end_positions": (whole, rows)}
     if getattr(base_config, "is_encoder_decoder", False):

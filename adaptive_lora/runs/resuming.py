@@ -11,23 +11,25 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adaptive_lora import methods
-from adaptive_lora.recipe.config import RunConfig, parse
-from adaptive_lora.training.controller import STATE_FILE, TENSOR_FILE
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.files import read_recipe
+from adaptive_lora.recipe.config import RunConfig, parse
+from adaptive_lora.training.controller import STATE_FILE, TENSOR_FILE
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 
 
 def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
-    """Return the checkpoint to resume from, or None for a fresh run. Raises unless the folder is fit for it."""
+    """Return the checkpoint to resume from, or None for a fresh run. Raises unless the folder is
+    fit for it."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file; expected a folder")
     holds_run = folder.is_dir() and any(folder.iterdir())
     if not resume:
         if holds_run:
             raise InputError(
-                f"output folder {folder} is not empty; use --resume to go on with the run there, or another folder"
+                f"output folder {folder} is not empty; use --resume to go on with the run there, "
+                "or another folder"
             )
         return None
     if not (folder / CONFIG_FILE).is_file():
@@ -38,19 +40,24 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None
         raise IntegrityError(f"the run in {folder} cannot be resumed: {error}") from None
     differing = _differences(before, config)
     if differing:
-        raise IntegrityError(f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}")
+        raise IntegrityError(
+            f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}"
+        )
     checkpoints = folder / CHECKPOINT_FOLDER
     dynamic = methods.build(config.method.name, config.method.arguments).adaptation is not None
     return _newest_whole_checkpoint(checkpoints, dynamic=dynamic)
 
 
 def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:
-    """Return the newest checkpoint that is whole, and say which newer ones are not: a kill in mid-save leaves one."""
+    """Return the newest checkpoint that is whole, and say which newer ones are not: a kill in
+    mid-save leaves one."""
 
     def number(path: Path) -> str:
         return path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
-    found = (path for path in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(path).isdecimal())
+    found = (
+        path for path in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(path).isdecimal()
+    )
     refused = []
     for checkpoint in sorted(found, key=lambda path: int(number(path)), reverse=True):
         try:
@@ -62,16 +69,20 @@ def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:
             print(f"{reason}; resuming from {checkpoint.name}", flush=True)
         return str(checkpoint)
     if refused:
-        raise IntegrityError(f"{'; '.join(refused)}; remove {checkpoints} to train from the start with --resume")
+        raise IntegrityError(
+            f"{'; '.join(refused)}; remove {checkpoints} to train from the start with --resume"
+        )
     return None
 
 
 def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
-    """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on without a missing
-    optimizer or random-number state."""
+    """Raise `IntegrityError` unless all that a resume reads is there and whole; the Trainer goes on
+    without a missing optimizer or random-number state."""
     for path in (checkpoint, *checkpoint.glob("*")):
         if path.is_symlink():
-            raise IntegrityError(f"{path} is a symbolic link; a checkpoint is resumed only from files of its own")
+            raise IntegrityError(
+                f"{path} is a symbolic link; a checkpoint is resumed only from files of its own"
+            )
     state_files = ("trainer_state.json", *([STATE_FILE] if dynamic else []))
     tensor_files = ("adapter_model.safetensors", *([TENSOR_FILE] if dynamic else []))
     for name in (*state_files, *tensor_files, "optimizer.pt", "scheduler.pt", "rng_state*.pth"):
@@ -98,7 +109,13 @@ def _differences(before: RunConfig, now: RunConfig) -> list[str]:
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
             return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+        return {
+            k: v
+            for key, item in value.items()
+            for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()
+        }
 
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
+    return sorted(
+        key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key)
+    )

@@ -17,21 +17,21 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora import methods
-from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
-from adaptive_lora.training.callback import AdaptiveRankCallback
-from adaptive_lora.recipe.config import RunConfig
-from adaptive_lora.training.controller import NeverDecidedError
-from adaptive_lora.tasks.data import load_splits
-from adaptive_lora.runs.dry_run import few, soon, two_steps
-from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
 from adaptive_lora.allocation.history import HISTORY_FILE
-from adaptive_lora.runs.loading import load_model, load_task
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
+from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.model.memory import account, peak_memory, process_memory
 from adaptive_lora.model.quantization import compute_dtype, left_out
-from adaptive_lora.runs.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
 from adaptive_lora.model.targets import coverage, find_targets
+from adaptive_lora.recipe.config import RunConfig
+from adaptive_lora.runs.dry_run import few, soon, two_steps
+from adaptive_lora.runs.loading import load_model, load_task
+from adaptive_lora.runs.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
+from adaptive_lora.tasks.data import load_splits
+from adaptive_lora.training.callback import AdaptiveRankCallback
+from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, finite, use_progress
 
 METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
@@ -48,12 +48,13 @@ WIDTH = 100  # columns of the terminal
 def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the content of `result.json`.
 
-    Everything that can be wrong with the request is found before the run directory is made. Training that diverges
-    or changes nothing leaves `result.json` with status "failed" and raises. A dry run draws the model's weights at random
-    and takes two steps.
+    Everything that can be wrong with the request is found before the run directory is made.
+    Training that diverges or changes nothing leaves `result.json` with status "failed" and raises.
+    A dry run draws the model's weights at random and takes two steps.
 
-    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `NothingLearnedError` (no update),
-    `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that cannot be resumed as asked).
+    Raises `InputError` (bad request), `DivergedError` (NaN or infinity), `NothingLearnedError` (no
+    update), `NeverDecidedError` (no decision), `IntegrityError` (a damaged file, or a run that
+    cannot be resumed as asked).
     """
     folder = Path(config.output)
     checkpoint = check_folder(folder, config, resume=resume)
@@ -61,7 +62,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
     try:
         return _train(config, folder, checkpoint, dry_run=dry_run)
     except InputError:
-        # Some faults come out only when the Trainer starts. What is in the folder then is ours: it was empty or absent.
+        # Some faults come out only when the Trainer starts. What is in the folder then is ours: it
+        # was empty or absent.
         metrics = folder / METRICS_FILE
         if not resume and not (metrics.is_file() and metrics.stat().st_size):
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +72,9 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
         raise
 
 
-def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool) -> dict[str, Any]:
+def _train(
+    config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool
+) -> dict[str, Any]:
     method = methods.build(config.method.name, config.method.arguments)
     task = load_task(config)
     overrides: dict[str, Any] = {"output_dir": str(folder / CHECKPOINT_FOLDER), **task.training}
@@ -106,7 +110,8 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
     initial_ranks = ranks(model)
 
     try:
-        TaskTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]  # is it installed?
+        # Is the optimizer installed?
+        TaskTrainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
         trainer = TaskTrainer(
             model=model,
             args=arguments,
@@ -150,7 +155,11 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
         if main_process:
             _write_result(
                 folder,
-                {**failure, **_facts(config, model, method, initial_ranks, trainer.optimizer, before), "metrics": {}},
+                {
+                    **failure,
+                    **_facts(config, model, method, initial_ranks, trainer.optimizer, before),
+                    "metrics": {},
+                },
             )
         raise
     result = {
@@ -172,23 +181,34 @@ def _train(config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: 
 def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
     """Raise `InputError` for what the Trainer would find out only when it gets there."""
     if metric is not None and metric not in task.metrics:
-        raise InputError(f"metric is {metric!r}.{nearest(metric, task.metrics)} Known here: {', '.join(task.metrics)}")
+        raise InputError(
+            f"metric is {metric!r}.{nearest(metric, task.metrics)} Known here: "
+            f"{', '.join(task.metrics)}"
+        )
     known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *task.metrics)]
     wanted = arguments.metric_for_best_model
     if wanted is not None and wanted not in known:
         raise InputError(
-            f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: {', '.join(known)}"
+            f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: "
+            f"{', '.join(known)}"
         )
     if arguments.fp16 and arguments.device.type == "cpu":
-        raise InputError("training.fp16 is true and there is no GPU; expected bf16, or neither for float32")
+        raise InputError(
+            "training.fp16 is true and there is no GPU; expected bf16, or neither for float32"
+        )
     if arguments.dataloader_num_workers < 0:
         raise InputError(
-            f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a whole number >= 0"
+            f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a "
+            "whole number >= 0"
         )
 
 
 def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:
-    return [AdaptiveRankCallback(method, folder / HISTORY_FILE)] if method.adaptation is not None else []
+    return (
+        [AdaptiveRankCallback(method, folder / HISTORY_FILE)]
+        if method.adaptation is not None
+        else []
+    )
 
 
 def _describe(model: PeftModel, method: methods.Method) -> str:
@@ -200,9 +220,14 @@ def _describe(model: PeftModel, method: methods.Method) -> str:
 
 
 def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
-    """Return the metrics of the model as it is at the end, evaluating only if the last log row is not that."""
+    """Return the metrics of the model as it is at the end, evaluating only if the last log row is
+    not that."""
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
-    evaluated = rows and rows[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    evaluated = (
+        rows
+        and rows[-1]["step"] == trainer.state.global_step
+        and not trainer.args.load_best_model_at_end
+    )
     metrics = rows[-1] if evaluated else trainer.evaluate()
     # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
     return {key: value for key, value in sorted(metrics.items()) if key.startswith("eval_")}
@@ -216,7 +241,8 @@ def _facts(
     optimizer: Any,
     before: int,
 ) -> dict[str, Any]:
-    """Return what is true of the run whether it succeeded or not, read from the model and not from the plan."""
+    """Return what is true of the run whether it succeeded or not, read from the model and not from
+    the plan."""
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "method": method.name,

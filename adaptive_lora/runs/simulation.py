@@ -1,7 +1,7 @@
 """One training step without storage: what forward and backward hold at their peak.
 
-Fake tensors go through the model's own code on the operations a CPU takes; every storage they would have is counted from
-the moment it is made until nothing refers to it any more.
+Fake tensors go through the model's own code on the operations a CPU takes; every storage they would
+have is counted from the moment it is made until nothing refers to it any more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class LiveBytes(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
         self._alive: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         outcome = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(outcome):
             if isinstance(leaf, torch.Tensor):
@@ -61,14 +63,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_bytes(
-    model: nn.Module, inputs: Shapes, *, checkpointing: bool = False, autocast: torch.dtype | None = None
+    model: nn.Module,
+    inputs: Shapes,
+    *,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> int:
-    """Return the peak bytes of activations, temporaries and gradients in one forward and backward pass.
+    """Return the peak bytes of activations, temporaries and gradients in one forward and backward
+    pass.
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
-        inputs: {argument: (type, shape)} of one batch, taken to hold padding; without labels the loss is a stand-in over the
-            logits.
+        inputs: {argument: (type, shape)} of one batch, taken to hold padding; without labels the
+            loss is a stand-in over the logits.
         checkpointing: whether the layers' activations are computed anew in the backward pass.
         autocast: the type of mixed precision, None for none.
     """
@@ -81,7 +88,9 @@ def step_bytes(
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = nn.Parameter(
+                        fake, requires_grad=parameter.requires_grad
+                    )
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -94,12 +103,15 @@ def step_bytes(
 
 
 def _loss(output: Any) -> torch.Tensor:
-    loss: torch.Tensor = output.logits.float().logsumexp(-1).mean() if output.loss is None else output.loss
+    loss: torch.Tensor = (
+        output.logits.float().logsumexp(-1).mean() if output.loss is None else output.loss
+    )
     return loss
 
 
 def enable_checkpointing(model: Any, **arguments: Any) -> None:
-    """Have the layers' activations computed anew in the backward pass; transformers 5.23 gave this another name."""
+    """Have the layers' activations computed anew in the backward pass; transformers 5.23 gave this
+    another name."""
     arguments = {"use_reentrant": False, **arguments}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -108,7 +120,8 @@ def enable_checkpointing(model: Any, **arguments: Any) -> None:
 
 
 class _Unpacked(torch.autograd.Function):
-    """x Wᵀ with W made for the product and thrown away, forward and backward, as bitsandbytes does."""
+    """x Wᵀ with W made for the product and thrown away, forward and backward, as bitsandbytes
+    does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -124,13 +137,16 @@ class _Unpacked(torch.autograd.Function):
 
 
 class Packed(nn.Linear):
-    """Stands in for a quantised linear module where there are no weights: the same bytes, the same temporaries.
+    """Stands in for a quantised linear module where there are no weights: the same bytes, the same
+    temporaries.
 
-    NF4: N / 2 bytes, a scale of one byte for each 64 weights, of 4 bytes for each 256 scales, and 1,092 bytes of tables.
-    int8: N bytes and a scale of 4 bytes for each output.
+    NF4: N / 2 bytes, a scale of one byte for each 64 weights, of 4 bytes for each 256 scales, and
+    1,092 bytes of tables. int8: N bytes and a scale of 4 bytes for each output.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: Any, kind: Quantization, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: Any, kind: Quantization, dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
         self.bias = bias
@@ -143,9 +159,13 @@ class Packed(nn.Linear):
         if kind == "nf4":
             weight = nn.Parameter(room(-(-count // 2), torch.uint8), requires_grad=False)
             blocks = -(-count // BLOCK)
-            nested = SimpleNamespace(absmax=room(-(-blocks // NESTED), torch.float32), code=room(256, torch.float32))
+            nested = SimpleNamespace(
+                absmax=room(-(-blocks // NESTED), torch.float32), code=room(256, torch.float32)
+            )
             tables = {"absmax": room(blocks, torch.uint8), "code": room(16, torch.float32)}
-            weight.quant_state = SimpleNamespace(**tables, offset=room(1, torch.float32), state2=nested)
+            weight.quant_state = SimpleNamespace(
+                **tables, offset=room(1, torch.float32), state2=nested
+            )
         else:
             weight = nn.Parameter(room(count, torch.int8), requires_grad=False)
             weight.SCB = room(out_features, torch.float32)
@@ -157,9 +177,14 @@ class Packed(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-def pack(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str) -> None:
-    """Put stand-ins for the modules that would be quantised on `device` into a model on the device "meta"."""
-    for name, (in_features, out_features) in to_quantize(model, quantization, dtype, device).items():
+def pack(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str
+) -> None:
+    """Put stand-ins for the modules that would be quantised on `device` into a model on the device
+    "meta"."""
+    for name, (in_features, out_features) in to_quantize(
+        model, quantization, dtype, device
+    ).items():
         old: Any = model.get_submodule(name)
         bias = None if isinstance(old, Conv1D | nn.Linear) and old.bias is None else old.bias
         model.set_submodule(name, Packed(in_features, out_features, bias, quantization, dtype))

@@ -20,8 +20,8 @@ from adaptive_lora.training.trainer import AdaptiveTrainer
 class TaskTrainer(AdaptiveTrainer):
     """Takes from a task how batches are made and outputs scored.
 
-    Evaluation goes from long inputs to short ones, so that little is padded. Training batches grouped by length depend on
-    the seed and the epoch alone.
+    Evaluation goes from long inputs to short ones, so that little is padded. Training batches
+    grouped by length depend on the seed and the epoch alone.
     """
 
     def __init__(self, *args: Any, task: Task, **kwargs: Any) -> None:
@@ -37,13 +37,16 @@ class TaskTrainer(AdaptiveTrainer):
         )
 
     def predict_rows(self, features: Dataset) -> list[dict[str, Any]]:
-        """Return the task's predictions for features without labels, in the order of their records."""
+        """Return the task's predictions for features without labels, in the order of their
+        records."""
         outputs = self.predict(features).predictions if self.task.needs_outputs else None
         features = features if outputs is None else self.evaluated
         return self.task.predict(outputs, features, self.model)  # type: ignore[arg-type]
 
     def _score(self, outcome: EvalPrediction) -> dict[str, float]:
-        return self.task.score(outcome.predictions, outcome.label_ids, self.evaluated, self.model)  # type: ignore[arg-type]
+        model: Any = self.model
+        predictions: Any = outcome.predictions
+        return self.task.score(predictions, outcome.label_ids, self.evaluated, model)
 
     def evaluation_loop(
         self,
@@ -53,7 +56,9 @@ class TaskTrainer(AdaptiveTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         # The Trainer's is a mean over batches, in which the tokens of short records count for more.
         metrics: Any = output.metrics
         if f"{metric_key_prefix}_token_loss" in metrics:
@@ -61,8 +66,11 @@ class TaskTrainer(AdaptiveTrainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        vars(self).pop("_eval_dataloaders", None)  # kept under one name for all sets, with persistent workers
-        return super().get_eval_dataloader(self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset))
+        # kept under one name for all sets, with persistent workers
+        vars(self).pop("_eval_dataloaders", None)
+        return super().get_eval_dataloader(
+            self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset)
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         return super().get_test_dataloader(self._by_length(test_dataset))
@@ -84,8 +92,8 @@ class TaskTrainer(AdaptiveTrainer):
 
 
 class GroupedByLength(Sampler[int]):
-    """transformers' grouping of batches by length, drawn from (seed, epoch) and not from the global generator: a run
-    resumed in mid-epoch sees the batches it would have seen."""
+    """transformers' grouping of batches by length, drawn from (seed, epoch) and not from the global
+    generator: a run resumed in mid-epoch sees the batches it would have seen."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0

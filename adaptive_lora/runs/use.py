@@ -1,4 +1,5 @@
-"""A finished run at work: evaluate it, predict, generate. Everything comes from the saved adapter."""
+"""A finished run at work: evaluate it, predict, generate. Everything comes from the saved
+adapter."""
 
 from __future__ import annotations
 
@@ -17,19 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet
 from peft import PeftModel
 
+from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import read_file, read_recipe
 from adaptive_lora.model.adapters import load
 from adaptive_lora.recipe.config import RunConfig, parse
-from adaptive_lora.tasks.data import Split, columns_of, load_splits, numbered, text_columns
-from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.files import read_file, read_recipe
 from adaptive_lora.runs.resuming import CONFIG_FILE
 from adaptive_lora.runs.run import ADAPTER_FOLDER, RESULT_FILE
-from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.base import ROW
+from adaptive_lora.tasks.data import Split, columns_of, load_splits, numbered, text_columns
 from adaptive_lora.tasks.language_model import WritingTask
+from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.training.trainer import finite, use_progress
 
 WRITERS = (".jsonl", ".csv", ".parquet")
@@ -45,7 +46,11 @@ class FinishedRun:
 
 
 def open_run(
-    folder: str | Path, *, model: str | None = None, adapter: str | Path | None = None, **generation: Any
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    adapter: str | Path | None = None,
+    **generation: Any,
 ) -> FinishedRun:
     """Return the run in `folder`, ready to use.
 
@@ -54,12 +59,14 @@ def open_run(
         adapter: the folder of an adapter to use instead of the run's own.
         generation: fields of the recipe's `generation` to replace; None leaves one as it is.
 
-    Raises `InputError` when the folder holds no finished run, `IntegrityError` when a file of it is damaged.
+    Raises `InputError` when the folder holds no finished run, `IntegrityError` when a file of it is
+    damaged.
     """
     config, task = finished_task(folder, model=model, **generation)
     base, _ = load_model(config, task)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT looks where the base model was
+        # PEFT looks where the base model was
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         loaded = load(base, adapter or Path(folder) / ADAPTER_FOLDER)
     with tempfile.TemporaryDirectory() as empty:
         device = config.training_arguments(output_dir=empty).device  # the one a Trainer would use
@@ -67,27 +74,38 @@ def open_run(
 
 
 def run_of(adapter: str | Path) -> Path:
-    """Return the run directory that `adapter` is, or lies in. Raises `InputError` when there is none."""
+    """Return the run directory that `adapter` is, or lies in. Raises `InputError` when there is
+    none."""
     folder = Path(adapter)
     for candidate in (folder, folder.parent):
         if (candidate / CONFIG_FILE).is_file() and (candidate / RESULT_FILE).is_file():
             return candidate
     raise InputError(
-        f"{folder} lies in no finished run, so nothing says which model, task and columns to measure it with; name one: "
+        f"{folder} lies in no finished run, so nothing says which model, task and columns to "
+        "measure it with; name one: "
         "--run RUN"
     )
 
 
-def finished_task(folder: str | Path, *, model: str | None = None, **generation: Any) -> tuple[RunConfig, Task]:
-    """Return the recipe of the run in `folder` and its task as it was trained; arguments and errors as of `open_run`."""
+def finished_task(
+    folder: str | Path, *, model: str | None = None, **generation: Any
+) -> tuple[RunConfig, Task]:
+    """Return the recipe of the run in `folder` and its task as it was trained; arguments and errors
+    as of `open_run`."""
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / RESULT_FILE).is_file():
-        raise InputError(f"{folder} holds no finished run; expected {CONFIG_FILE} and {RESULT_FILE} there")
+        raise InputError(
+            f"{folder} holds no finished run; expected {CONFIG_FILE} and {RESULT_FILE} there"
+        )
     try:
         result = read_file(folder / RESULT_FILE, "result")
     except InputError as error:
         raise IntegrityError(f"the result of the run in {folder} cannot be read: {error}") from None
-    if not isinstance(result, dict) or result.get("status") != "ok" or not isinstance(result.get("data"), dict):
+    if (
+        not isinstance(result, dict)
+        or result.get("status") != "ok"
+        or not isinstance(result.get("data"), dict)
+    ):
         reason = result.get("reason") if isinstance(result, dict) else "no result"
         raise InputError(f"the run in {folder} did not succeed: {reason}")
     try:
@@ -106,27 +124,38 @@ def finished_task(folder: str | Path, *, model: str | None = None, **generation:
 
 
 def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:
-    """Return the metrics of the run on the records of `source`, or on the evaluation records of its recipe.
+    """Return the metrics of the run on the records of `source`, or on the evaluation records of its
+    recipe.
 
     `records` is how many were scored; `run.task.notes` then says what was cut or dropped.
     """
-    split = load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
+    split = (
+        load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
+    )
     features = run.task.features(split)
     with tempfile.TemporaryDirectory() as folder:
         metrics = _trainer(run, folder).evaluate(features)
     names = [f"eval_{name}" for name in (*run.task.metrics, "loss")]
-    return {"records": len(set(features[ROW])), **{name: metrics[name] for name in names if name in metrics}}
+    return {
+        "records": len(set(features[ROW])),
+        **{name: metrics[name] for name in names if name in metrics},
+    }
 
 
 def predict(run: FinishedRun, source: str, output: str | Path) -> int:
-    """Write the records of `source` with the run's predictions to `output` and return how many there are.
+    """Write the records of `source` with the run's predictions to `output` and return how many
+    there are.
 
-    Columns are added: `prediction`, and what the task knows of its certainty. Raises `InputError` before anything is
-    computed when `output` exists, has an unknown ending, or a column is there already.
+    Columns are added: `prediction`, and what the task knows of its certainty. Raises `InputError`
+    before anything is computed when `output` exists, has an unknown ending, or a column is there
+    already.
     """
     output = Path(output)
     if output.suffix.lower() not in WRITERS:
-        raise InputError(f"output {output} has the ending {output.suffix!r}; expected one of {', '.join(WRITERS)}")
+        raise InputError(
+            f"output {output} has the ending {output.suffix!r}; expected one of "
+            f"{', '.join(WRITERS)}"
+        )
     if output.exists():
         raise InputError(f"output {output} exists; give another name or remove it")
     if not output.parent.is_dir():
@@ -165,13 +194,16 @@ def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
 
 def _records(run: FinishedRun, source: str, part: str) -> Split:
     data = run.config.data
-    table = read_table(source, config=data.config, split=data.eval_split or "train", texts=text_columns(data))
+    table = read_table(
+        source, config=data.config, split=data.eval_split or "train", texts=text_columns(data)
+    )
     return Split(numbered(table, source), source, part)
 
 
 def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:
     arguments = run.config.training_arguments(
-        **run.task.training, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no",
+        **run.task.training, output_dir=folder, report_to="none", eval_strategy="no",
+        save_strategy="no",
         load_best_model_at_end=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = TaskTrainer(model=run.model, args=arguments, task=run.task)
@@ -203,7 +235,8 @@ def _json(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return what JSON has no form for as text: dates and times as ISO 8601 has them, bytes in base 64."""
+    """Return what JSON has no form for as text: dates and times as ISO 8601 has them, bytes in base
+    64."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return str(value.isoformat()) if isinstance(value, date | time) else str(value)

@@ -1,4 +1,5 @@
-"""From a study's directory to its record: what each run left, what the table says, what must be said beside it. No torch."""
+"""From a study's directory to its record: what each run left, what the table says, what must be
+said beside it. No torch."""
 
 from __future__ import annotations
 
@@ -10,20 +11,30 @@ from typing import Any
 from adaptive_lora.errors import IntegrityError, nearest
 from adaptive_lora.study.outcomes import RESULT_FILE, UnusableError, read_outcome, read_result
 from adaptive_lora.study.plan import read_plan, read_study_head
-from adaptive_lora.study.records import RUNS, VERSION, Costs, PlannedRun, RunRow, StudyHead, StudyRecord
+from adaptive_lora.study.records import (
+    RUNS,
+    VERSION,
+    Costs,
+    PlannedRun,
+    RunRow,
+    StudyHead,
+    StudyRecord,
+)
 from adaptive_lora.study.selection import RULES
 from adaptive_lora.study.table import Table, make_table
 
 TIMED = ("runtime", "per_second")  # ends of the names of metrics that are not the same twice
-MAIN = "main"  # eval_main, eval_test_main: the task's first metric under a name that all tasks share
+MAIN = (
+    "main"  # eval_main, eval_test_main: the task's first metric under a name that all tasks share
+)
 
 
 def analyse(folder: str | Path) -> StudyRecord:
     """Return the record of the study in `folder`, a pure function of its files.
 
-    A run that has not been run is a row ("missing"), and so is one whose files are damaged, from another version, or
-    changed since ("skipped"): they count for nothing, and the rest is unharmed. Raises `InputError` without a study,
-    `IntegrityError` when its plan is damaged.
+    A run that has not been run is a row ("missing"), and so is one whose files are damaged, from
+    another version, or changed since ("skipped"): they count for nothing, and the rest is unharmed.
+    Raises `InputError` without a study, `IntegrityError` when its plan is damaged.
     """
     study, plan = Path(folder), read_plan(folder)
     asked = read_study_head(folder)
@@ -37,12 +48,16 @@ def analyse(folder: str | Path) -> StudyRecord:
             "selection": {
                 "rule": asked["select"]["rule"],
                 "metric": asked["select"]["by"],
-                "axes": [axis for axis in asked["select"]["axes"] if len(plan["axes"].get(axis, [])) > 1],
+                "axes": [
+                    axis for axis in asked["select"]["axes"] if len(plan["axes"].get(axis, [])) > 1
+                ],
                 "description": RULES[asked["select"]["rule"]].description,
             },
         }
     except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{study}/study.yaml is damaged ({error!r}); give the study file again") from None
+        raise IntegrityError(
+            f"{study}/study.yaml is damaged ({error!r}); give the study file again"
+        ) from None
     rows, costs, components, versions = [], {}, {}, {}
     for one in plan["runs"]:
         row, cost, component, version = _read(study, one, threads=plan["threads"])
@@ -94,53 +109,82 @@ def _read(
         if outcome is None:
             if (study / RUNS / planned["id"] / RESULT_FILE).is_file():
                 raise UnusableError(
-                    f"{RUNS}/{planned['id']} has a result and no outcome: it is not a run of this study, or not over"
+                    f"{RUNS}/{planned['id']} has a result and no outcome: it is not a run of this "
+                    "study, or not over"
                 )
             return row, None, None, None
         result = read_result(study, planned, outcome, threads=threads)
     except UnusableError as error:
         return {**row, "status": "skipped", "reason": str(error)}, None, None, None
-    metrics = {k: v for k, v in (result.get("metrics") or {}).items() if not k.endswith(TIMED) and k != "epoch"}
+    metrics = {
+        k: v
+        for k, v in (result.get("metrics") or {}).items()
+        if not k.endswith(TIMED) and k != "epoch"
+    }
     main = str(result.get("metric")).removeprefix("eval_")
-    metrics |= {k.removesuffix(main) + MAIN: v for k, v in metrics.items() if k.endswith(f"_{main}")}
+    metrics |= {
+        k.removesuffix(main) + MAIN: v for k, v in metrics.items() if k.endswith(f"_{main}")
+    }
     row |= {"status": outcome["status"], "reason": outcome["reason"], "metrics": metrics}
     for key in ("lora_parameters", "budget_parameters", "steps"):
         row[key] = result.get(key)
     if result.get("memory"):
         row["memory"] = result["memory"]
-    row["initial_ranks"], row["ranks"] = result.get("initial_ranks") or {}, result.get("ranks") or {}
+    row["initial_ranks"], row["ranks"] = (
+        result.get("initial_ranks") or {},
+        result.get("ranks") or {},
+    )
     return row, outcome["costs"], outcome["component_parameters"], result.get("versions")
 
 
 def _environment(versions: Mapping[str, Mapping[str, str]], threads: int) -> dict[str, Any]:
-    """Return what the results were made with: the versions of all runs, each with the versions seen when they differ."""
+    """Return what the results were made with: the versions of all runs, each with the versions seen
+    when they differ."""
     names = dict.fromkeys(name for one in versions.values() for name in one)
     seen = {name: sorted({one.get(name, "?") for one in versions.values()}) for name in names}
     joined = {name: ", ".join(values) for name, values in seen.items()}
-    return {"versions": joined, "threads": threads, "machine": platform.machine(), "system": platform.system()}
+    return {
+        "versions": joined,
+        "threads": threads,
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
 
 
 def _notes_on_runs(
     study: Path, rows: Iterable[RunRow], head: StudyHead, versions: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     rows = list(rows)
-    notes = [f"run {row['id']} skipped: {row['reason']}" for row in rows if row["status"] == "skipped"]
+    notes = [
+        f"run {row['id']} skipped: {row['reason']}" for row in rows if row["status"] == "skipped"
+    ]
     if missing := sum(row["status"] == "missing" for row in rows):
-        notes.append(f"{missing} of {len(rows)} runs have not been run; the table is of the others.")
-    strangers = sorted({path.name for path in (study / RUNS).glob("*") if path.is_dir()} - {row["id"] for row in rows})
+        notes.append(
+            f"{missing} of {len(rows)} runs have not been run; the table is of the others."
+        )
+    strangers = sorted(
+        {path.name for path in (study / RUNS).glob("*") if path.is_dir()}
+        - {row["id"] for row in rows}
+    )
     if strangers:
-        few = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+        few = ", ".join(strangers[:3]) + (
+            f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        )
         notes.append(f"not of this study and left out: {few} in {RUNS}.")
     for name in ("torch", "transformers", "peft", "adaptive-lora"):
         if len(different := {one.get(name) for one in versions.values()}) > 1:
             notes.append(
-                f"the runs were made with different versions of {name}: {', '.join(map(str, sorted(different, key=str)))}."
+                f"the runs were made with different versions of {name}: "
+                f"{', '.join(map(str, sorted(different, key=str)))}."
             )
     for metric in dict.fromkeys((head["metric"], head["selection"]["metric"])):
-        lacking = [row for row in rows if row["status"] == "ok" and row["metrics"].get(metric) is None]
+        lacking = [
+            row for row in rows if row["status"] == "ok" and row["metrics"].get(metric) is None
+        ]
         if lacking:
             known = lacking[0]["metrics"]
             notes.append(
-                f"{len(lacking)} runs have no metric {metric!r}.{nearest(metric, known)} They have: {', '.join(sorted(known))}"
+                f"{len(lacking)} runs have no metric {metric!r}.{nearest(metric, known)} They "
+                f"have: {', '.join(sorted(known))}"
             )
     return notes

@@ -1,13 +1,15 @@
-"""Who works on what: claims in a folder that any number of machines share. Standard library and psutil only.
+"""Who works on what: claims in a folder that any number of machines share. Standard library and
+psutil only.
 
-A claim on a run is the directory claims/ID/N with its owner inside, made complete beside it and renamed into place: of
-two workers one succeeds, and nobody sees half a claim. N counts the claims on the run; only the highest is in force. A
-worker that is found dead is superseded by N + 1, made in the same way, so taking over is as free of races as claiming;
-nothing is ever removed.
+A claim on a run is the directory claims/ID/N with its owner inside, made complete beside it and
+renamed into place: of two workers one succeeds, and nobody sees half a claim. N counts the claims
+on the run; only the highest is in force. A worker that is found dead is superseded by N + 1, made
+in the same way, so taking over is as free of races as claiming; nothing is ever removed.
 
-A worker counts as dead when it ran on this machine and its process is gone, or when it ran elsewhere and its heartbeat (the
-time stamp of its owner file, by the clock of the shared file system) is older than `STALE_AFTER`. A worker that was only asleep
-finds itself superseded when it wakes, and ends at once.
+A worker counts as dead when it ran on this machine and its process is gone, or when it ran
+elsewhere and its heartbeat (the time stamp of its owner file, by the clock of the shared file
+system) is older than `STALE_AFTER`. A worker that was only asleep finds itself superseded when it
+wakes, and ends at once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def take(claims: Path, run: str, *, stale_after: float = STALE_AFTER) -> Claim |
     (staging / OWNER_FILE).write_text(json.dumps(_me()), encoding="utf-8")
     claim = Claim(base / str(last.number + 1 if last else 0))
     try:
-        staging.rename(claim.folder)  # refused when there is one: a claim is never an empty directory
+        staging.rename(
+            claim.folder
+        )  # refused when there is one: a claim is never an empty directory
     except OSError:
         (staging / OWNER_FILE).unlink()
         staging.rmdir()
@@ -78,11 +82,16 @@ def newest(base: Path) -> Claim | None:
 def attempts(base: Path) -> int:
     """Return how often a worker began the run and did not give it back."""
     last = newest(base)
-    return 0 if last is None else sum(not (base / str(n) / RELEASED_FILE).exists() for n in range(last.number + 1))
+    return (
+        0
+        if last is None
+        else sum(not (base / str(n) / RELEASED_FILE).exists() for n in range(last.number + 1))
+    )
 
 
 def mark_crashed(claims: Path, pid: int) -> None:
-    """Note that the process `pid` of this machine, a worker, died of its run and not because everything was killed."""
+    """Note that the process `pid` of this machine, a worker, died of its run and not because
+    everything was killed."""
     for base in claims.iterdir() if claims.is_dir() else ():
         claim = newest(base)
         if claim is not None and not (claim.folder / RELEASED_FILE).exists():
@@ -111,13 +120,20 @@ def is_free(claim: Claim, *, stale_after: float = STALE_AFTER) -> bool:
 
 
 class Heartbeat:
-    """Keeps a claim fresh while a run lasts, from a thread; `peak_rss` is the largest resident set seen, in bytes.
+    """Keeps a claim fresh while a run lasts, from a thread; `peak_rss` is the largest resident set
+    seen, in bytes.
 
-    When the claim is superseded `lost` is called, by default to end the process at once: two must not write in one folder.
+    When the claim is superseded `lost` is called, by default to end the process at once: two must
+    not write in one folder.
     """
 
     def __init__(
-        self, claim: Claim, *, beat: float = BEAT, sample: float = 0.2, lost: Callable[[], Any] | None = None
+        self,
+        claim: Claim,
+        *,
+        beat: float = BEAT,
+        sample: float = 0.2,
+        lost: Callable[[], Any] | None = None,
     ) -> None:
         self.claim, self.beat, self.sample = claim, beat, sample
         self.lost = lost or (lambda: os._exit(75))
@@ -147,7 +163,9 @@ class Heartbeat:
                     return
                 try:
                     os.utime(self.claim.folder / OWNER_FILE)
-                except OSError:  # a file system that is away for a moment; if for long, another takes over
+                except (
+                    OSError
+                ):  # a file system that is away for a moment; if for long, another takes over
                     continue
 
 
@@ -158,7 +176,8 @@ def _me() -> dict[str, Any]:
 def _alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
-        # A number may have gone to another process since; one that ended and is not yet collected is dead.
+        # A number may have gone to another process since; one that ended and is not yet collected
+        # is dead.
         return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -167,7 +186,8 @@ def _alive(pid: int, started: float) -> bool:
 
 
 def _machine() -> str:
-    """Return what tells apart the places in which process numbers mean the same: host, its boot, and the container."""
+    """Return what tells apart the places in which process numbers mean the same: host, its boot,
+    and the container."""
     parts = [socket.gethostname()]
     try:
         parts += [

@@ -1,4 +1,5 @@
-"""Where workers run: processes of this machine, Slurm jobs (submitit), Ray tasks. All start the command of `worker`."""
+"""Where workers run: processes of this machine, Slurm jobs (submitit), Ray tasks. All start the
+command of `worker`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ MAX_RESTARTS = 10  # of workers, without a run that is over in between
 
 
 class Executor(ABC):
-    """Starts workers on a study's folder. `stop` is safe to call at any time: the folder holds all state."""
+    """Starts workers on a study's folder. `stop` is safe to call at any time: the folder holds all
+    state."""
 
     def __init__(self, study: Study, folder: Path, *, workers: int, train: str = TRAIN) -> None:
         self.study, self.folder, self.workers, self.train = study, folder.resolve(), workers, train
@@ -35,7 +37,8 @@ class Executor(ABC):
 
     @abstractmethod
     def living(self, *, finished: int) -> int:
-        """Return how many workers are at work or waiting for a place. `finished` counts the runs that are over."""
+        """Return how many workers are at work or waiting for a place. `finished` counts the runs
+        that are over."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -47,8 +50,8 @@ class Executor(ABC):
 
 
 class Local(Executor):
-    """Processes of this machine. Where there are several GPUs each worker sees one. A worker that a signal kills (memory is
-    short) is replaced, and its run given up when three have died of it."""
+    """Processes of this machine. Where there are several GPUs each worker sees one. A worker that a
+    signal kills (memory is short) is replaced, and its run given up when three have died of it."""
 
     def start(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -99,8 +102,9 @@ class Local(Executor):
 
 
 class Slurm(Executor):
-    """One job a worker, through submitit; where there is no Slurm, submitit's own local executor. `slurm:` in the study file
-    has submitit's parameters, such as {timeout_min: 240, slurm_partition: gpu}; `cluster: local` is its local executor."""
+    """One job a worker, through submitit; where there is no Slurm, submitit's own local executor.
+    `slurm:` in the study file has submitit's parameters, such as {timeout_min: 240,
+    slurm_partition: gpu}; `cluster: local` is its local executor."""
 
     def start(self) -> None:
         try:
@@ -115,11 +119,15 @@ class Slurm(Executor):
             "timeout_min": 24 * 60,
         }
         parameters |= self.study.slurm
-        executor = submitit.AutoExecutor(folder=self.folder / LOGS / "slurm", cluster=parameters.pop("cluster", None))
+        executor = submitit.AutoExecutor(
+            folder=self.folder / LOGS / "slurm", cluster=parameters.pop("cluster", None)
+        )
         if executor.cluster == "local":
             print("no Slurm here: submitit runs the workers on this machine", flush=True)
         executor.update_parameters(**parameters)
-        self.jobs = [executor.submit(_run, self.command, str(Path.cwd())) for _ in range(self.workers)]
+        self.jobs = [
+            executor.submit(_run, self.command, str(Path.cwd())) for _ in range(self.workers)
+        ]
 
     def living(self, *, finished: int) -> int:
         return sum(not job.done() for job in self.jobs)
@@ -130,23 +138,30 @@ class Slurm(Executor):
                 job.cancel()
 
     def last_words(self) -> str:
-        return f"states {', '.join(job.state for job in self.jobs)}. {self.jobs[0].stderr() or ''}"[-2000:]
+        return f"states {', '.join(job.state for job in self.jobs)}. {self.jobs[0].stderr() or ''}"[
+            -2000:
+        ]
 
 
 class Ray(Executor):
-    """One task a worker, on the cluster that RAY_ADDRESS names or a new one on this machine. `ray:` in the study file has the
-    resources of a task, such as {num_gpus: 1}."""
+    """One task a worker, on the cluster that RAY_ADDRESS names or a new one on this machine. `ray:`
+    in the study file has the resources of a task, such as {num_gpus: 1}."""
 
     def start(self) -> None:
         try:
             import ray
         except ImportError:
-            raise InputError("--executor ray needs ray; get it with: pip install 'adaptive-lora[ray]'") from None
+            raise InputError(
+                "--executor ray needs ray; get it with: pip install 'adaptive-lora[ray]'"
+            ) from None
         self.ray = ray
         self.ours = not ray.is_initialized()
         if self.ours:
             ray.init(log_to_driver=False, include_dashboard=False)
-        options: dict[str, Any] = {"num_cpus": self.study.threads, "max_retries": 0} | self.study.ray
+        options: dict[str, Any] = {
+            "num_cpus": self.study.threads,
+            "max_retries": 0,
+        } | self.study.ray
         task = ray.remote(**options)(_run)
         self.tasks = [task.remote(self.command, str(Path.cwd())) for _ in range(self.workers)]
 
@@ -174,12 +189,15 @@ EXECUTORS: dict[str, type[Executor]] = {"local": Local, "slurm": Slurm, "ray": R
 def executor_named(name: str) -> type[Executor]:
     """Return the executor of that name. Raises `InputError` naming the nearest."""
     if name not in EXECUTORS:
-        raise InputError(f"unknown executor {name!r}.{nearest(name, EXECUTORS)} Known: {', '.join(EXECUTORS)}")
+        raise InputError(
+            f"unknown executor {name!r}.{nearest(name, EXECUTORS)} Known: {', '.join(EXECUTORS)}"
+        )
     return EXECUTORS[name]
 
 
 def _run(command: Sequence[str], cwd: str) -> None:
-    """Run a worker to its end, in whatever process an executor gives us, and end it when that process is told to end."""
+    """Run a worker to its end, in whatever process an executor gives us, and end it when that
+    process is told to end."""
     with subprocess.Popen(command, cwd=cwd) as worker:
         signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
         code = worker.wait()
@@ -193,7 +211,8 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; [] without any."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; [] without
+    any."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part for part in named.split(",") if part.strip()]
@@ -204,4 +223,8 @@ def visible_gpus() -> list[str]:
 
 def tail(log: Path, lines: int = 5) -> str:
     """Return the last lines of a log."""
-    return " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.is_file() else ""
+    return (
+        " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        if log.is_file()
+        else ""
+    )

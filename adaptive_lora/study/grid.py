@@ -17,15 +17,19 @@ def expand(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield (axis -> label, recipe) for every combination, the last axis of the grid fastest.
 
-    Keys are set from the outside in, so that `method.rank` finds the `method` that another axis has set.
+    Keys are set from the outside in, so that `method.rank` finds the `method` that another axis has
+    set.
 
-    >>> [labels for labels, _ in expand({}, {"method": [{"name": "lora"}, {"name": "adalora"}], "method.rank": [4]})]
+    >>> grid = {"method": [{"name": "lora"}, {"name": "adalora"}], "method.rank": [4]}
+    >>> [labels for labels, _ in expand({}, grid)]
     [{'method': 'lora', 'method.rank': 4}, {'method': 'adalora', 'method.rank': 4}]
     """
     labels = {axis: labels_of(axis, values) for axis, values in grid.items()}
     for places in itertools.product(*(range(len(values)) for values in grid.values())):
         chosen = dict(zip(grid, places, strict=True))
-        assignments = [pair for axis, place in chosen.items() for pair in _assignments(axis, grid[axis][place])]
+        assignments = [
+            pair for axis, place in chosen.items() for pair in _assignments(axis, grid[axis][place])
+        ]
         recipe = copy.deepcopy(dict(base))
         for key, value in sorted(assignments, key=lambda pair: pair[0].count(".")):
             _assign(recipe, key, copy.deepcopy(value))
@@ -33,14 +37,17 @@ def expand(
 
 
 def is_labelled(value: Any) -> bool:
-    """True for a value that names itself and sets several keys: {label: ..., KEY: ..., KEY: ...}."""
+    """True for a value that names itself and sets several keys: {label: ..., KEY: ..., KEY:
+    ...}."""
     return isinstance(value, Mapping) and LABEL in value
 
 
 def labels_of(axis: str, values: Sequence[Any]) -> list[Any]:
-    """Return one label a value, all different: its own, the value itself, or of mappings the name and what differs.
+    """Return one label a value, all different: its own, the value itself, or of mappings the name
+    and what differs.
 
-    >>> labels_of("method", [{"name": "lora"}, {"name": "plateau", "patience": 1}, {"name": "plateau", "patience": 2}])
+    >>> plateaus = [{"name": "plateau", "patience": patience} for patience in (1, 2)]
+    >>> labels_of("method", [{"name": "lora"}, *plateaus])
     ['lora', 'plateau patience 1', 'plateau patience 2']
     """
     names = [v.get("name") for v in values if isinstance(v, Mapping)]
@@ -50,16 +57,26 @@ def labels_of(axis: str, values: Sequence[Any]) -> list[Any]:
             labels.append(str(value[LABEL]))
         elif isinstance(value, Mapping):
             rest = {k: v for k, v in value.items() if k != "name"}
-            same = [v for v in values if isinstance(v, Mapping) and v.get("name") == value.get("name")]
+            same = [
+                v for v in values if isinstance(v, Mapping) and v.get("name") == value.get("name")
+            ]
             told = {k: v for k, v in rest.items() if any(other.get(k) != v for other in same)}
             extra = " ".join(f"{k} {v}" for k, v in (told if value.get("name") else rest).items())
             labels.append(" ".join(filter(None, [str(value.get("name") or ""), extra])))
         else:
-            labels.append(value if isinstance(value, str | int | float | bool | None) else str(value))
+            labels.append(
+                value if isinstance(value, str | int | float | bool | None) else str(value)
+            )
     for place, label in enumerate(labels):
         if label in labels[:place]:
-            what = f"{label!r} twice" if names or is_labelled(values[place]) else f"the value {label!r} twice"
-            raise InputError(f"study: axis {axis} has {what}; give each value once, with labels of their own")
+            what = (
+                f"{label!r} twice"
+                if names or is_labelled(values[place])
+                else f"the value {label!r} twice"
+            )
+            raise InputError(
+                f"study: axis {axis} has {what}; give each value once, with labels of their own"
+            )
     return labels
 
 

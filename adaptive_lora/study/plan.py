@@ -1,4 +1,5 @@
-"""The plan of a study: every run with its resolved configuration and the hash that names it. Written once, read by workers."""
+"""The plan of a study: every run with its resolved configuration and the hash that names it.
+Written once, read by workers."""
 
 from __future__ import annotations
 
@@ -23,29 +24,39 @@ UNUSED = "set by the study"  # the recipe must name an output; the worker does
 def make_plan(study: Study) -> list[PlannedRun]:
     """Return the runs of a study in the order of its grid, each configuration checked.
 
-    Raises `InputError` on an unknown axis or key (with the nearest name), a value that the recipe refuses, a baseline that
-    is no method of the study, or two runs of one configuration.
+    Raises `InputError` on an unknown axis or key (with the nearest name), a value that the recipe
+    refuses, a baseline that is no method of the study, or two runs of one configuration.
     """
     for axis, values in study.grid.items():
         if not all(is_labelled(value) for value in values):
             _check_axis(axis)
-    return _checked(study, [_planned(study, labels, recipe) for labels, recipe in expand(study.base, study.grid)])
+    return _checked(
+        study,
+        [_planned(study, labels, recipe) for labels, recipe in expand(study.base, study.grid)],
+    )
 
 
 def plan_of(study: Study, recipes: Iterable[Mapping[str, Any]]) -> list[PlannedRun]:
-    """Return the runs of recipes made by a function. The axes are the keys in which they differ; `method` is one axis."""
+    """Return the runs of recipes made by a function. The axes are the keys in which they differ;
+    `method` is one axis."""
     resolved = [_resolve(recipe, f"run {number}") for number, recipe in enumerate(recipes, start=1)]
     flat = [_flat(recipe) for recipe in resolved]
     keys = [
-        key for key in dict.fromkeys(k for one in flat for k in one) if len({str(one.get(key)) for one in flat}) > 1
+        key
+        for key in dict.fromkeys(k for one in flat for k in one)
+        if len({str(one.get(key)) for one in flat}) > 1
     ]
     arguments = [
-        k for k in keys if k.startswith("method.") and k not in ("method.name", "method.rank", "method.budget")
+        k
+        for k in keys
+        if k.startswith("method.") and k not in ("method.name", "method.rank", "method.budget")
     ]
     plan = []
     for recipe, one in zip(resolved, flat, strict=True):
         told = " ".join(f"{k.removeprefix('method.')} {one[k]}" for k in arguments if k in one)
-        labels: dict[str, Any] = {"method": " ".join(filter(None, [recipe["method"]["name"], told]))}
+        labels: dict[str, Any] = {
+            "method": " ".join(filter(None, [recipe["method"]["name"], told]))
+        }
         labels |= {k: one.get(k) for k in keys if k not in arguments and k != "method.name"}
         plan.append(_planned(study, labels, recipe))
     return _checked(study, plan)
@@ -58,13 +69,15 @@ def _checked(study: Study, plan: list[PlannedRun]) -> list[PlannedRun]:
     for one in plan:
         if (first := seen.setdefault(one["id"], one)) is not one:
             raise InputError(
-                f"study {study.name}: two runs have one configuration ({one['id']}): {_say(first)} and {_say(one)}. "
+                f"study {study.name}: two runs have one configuration ({one['id']}): {_say(first)} "
+                f"and {_say(one)}. "
                 "Do two axes set one key, or does an axis set a key that its method does not read?"
             )
     methods = list(dict.fromkeys(one["method"] for one in plan))
     if study.baseline not in methods:
         raise InputError(
-            f"study {study.name}: baseline is {study.baseline!r}.{nearest(str(study.baseline), methods)} "
+            f"study {study.name}: baseline is "
+            f"{study.baseline!r}.{nearest(str(study.baseline), methods)} "
             f"Methods of the study: {', '.join(methods)}"
         )
     return plan
@@ -75,20 +88,24 @@ def _say(one: PlannedRun) -> str:
 
 
 def _check_axis(axis: str) -> None:
-    """Raise `InputError` unless `axis` is a key of the recipe. What is inside `method` depends on the method."""
+    """Raise `InputError` unless `axis` is a key of the recipe. What is inside `method` depends on
+    the method."""
     known = recipe_keys()
     if axis in known or axis.startswith("method."):
         return
     near = [key for key in known if key.rsplit(".", 1)[-1] == axis]
     guess = f" Did you mean {near[0]!r}?" if near else nearest(axis, known)
     raise InputError(
-        f"study: unknown axis {axis!r}.{guess} An axis is a key of the recipe, such as method, method.rank, seed, "
-        "training.learning_rate; or any name, if each of its values is a mapping with a label and the keys to set"
+        f"study: unknown axis {axis!r}.{guess} An axis is a key of the recipe, such as method, "
+        "method.rank, seed, "
+        "training.learning_rate; or any name, if each of its values is a mapping with a label and "
+        "the keys to set"
     )
 
 
 def recipe_keys() -> list[str]:
-    """Return every key of a recipe, dotted: those of its sections, and the fields of `TrainingArguments`."""
+    """Return every key of a recipe, dotted: those of its sections, and the fields of
+    `TrainingArguments`."""
     from pydantic import BaseModel
     from transformers import TrainingArguments
 
@@ -101,7 +118,11 @@ def recipe_keys() -> list[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             keys += [f"{name}.{inner}" for inner in kind.model_fields]
     training = [f"training.{f.name}" for f in dataclasses.fields(TrainingArguments) if f.init]
-    return [key for key in keys + training + ["method.rank", "method.budget"] if key not in ("output", "training")]
+    return [
+        key
+        for key in keys + training + ["method.rank", "method.budget"]
+        if key not in ("output", "training")
+    ]
 
 
 def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -113,7 +134,9 @@ def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) -> PlannedRun:
-    origin = f"study {study.name}, run {', '.join(f'{axis} {label}' for axis, label in labels.items())}"
+    origin = (
+        f"study {study.name}, run {', '.join(f'{axis} {label}' for axis, label in labels.items())}"
+    )
     config = _resolve(recipe, origin)
     method, model = config["method"], config["model"]
     budget = f"rank {method['rank']}" if method.get("rank") is not None else "as the method says"
@@ -132,7 +155,8 @@ def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) ->
 
 
 def identity(config: Mapping[str, Any], *, threads: int) -> str:
-    """Return the name of a run: the SHA-256 of all that decides its result, first 16 digits. `output` is left out."""
+    """Return the name of a run: the SHA-256 of all that decides its result, first 16 digits.
+    `output` is left out."""
     rest = {key: value for key, value in config.items() if key != "output"}
     text = json.dumps({"config": rest, "threads": threads}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -141,26 +165,39 @@ def identity(config: Mapping[str, Any], *, threads: int) -> str:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {
+        k: v
+        for key, item in value.items()
+        for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+    }
 
 
 def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
-    """Write study.yaml and plan.json. Raises `InputError` when the folder holds something else, or another study."""
+    """Write study.yaml and plan.json. Raises `InputError` when the folder holds something else, or
+    another study."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file; expected a folder")
     before = folder / STUDY_FILE
     if before.is_file():
         name = _read_yaml(before).get("name")
         if name != study.name:
-            raise InputError(f"{folder} holds the study {name!r}, not {study.name!r}; choose another --output")
+            raise InputError(
+                f"{folder} holds the study {name!r}, not {study.name!r}; choose another --output"
+            )
     elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"output folder {folder} is not empty and holds no study; choose another --output")
+        raise InputError(
+            f"output folder {folder} is not empty and holds no study; choose another --output"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(before, yaml.safe_dump(study.to_mapping(), sort_keys=False, allow_unicode=True))
+        write_atomically(
+            before, yaml.safe_dump(study.to_mapping(), sort_keys=False, allow_unicode=True)
+        )
         head = {"version": VERSION, "threads": study.threads, "axes": axes_of(plan)}
         lines = ",\n".join(json.dumps(one, allow_nan=False) for one in plan)
-        write_atomically(folder / PLAN_FILE, json.dumps(head)[:-1] + ', "runs": [\n' + lines + "\n]}\n")
+        write_atomically(
+            folder / PLAN_FILE, json.dumps(head)[:-1] + ', "runs": [\n' + lines + "\n]}\n"
+        )
     except OSError as error:
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
 
@@ -177,18 +214,25 @@ def axes_of(plan: Iterable[PlannedRun]) -> dict[str, list[Any]]:
 
 
 def read_plan(folder: str | Path) -> dict[str, Any]:
-    """Return plan.json: {version, threads, axes, runs}. Raises `InputError` without one, `IntegrityError` on a damaged one."""
+    """Return plan.json: {version, threads, axes, runs}. Raises `InputError` without one,
+    `IntegrityError` on a damaged one."""
     file = Path(folder) / PLAN_FILE
     if not file.is_file():
         raise InputError(f"{folder} holds no study: it has no {PLAN_FILE}")
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
         if plan["version"] != VERSION:
-            raise IntegrityError(f"{file} is of format {plan['version']!r}; this version reads format {VERSION}")
-        if not all(one["id"] == identity(one["config"], threads=plan["threads"]) for one in plan["runs"]):
+            raise IntegrityError(
+                f"{file} is of format {plan['version']!r}; this version reads format {VERSION}"
+            )
+        if not all(
+            one["id"] == identity(one["config"], threads=plan["threads"]) for one in plan["runs"]
+        ):
             raise ValueError("a run is not named by its configuration")
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{file} is damaged ({error}); give the study file again to write it anew") from None
+        raise IntegrityError(
+            f"{file} is damaged ({error}); give the study file again to write it anew"
+        ) from None
     return plan
 
 

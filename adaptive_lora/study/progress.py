@@ -46,7 +46,9 @@ class Watch:
                 except UnusableError:
                     self.failed += 1
         try:
-            begun = {path.name for path in (self.folder / CLAIMS).iterdir()} & set(self.runs) - self.over
+            begun = {path.name for path in (self.folder / CLAIMS).iterdir()} & set(
+                self.runs
+            ) - self.over
         except FileNotFoundError:
             begun = set()
         newest = (claims.newest(self.folder / CLAIMS / run) for run in begun)
@@ -67,7 +69,8 @@ class Bar:
         console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"), console=console, disable=not console.is_terminal, expand=True,
+            TextColumn("{task.fields[state]}"), console=console, disable=not console.is_terminal,
+            expand=True,
         )  # fmt: skip
         self.task = self.progress.add_task(name, total=len(watch.runs), state="")
 
@@ -82,7 +85,9 @@ class Bar:
     def show(self) -> None:
         """Draw what the watch has seen."""
         watch, left = self.watch, self.watch.time_left()
-        state = f"{watch.running} running, {watch.failed} failed" + ("" if left is None else f", {duration(left)} left")
+        state = f"{watch.running} running, {watch.failed} failed" + (
+            "" if left is None else f", {duration(left)} left"
+        )
         self.progress.update(self.task, completed=len(watch.over), state=state)
 
 

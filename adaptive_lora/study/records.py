@@ -1,13 +1,14 @@
-"""What a study directory holds, and the record that `analyse` makes of it. Plain JSON types; no torch.
+"""What a study directory holds, and the record that `analyse` makes of it. No torch.
 
 STUDY_DIR/
   study.yaml        the study as resolved: name, base, grid, baseline, select, report, threads
   plan.json         every run: id, settings, resolved configuration
   claims/ID/N/      the N-th worker that took the run; see `claims`
   runs/ID/          the run directory, as `adaptive-lora train` makes it
-  outcomes/ID.json  an `Outcome`, written when the run is over; its files' digests tell later changes
+  outcomes/ID.json  an `Outcome`, written when the run is over; with digests of its files
   logs/ID.log       what the run printed
-  results.json      a `StudyRecord`: the same bytes however often the study was killed, and for any number of workers
+  results.json      a `StudyRecord`: the same bytes however often the study was killed, and for any
+                    number of workers
   costs.json        {ID: Costs}: seconds and bytes, which do differ
 """
 
@@ -16,16 +17,23 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired, TypedDict
 
 VERSION = 1
-STUDY_FILE, PLAN_FILE, RESULTS_FILE, COSTS_FILE = "study.yaml", "plan.json", "results.json", "costs.json"
+STUDY_FILE, PLAN_FILE, RESULTS_FILE, COSTS_FILE = (
+    "study.yaml",
+    "plan.json",
+    "results.json",
+    "costs.json",
+)
 RUNS, OUTCOMES, CLAIMS, LOGS = "runs", "outcomes", "claims", "logs"
 
 Status = Literal["ok", "failed", "missing", "skipped"]
-"""ok; failed, with the reason; missing: not run yet; skipped: its files are not what the run left, and count for nothing."""
+"""ok; failed, with the reason; missing: not run yet; skipped: its files are not what the run left,
+and count for nothing."""
 Verdict = Literal["better", "worse", "tie"]
 
 
 class Costs(TypedDict):
-    """What a run took. `attempts` above 1: it was cut off and resumed, and the seconds are those of the last attempt."""
+    """What a run took. `attempts` above 1: it was cut off and resumed, and the seconds are those of
+    the last attempt."""
 
     train_seconds: float | None
     peak_memory_bytes: int | None  # CUDA's allocator; without CUDA the resident set of the process
@@ -33,19 +41,23 @@ class Costs(TypedDict):
 
 
 class Outcome(TypedDict):
-    """How a run ended. `files` has the SHA-256 of each file of the run directory that is read later."""
+    """How a run ended. `files` has the SHA-256 of each file of the run directory that is read
+    later."""
 
     version: int
     id: str
     status: Literal["ok", "failed"]
     reason: str | None
     files: dict[str, str]
-    component_parameters: int | None  # of the costliest target: the unit in which budgets can differ
+    component_parameters: (
+        int | None
+    )  # of the costliest target: the unit in which budgets can differ
     costs: Costs
 
 
 class PlannedRun(TypedDict):
-    """One run of the plan. `settings` has the label of its value on every axis; the flat keys are what tables group by."""
+    """One run of the plan. `settings` has the label of its value on every axis; the flat keys are
+    what tables group by."""
 
     id: str
     settings: dict[str, Any]
@@ -59,7 +71,8 @@ class PlannedRun(TypedDict):
 
 
 class RunRow(TypedDict):
-    """One run of the grid, whatever became of it. Where `status` is not ok, what the run does not have is None or empty."""
+    """One run of the grid, whatever became of it. Where `status` is not ok, what the run does not
+    have is None or empty."""
 
     id: str
     status: Status
@@ -71,7 +84,9 @@ class RunRow(TypedDict):
     learning_rate: float | None
     seed: int
     settings: dict[str, Any]
-    metrics: dict[str, float | None]  # without seconds and speeds; eval_main, eval_test_main: the task's first metric
+    metrics: dict[
+        str, float | None
+    ]  # without seconds and speeds; eval_main, eval_test_main: the task's first metric
     lora_parameters: int | None
     budget_parameters: int | None
     initial_ranks: dict[str, int]
@@ -81,7 +96,8 @@ class RunRow(TypedDict):
 
 
 class Comparison(TypedDict):
-    """A method against the baseline, pair by pair of equal seeds; the difference is method minus baseline."""
+    """A method against the baseline, pair by pair of equal seeds; the difference is method minus
+    baseline."""
 
     pairs: int
     difference: float | None
@@ -95,7 +111,8 @@ class Comparison(TypedDict):
 
 
 class TableRow(TypedDict):
-    """One method under one set of conditions (task, model, budget, and further axes in `settings`), over its seeds."""
+    """One method under one set of conditions (task, model, budget, and further axes in `settings`),
+    over its seeds."""
 
     method: str
     task: str
@@ -112,13 +129,16 @@ class TableRow(TypedDict):
     sd: float | None
     ci95: tuple[float, float] | None
     lora_parameters: int | None  # the mean over seeds, where they differ
-    parameters_equal: bool | None  # to the baseline's, within one component; None: nothing to compare with
+    parameters_equal: (
+        bool | None
+    )  # to the baseline's, within one component; None: nothing to compare with
     note: str | None
     comparison: Comparison | None  # None for the baseline
 
 
 class NoiseFloor(TypedDict):
-    """The baseline against itself under other seeds: 95 % of such differences of two means lie within ± `floor`."""
+    """The baseline against itself under other seeds: 95 % of such differences of two means lie
+    within ± `floor`."""
 
     task: str
     model: str

@@ -12,10 +12,11 @@ Key = TypeVar("Key")
 
 
 class Rule(ABC):
-    """Chooses among settings by their figures on the selection metric, one a seed; None stands for a failed run.
+    """Chooses among settings by their figures on the selection metric, one a seed; None stands for
+    a failed run.
 
-    A setting in which more runs failed comes after one in which fewer did: a mean over survivors flatters. Of equal
-    settings the first in the grid wins.
+    A setting in which more runs failed comes after one in which fewer did: a mean over survivors
+    flatters. Of equal settings the first in the grid wins.
     """
 
     name: ClassVar[str]
@@ -23,14 +24,21 @@ class Rule(ABC):
 
     @abstractmethod
     def score(self, figures: Sequence[float]) -> float:
-        """Return the score of a setting, higher is better; `figures` are finite, higher is better, at least one."""
+        """Return the score of a setting, higher is better; `figures` are finite, higher is better,
+        at least one."""
 
-    def choose(self, settings: Mapping[Key, Sequence[float | None]], *, greater_is_better: bool) -> Key:
+    def choose(
+        self, settings: Mapping[Key, Sequence[float | None]], *, greater_is_better: bool
+    ) -> Key:
         """Return the key of the chosen setting."""
 
         def order(key: Key) -> tuple[bool, int, float]:
             whole = [f for f in settings[key] if f is not None and math.isfinite(f)]
-            score = self.score(whole if greater_is_better else [-f for f in whole]) if whole else -math.inf
+            score = (
+                self.score(whole if greater_is_better else [-f for f in whole])
+                if whole
+                else -math.inf
+            )
             return bool(whole), len(whole) - len(settings[key]), score
 
         return max(settings, key=order)

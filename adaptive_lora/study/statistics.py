@@ -1,11 +1,14 @@
-"""Few seeds, honestly: intervals, paired comparisons, Holm's correction, the noise floor. Pure; numpy and scipy only.
+"""Few seeds, honestly: intervals, paired comparisons, Holm's correction, the noise floor. Pure;
+numpy and scipy only.
 
-Everywhere x is one figure a seed. Non-finite values raise `InputError`: a run without a figure is no observation.
+Everywhere x is one figure a seed. Non-finite values raise `InputError`: a run without a figure is
+no observation.
 
-What decides: a method is better (worse) than the baseline when Holm's p of the paired t test is at most 0.05 *and* the
-difference is outside the noise floor. A t test keeps its 5 % with three pairs; a percentile bootstrap over three pairs does
-not, and Wilcoxon's signed-rank test with n pairs can never fall below 2^(1 - n), 0.25 with three: both are reported, neither
-decides. `tests/test_study_statistics.py` holds the false-positive rates, with the power.
+What decides: a method is better (worse) than the baseline when Holm's p of the paired t test is at
+most 0.05 *and* the difference is outside the noise floor. A t test keeps its 5 % with three pairs;
+a percentile bootstrap over three pairs does not, and Wilcoxon's signed-rank test with n pairs can
+never fall below 2^(1 - n), 0.25 with three: both are reported, neither decides.
+`tests/test_study_statistics.py` holds the false-positive rates, with the power.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ Array = NDArray[np.float64]
 
 
 def summary(x: Sequence[float]) -> tuple[float, float | None, tuple[float, float] | None]:
-    """Return (mean, sample standard deviation, x̄ ± t(0.975, n − 1) s / √n); the last two are None for a single value.
+    """Return (mean, sample standard deviation, x̄ ± t(0.975, n − 1) s / √n); the last two are None
+    for a single value.
 
     >>> mean, sd, interval = summary([1.0, 2.0, 3.0])
     >>> mean, sd, [round(end, 3) for end in interval]
@@ -43,8 +47,8 @@ def summary(x: Sequence[float]) -> tuple[float, float | None, tuple[float, float
 
 
 def noise_floor(x: Sequence[float]) -> float | None:
-    """Return f = t(0.975, n − 1) s √(2 / n): of the differences between the mean of the baseline over n seeds and its mean
-    over n other seeds, 95 % lie within ± f. None for a single value.
+    """Return f = t(0.975, n − 1) s √(2 / n): of the differences between the mean of the baseline
+    over n seeds and its mean over n other seeds, 95 % lie within ± f. None for a single value.
 
     >>> round(noise_floor([1.0, 2.0, 3.0]), 3)
     3.513
@@ -52,13 +56,18 @@ def noise_floor(x: Sequence[float]) -> float | None:
     values = _checked(x)
     if len(values) == 1:
         return None
-    return float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) * math.sqrt(2 / len(values)))
+    return float(
+        stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+        * values.std(ddof=1)
+        * math.sqrt(2 / len(values))
+    )
 
 
 def paired_t(d: Sequence[float]) -> float:
     """Return the two-sided p of Student's paired t test, d̄ √n / s with n − 1 degrees of freedom.
 
-    Where all differences are equal and not 0 there is no noise to measure them by: the sign test's 2^(1 − n) instead.
+    Where all differences are equal and not 0 there is no noise to measure them by: the sign test's
+    2^(1 − n) instead.
 
     >>> round(paired_t([1.0, 2.0, 3.0]), 4), paired_t([0.5, 0.5, 0.5]), paired_t([0.0, 0.0])
     (0.0742, 0.25, 1.0)
@@ -74,12 +83,15 @@ def paired_t(d: Sequence[float]) -> float:
 
 
 def paired_bootstrap(d: Sequence[float], *, seed: int = 0) -> float:
-    """Return the two-sided p of the paired bootstrap: twice the share of resampled means on the other side of 0.
+    """Return the two-sided p of the paired bootstrap: twice the share of resampled means on the
+    other side of 0.
 
-    All n^n resamples up to n = 5, else 10,000 drawn with `seed`; a mean of 0 counts for both sides, and with draws one is
-    added to both counts. Too bold for few seeds: with n = 3 it calls a quarter of all ties a difference.
+    All n^n resamples up to n = 5, else 10,000 drawn with `seed`; a mean of 0 counts for both sides,
+    and with draws one is added to both counts. Too bold for few seeds: with n = 3 it calls a
+    quarter of all ties a difference.
 
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 16; Koehn 2004, EMNLP.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 16; Koehn 2004,
+    EMNLP.
 
     >>> paired_bootstrap([1.0, 2.0, -0.5])
     0.2962962962962963
@@ -99,8 +111,8 @@ def paired_bootstrap(d: Sequence[float], *, seed: int = 0) -> float:
 
 
 def wilcoxon(d: Sequence[float]) -> float:
-    """Return the two-sided p of Wilcoxon's signed-rank test, exact up to 25 pairs; 1 when every difference is 0. With n
-    pairs it is at least 2^(1 − n).
+    """Return the two-sided p of Wilcoxon's signed-rank test, exact up to 25 pairs; 1 when every
+    difference is 0. With n pairs it is at least 2^(1 − n).
 
     Source: Wilcoxon 1945, Biometrics Bulletin 1(6).
 
@@ -114,7 +126,8 @@ def wilcoxon(d: Sequence[float]) -> float:
     ranks = stats.rankdata(abs(values))
     if len(values) > 25:
         return float(stats.wilcoxon(values, method="asymptotic").pvalue)
-    # The distribution of the sum of ranks with signs drawn by coin, ties included: count the subsets by their doubled sum.
+    # The distribution of the sum of ranks with signs drawn by coin, ties included: count the
+    # subsets by their doubled sum.
     doubled = np.rint(2 * ranks).astype(int)
     counts = np.zeros(int(doubled.sum()) + 1)
     counts[0] = 1
@@ -126,7 +139,8 @@ def wilcoxon(d: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p: with p(1) ≤ … ≤ p(m), p̃(i) = max over j ≤ i of min(1, (m − j + 1) p(j)).
+    """Return Holm's adjusted p: with p(1) ≤ … ≤ p(m), p̃(i) = max over j ≤ i of min(1, (m − j + 1)
+    p(j)).
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
 
@@ -153,9 +167,12 @@ class Paired:
 
 
 def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Return the paired comparison of two rows of figures, seed by seed. Raises `InputError` below two pairs."""
+    """Return the paired comparison of two rows of figures, seed by seed. Raises `InputError` below
+    two pairs."""
     if len(method) != len(baseline):
-        raise InputError(f"{len(method)} figures against {len(baseline)}; a paired comparison needs equal seeds")
+        raise InputError(
+            f"{len(method)} figures against {len(baseline)}; a paired comparison needs equal seeds"
+        )
     difference = _checked(method, at_least=2) - _checked(baseline, at_least=2)
     d = [float(value) for value in difference]
     mean, _, interval = summary(d)
@@ -170,9 +187,10 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 
 def verdict(difference: float, p_holm: float, floor: float, *, greater_is_better: bool) -> Verdict:
-    """Return "tie" unless p̃ ≤ 0.05 and |difference| > the noise floor, else which of the two it is.
+    """Return "tie" unless p̃ ≤ 0.05 and |difference| > the noise floor, else which of the two it
+    is.
 
-    >>> verdict(0.02, 0.01, 0.015, greater_is_better=True), verdict(0.02, 0.01, 0.03, greater_is_better=True)
+    >>> [verdict(0.02, 0.01, floor, greater_is_better=True) for floor in (0.015, 0.03)]
     ('better', 'tie')
     """
     if p_holm > 1 - LEVEL + 1e-12 or abs(difference) <= floor:

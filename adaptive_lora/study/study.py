@@ -1,4 +1,5 @@
-"""A study from its file to its results: plan, workers, record. Run it again and only what is missing is done."""
+"""A study from its file to its results: plan, workers, record. Run it again and only what is
+missing is done."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from adaptive_lora.study.records import COSTS_FILE, OUTCOMES, RESULTS_FILE, RUNS
 from adaptive_lora.study.study_file import Study
 from adaptive_lora.study.worker import TRAIN
 
-POLL, SETTLE = 0.5, 10.0  # seconds: between two looks; for workers to see that nothing is left, before they are ended
+POLL, SETTLE = (
+    0.5,
+    10.0,
+)  # seconds: between two looks; for workers to see that nothing is left, before they are ended
 
 
 def run_study(
@@ -32,18 +36,21 @@ def run_study(
     train: str = TRAIN,
     retry_failed: bool = False,
 ) -> StudyRecord:
-    """Do every run of `study` that `output` does not hold yet, write results.json and costs.json, and return the record.
+    """Do every run of `study` that `output` does not hold yet, write results.json and costs.json,
+    and return the record.
 
     Args:
         study: what to run and how to read it.
         output: the study's folder; made if absent. Whatever is killed, the same call goes on.
         recipes: a function that returns the recipes to run, instead of the grid of `study`.
-        workers: how many at a time. Results do not depend on it: each run has `study.threads` threads.
+        workers: how many at a time. Results do not depend on it: each run has `study.threads`
+            threads.
         executor: where workers run, a class of `executors`.
         train: "module:function" that trains one run; see `worker.Train`.
         retry_failed: do runs again that failed.
 
-    Raises `InputError` on a bad study or a folder that holds something else, `AdaptiveLoraError` when all workers ended early.
+    Raises `InputError` on a bad study or a folder that holds something else, `AdaptiveLoraError`
+    when all workers ended early.
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; expected a whole number >= 1")
@@ -54,7 +61,9 @@ def run_study(
         forget_failures(folder, [one["id"] for one in plan])
     watch = Watch.of(folder, (one["id"] for one in plan))
     if len(watch.over) < len(plan):
-        pool = executor(study, folder, workers=min(workers, len(plan) - len(watch.over)), train=train)
+        pool = executor(
+            study, folder, workers=min(workers, len(plan) - len(watch.over)), train=train
+        )
         pool.start()
         try:
             with Bar(watch, study.name) as bar:
@@ -62,7 +71,8 @@ def run_study(
                     bar.show()
                     if not pool.living(finished=len(watch.over)) and not watch.look():
                         raise AdaptiveLoraError(
-                            f"all workers ended and {len(plan) - len(watch.over)} runs are not over; the same command goes "
+                            f"all workers ended and {len(plan) - len(watch.over)} runs are not "
+                            "over; the same command goes "
                             f"on. {pool.last_words()}"
                         )
                     time.sleep(POLL)
@@ -75,9 +85,12 @@ def run_study(
 
 
 def write_results(folder: Path) -> StudyRecord:
-    """Read the study in `folder`, write results.json and costs.json there, and return the record."""
+    """Read the study in `folder`, write results.json and costs.json there, and return the
+    record."""
     record = analyse(folder)
-    write_atomically(folder / COSTS_FILE, json.dumps(record["costs"], indent=1, allow_nan=False) + "\n")
+    write_atomically(
+        folder / COSTS_FILE, json.dumps(record["costs"], indent=1, allow_nan=False) + "\n"
+    )
     lasting = {key: value for key, value in record.items() if key != "costs"}
     write_atomically(folder / RESULTS_FILE, json.dumps(lasting, indent=1, allow_nan=False) + "\n")
     return record

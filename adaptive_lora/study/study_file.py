@@ -12,7 +12,12 @@ from adaptive_lora.files import load_yaml, read_file, set_key
 from adaptive_lora.study.selection import RULES
 
 LEARNING_RATE = "training.learning_rate"
-FALLS = ("loss", "perplexity", "bits_per_byte", "mse")  # what metrics that are better when lower end with
+FALLS = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "mse",
+)  # what metrics that are better when lower end with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +27,21 @@ class Study:
     Args:
         name: of the study; a folder holds one study.
         base: the recipe all runs share, or the path of one. `output` is not part of it.
-        grid: axis -> list of values. An axis is a key of the recipe (`seed`, `method`, `training.learning_rate`), or any
-            name whose values are mappings with a `label` and the recipe keys that it sets together.
+        grid: axis -> list of values. An axis is a key of the recipe (`seed`, `method`,
+            `training.learning_rate`), or any name whose values are mappings with a `label` and the
+            recipe keys that it sets together.
         baseline: the label of the method that the others are compared with.
-        metric: what is reported, such as eval_test_accuracy, for the records of `data.extra_eval: {test: ...}`.
-        greater_is_better: None says it by the metric's name: losses, perplexity, bits and squared errors fall.
-        select_axes: axes of which a rule chooses one setting for each method; None is the learning rate.
-        select_metric: what the rule looks at; None is `metric`, which is then optimistic, and the table says so.
+        metric: what is reported, such as eval_test_accuracy, for the records of `data.extra_eval:
+            {test: ...}`.
+        greater_is_better: None says it by the metric's name: losses, perplexity, bits and squared
+            errors fall.
+        select_axes: axes of which a rule chooses one setting for each method; None is the learning
+            rate.
+        select_metric: what the rule looks at; None is `metric`, which is then optimistic, and the
+            table says so.
         select_rule: a name in `selection.RULES`.
-        threads: CPU threads of every run, part of its identity: results must not depend on the number of workers.
+        threads: CPU threads of every run, part of its identity: results must not depend on the
+            number of workers.
         slurm: parameters for submitit, such as {timeout_min: 240, slurm_partition: gpu}.
         ray: resources for each Ray task, such as {num_gpus: 1}.
     """
@@ -55,20 +66,25 @@ class Study:
             raise InputError(f"study: threads is {self.threads!r}; expected a whole number >= 1")
         if self.select_rule not in RULES:
             raise InputError(
-                f"study: select.rule is {self.select_rule!r}.{nearest(str(self.select_rule), RULES)} "
+                "study: select.rule is "
+                f"{self.select_rule!r}.{nearest(str(self.select_rule), RULES)} "
                 f"Known: {', '.join(RULES)}"
             )
         for axis, values in self.grid.items():
             if not isinstance(values, list):
-                raise InputError(f"study: axis {axis} is {values!r}; expected a list, such as [{values!r}]")
+                raise InputError(
+                    f"study: axis {axis} is {values!r}; expected a list, such as [{values!r}]"
+                )
             if not values:
                 raise InputError(
-                    f"study: axis {axis} has no values, so there is nothing to run; give one, or leave it out"
+                    f"study: axis {axis} has no values, so there is nothing to run; give one, or "
+                    "leave it out"
                 )
         for axis in self.select_axes or []:
             if axis not in self.grid:
                 raise InputError(
-                    f"study: select.axes names {axis!r}.{nearest(axis, self.grid)} Axes: {', '.join(self.grid)}"
+                    f"study: select.axes names {axis!r}.{nearest(axis, self.grid)} Axes: "
+                    f"{', '.join(self.grid)}"
                 )
 
     @property
@@ -90,7 +106,11 @@ class Study:
             "base": self.base,
             "grid": self.grid,
             "baseline": self.baseline,
-            "select": {"axes": self.selected, "by": self.select_metric or self.metric, "rule": self.select_rule},
+            "select": {
+                "axes": self.selected,
+                "by": self.select_metric or self.metric,
+                "rule": self.select_rule,
+            },
             "report": {"metric": self.metric, "greater_is_better": self.rises},
             "threads": self.threads,
             "slurm": self.slurm,
@@ -108,10 +128,13 @@ def rises(metric: str) -> bool:
 
 
 def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
-    """Return the study in a YAML file, after `key=value` assignments such as base.model=FOLDER or grid.seed=[0,1]."""
+    """Return the study in a YAML file, after `key=value` assignments such as base.model=FOLDER or
+    grid.seed=[0,1]."""
     values = read_file(Path(file), "study")
     if not isinstance(values, dict):
-        raise InputError(f"{file} holds a {type(values).__name__}; expected a mapping of study keys")
+        raise InputError(
+            f"{file} holds a {type(values).__name__}; expected a mapping of study keys"
+        )
     values = dict(values)
     base = values.get("base")
     if isinstance(base, str):
@@ -130,16 +153,23 @@ def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
 
 
 def parse_study(values: Mapping[str, Any], *, origin: str = "study") -> Study:
-    """Return the `Study` of a plain mapping. Raises `InputError` naming `origin`, the key, and the nearest known one.
+    """Return the `Study` of a plain mapping. Raises `InputError` naming `origin`, the key, and the
+    nearest known one.
 
-    `paths: {data: FOLDER}` in the mapping puts FOLDER for `$data` at the start of any text in `base` and `grid`.
+    `paths: {data: FOLDER}` in the mapping puts FOLDER for `$data` at the start of any text in
+    `base` and `grid`.
     """
     try:
         values = dict(values)
         paths = values.pop("paths", None) or {}
         if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
-            raise InputError(f"paths is {paths!r:.60}; expected a mapping of names to folders, files or hub names")
-        values |= {key: _with_paths(values[key], paths) for key in ("base", "grid") if key in values}
+            raise InputError(
+                f"paths is {paths!r:.60}; expected a mapping of names to folders, files or hub "
+                "names"
+            )
+        values |= {
+            key: _with_paths(values[key], paths) for key in ("base", "grid") if key in values
+        }
         select, report = (
             _section(values, "select", "axes", "by", "rule"),
             _section(values, "report", "metric", "greater_is_better"),
@@ -158,10 +188,14 @@ def parse_study(values: Mapping[str, Any], *, origin: str = "study") -> Study:
                 raise InputError(f"{key} is {given[key]!r:.60}; expected a mapping")
         for key in ("name", "base", "grid", "baseline"):
             if not given.get(key):
-                what = "the study is empty: it has no grid" if key == "grid" else f"{key} is missing"
+                what = (
+                    "the study is empty: it has no grid" if key == "grid" else f"{key} is missing"
+                )
                 raise InputError(what)
         if not isinstance(report.get("metric"), str):
-            raise InputError("report.metric is missing; expected the name of a metric, such as eval_accuracy")
+            raise InputError(
+                "report.metric is missing; expected the name of a metric, such as eval_accuracy"
+            )
         named = {"axes": "select_axes", "by": "select_metric", "rule": "select_rule"}
         return Study(**given, **report, **{named[k]: v for k, v in select.items() if v is not None})
     except InputError as error:
@@ -177,7 +211,10 @@ def _with_paths(value: Any, paths: Mapping[str, str]) -> Any:
         return value
     name, slash, rest = value[1:].partition("/")
     if name not in paths:
-        raise InputError(f"${name} in {value!r} is not among paths.{nearest(name, paths)} Known: {', '.join(paths)}")
+        raise InputError(
+            f"${name} in {value!r} is not among paths.{nearest(name, paths)} Known: "
+            f"{', '.join(paths)}"
+        )
     return f"{paths[name]}{slash}{rest}"
 
 
@@ -193,5 +230,6 @@ def _check_keys(values: Mapping[str, Any], known: Any, prefix: str) -> None:
     for key in values:
         if key not in known:
             raise InputError(
-                f"unknown key {prefix}{key}.{nearest(str(key), known)} Known here: {', '.join(sorted(known))}"
+                f"unknown key {prefix}{key}.{nearest(str(key), known)} Known here: "
+                f"{', '.join(sorted(known))}"
             )

@@ -1,4 +1,5 @@
-"""The table of a study: one row a method and condition, its setting chosen by the rule, compared with the baseline. Pure."""
+"""The table of a study: one row a method and condition, its setting chosen by the rule, compared
+with the baseline. Pure."""
 
 from __future__ import annotations
 
@@ -28,20 +29,26 @@ class Table:
 
 
 def make_table(head: StudyHead, runs: Sequence[RunRow], components: Component) -> Table:
-    """Choose one setting a method in every condition, summarise its seeds, compare it with the baseline on equal seeds.
+    """Choose one setting a method in every condition, summarise its seeds, compare it with the
+    baseline on equal seeds.
 
-    A condition is a setting of all axes but method, seed and the selected ones. Holm's correction goes over the methods of
-    a condition.
+    A condition is a setting of all axes but method, seed and the selected ones. Holm's correction
+    goes over the methods of a condition.
     """
     rows: list[TableRow] = []
     noise: list[NoiseFloor] = []
     conditions: dict[str, dict[str, list[RunRow]]] = {}
     for run in runs:
-        conditions.setdefault(_key(_condition(run, head)), {}).setdefault(run["method"], []).append(run)
+        conditions.setdefault(_key(_condition(run, head)), {}).setdefault(run["method"], []).append(
+            run
+        )
     for methods in conditions.values():
         chosen = {method: _choose(head, mine) for method, mine in methods.items()}
         base = chosen.get(head["baseline"])
-        made = {method: _row(head, mine, len(_settings(head, methods[method]))) for method, mine in chosen.items()}
+        made = {
+            method: _row(head, mine, len(_settings(head, methods[method])))
+            for method, mine in chosen.items()
+        }
         if base is not None:
             noise.append(_noise(head, base, made[head["baseline"]]))
             _compare(head, chosen, made, noise[-1]["floor"])
@@ -69,9 +76,9 @@ def _settings(head: StudyHead, runs: Sequence[RunRow]) -> dict[str, list[RunRow]
     """Return the runs of each setting of the selected axes, in the order of the grid."""
     settings: dict[str, list[RunRow]] = {}
     for run in runs:
-        settings.setdefault(_key({axis: run["settings"].get(axis) for axis in head["selection"]["axes"]}), []).append(
-            run
-        )
+        settings.setdefault(
+            _key({axis: run["settings"].get(axis) for axis in head["selection"]["axes"]}), []
+        ).append(run)
     return settings
 
 
@@ -82,7 +89,10 @@ def _choose(head: StudyHead, runs: Sequence[RunRow]) -> list[RunRow]:
         rises = rises_by_name(by)
     rule = RULES[head["selection"]["rule"]]()
     over = ("ok", "failed")  # a run that is missing or damaged says nothing about its setting
-    figures = {key: [figure(run, by) for run in mine if run["status"] in over] for key, mine in settings.items()}
+    figures = {
+        key: [figure(run, by) for run in mine if run["status"] in over]
+        for key, mine in settings.items()
+    }
     return settings[rule.choose(figures, greater_is_better=rises)]
 
 
@@ -91,7 +101,9 @@ def _row(head: StudyHead, runs: Sequence[RunRow], trials: int) -> TableRow:
     points = [f for run in runs if (f := figure(run, head["metric"])) is not None]
     mean, sd, interval = statistics.summary(points) if points else (None, None, None)
     parameters = [
-        run["lora_parameters"] for run in runs if run["status"] == "ok" and run["lora_parameters"] is not None
+        run["lora_parameters"]
+        for run in runs
+        if run["status"] == "ok" and run["lora_parameters"] is not None
     ]
     settings = {axis: label for axis, label in _condition(first, head).items() if axis not in FLAT}
     return {
@@ -130,7 +142,10 @@ def _noise(head: StudyHead, runs: Sequence[RunRow], row: TableRow) -> NoiseFloor
 
 
 def _compare(
-    head: StudyHead, chosen: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow], floor: float | None
+    head: StudyHead,
+    chosen: Mapping[str, Sequence[RunRow]],
+    made: Mapping[str, TableRow],
+    floor: float | None,
 ) -> None:
     """Fill in the comparison of every method but the baseline."""
     comparisons: dict[str, Comparison] = {}
@@ -139,7 +154,8 @@ def _compare(
             continue
         pairs = _pairs(head, runs, chosen[head["baseline"]])
         comparisons[method] = {
-            "pairs": len(pairs), "difference": None, "ci95": None, "p_t": None, "p_bootstrap": None, "p_wilcoxon": None,
+            "pairs": len(pairs), "difference": None, "ci95": None, "p_t": None, "p_bootstrap": None,
+            "p_wilcoxon": None,
             "p_holm": None, "noise_floor": floor, "verdict": None,
         }  # fmt: skip
         if len(pairs) == 1:
@@ -147,7 +163,8 @@ def _compare(
         if len(pairs) > 1:
             found = statistics.compare([a for a, _ in pairs], [b for _, b in pairs])
             comparisons[method] |= {
-                "difference": found.difference, "ci95": found.ci95, "p_t": found.p_t, "p_bootstrap": found.p_bootstrap,
+                "difference": found.difference, "ci95": found.ci95, "p_t": found.p_t,
+                "p_bootstrap": found.p_bootstrap,
                 "p_wilcoxon": found.p_wilcoxon,
             }  # fmt: skip
     tested = [method for method, one in comparisons.items() if one["p_t"] is not None]
@@ -157,21 +174,29 @@ def _compare(
         assert one["difference"] is not None
         assert floor is not None  # two pairs: two seeds of the baseline
         one["p_holm"] = p
-        one["verdict"] = statistics.verdict(one["difference"], p, floor, greater_is_better=head["greater_is_better"])
+        one["verdict"] = statistics.verdict(
+            one["difference"], p, floor, greater_is_better=head["greater_is_better"]
+        )
     for method, comparison in comparisons.items():
         made[method]["comparison"] = comparison
 
 
-def _pairs(head: StudyHead, runs: Sequence[RunRow], theirs: Sequence[RunRow]) -> list[tuple[float, float]]:
+def _pairs(
+    head: StudyHead, runs: Sequence[RunRow], theirs: Sequence[RunRow]
+) -> list[tuple[float, float]]:
     """Return the figures of equal seeds."""
     base = {run["seed"]: figure(run, head["metric"]) for run in theirs}
     mine = {run["seed"]: figure(run, head["metric"]) for run in runs}
-    return [(a, b) for seed, a in mine.items() if a is not None and (b := base.get(seed)) is not None]
+    return [
+        (a, b) for seed, a in mine.items() if a is not None and (b := base.get(seed)) is not None
+    ]
 
 
-def _at_equal_settings(head: StudyHead, methods: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow]) -> None:
-    """Say of a difference found between unlike settings what it is at equal ones: the choice alone can have made it, and
-    the noise floor, over seeds only, does not hold the choice's own luck."""
+def _at_equal_settings(
+    head: StudyHead, methods: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow]
+) -> None:
+    """Say of a difference found between unlike settings what it is at equal ones: the choice alone
+    can have made it, and the noise floor, over seeds only, does not hold the choice's own luck."""
     baseline = head["baseline"]
     theirs = _settings(head, methods[baseline])
     for method, row in made.items():
@@ -187,7 +212,8 @@ def _at_equal_settings(head: StudyHead, methods: Mapping[str, Sequence[RunRow]],
                 said.append(f"{plain.fmean(a - b for a, b in pairs):+.2g} at {label}")
         _say(
             row,
-            f"chosen at another setting than {baseline}; differences at equal ones: {'; '.join(said) or 'none made'}",
+            f"chosen at another setting than {baseline}; differences at equal ones: "
+            f"{'; '.join(said) or 'none made'}",
         )
 
 
@@ -196,19 +222,26 @@ def _say(row: TableRow, said: str) -> None:
 
 
 def _parameters(
-    head: StudyHead, chosen: Mapping[str, Sequence[RunRow]], made: Mapping[str, TableRow], components: Component
+    head: StudyHead,
+    chosen: Mapping[str, Sequence[RunRow]],
+    made: Mapping[str, TableRow],
+    components: Component,
 ) -> None:
     """Say of every row whether its parameters and steps are those of the baseline."""
 
     def counts(method: str, key: str) -> list[int]:
-        return [run[key] for run in chosen[method] if run["status"] == "ok" and run[key] is not None]  # type: ignore[literal-required]
+        done: list[Any] = [run for run in chosen[method] if run["status"] == "ok"]
+        return [run[key] for run in done if run[key] is not None]
 
     baseline = head["baseline"]
     for method, row in made.items():
         mine, theirs = counts(method, "lora_parameters"), counts(baseline, "lora_parameters")
         if not mine or not theirs:
             continue
-        unit = max((components.get(run["id"], 0) for m in (method, baseline) for run in chosen[m]), default=0)
+        unit = max(
+            (components.get(run["id"], 0) for m in (method, baseline) for run in chosen[m]),
+            default=0,
+        )
         apart = max(max(mine) - min(theirs), max(theirs) - min(mine))
         row["parameters_equal"] = apart <= unit
         if not row["parameters_equal"]:
@@ -238,27 +271,40 @@ def _notes(head: StudyHead, rows: Sequence[TableRow]) -> list[str]:
     if selection["axes"]:
         trials = sorted({row["trials"] for row in rows})
         notes.append(
-            f"{', '.join(selection['axes'])}: for each method {selection['description']} of {selection['metric']} "
-            f"({selection['rule']}), of {'..'.join(map(str, dict.fromkeys([trials[0], trials[-1]])))} tried; reported: "
+            f"{', '.join(selection['axes'])}: for each method {selection['description']} of "
+            f"{selection['metric']} "
+            f"({selection['rule']}), of "
+            f"{'..'.join(map(str, dict.fromkeys([trials[0], trials[-1]])))} tried; reported: "
             f"{head['metric']}."
         )
         if selection["metric"] == head["metric"]:
             notes.append(
-                f"{head['metric']} both chose the settings and is reported: the figures are optimistic, for methods with more "
+                f"{head['metric']} both chose the settings and is reported: the figures are "
+                "optimistic, for methods with more "
                 "trials more so. Give data.extra_eval and report its metric."
             )
     else:
-        notes.append(f"reported: {head['metric']}. Nothing was selected: each method ran with the settings shown.")
+        notes.append(
+            f"reported: {head['metric']}. Nothing was selected: each method ran with the settings "
+            "shown."
+        )
     pairs = sorted({row["comparison"]["pairs"] for row in rows if row["comparison"] is not None})
     if pairs:
         fewest = pairs[0]
         notes.append(
-            "better / worse: Holm's p of the paired t test at most 0.05 and the difference outside the noise floor (the "
+            "better / worse: Holm's p of the paired t test at most 0.05 and the difference outside "
+            "the noise floor (the "
             "baseline against itself under other seeds); else a tie."
-            + (f" With {fewest} pairs Wilcoxon's p cannot fall below {2.0 ** (1 - fewest):.3g}." if fewest > 1 else "")
+            + (
+                f" With {fewest} pairs Wilcoxon's p cannot fall below {2.0 ** (1 - fewest):.3g}."
+                if fewest > 1
+                else ""
+            )
         )
     if any(row["parameters_equal"] is False for row in rows):
         notes.append("LoRA parameters are not equal within one component: see the rows so marked.")
     if failed := sum(row["failed"] for row in rows):
-        notes.append(f"{failed} runs behind this table failed; their rows are means over the other seeds.")
+        notes.append(
+            f"{failed} runs behind this table failed; their rows are means over the other seeds."
+        )
     return notes

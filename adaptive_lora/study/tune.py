@@ -1,7 +1,8 @@
-"""Search over recipe fields with Optuna: each trial a run directory named by its configuration, as in studies.
+"""Search over recipe fields with Optuna: each trial a run directory named by its configuration, as
+in studies.
 
-The search is a file in the output folder: killed and started again it goes on, and a trial whose run is there is not
-trained again.
+The search is a file in the output folder: killed and started again it goes on, and a trial whose
+run is there is not trained again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Tuning:
     Args:
         name: of the search.
         base: the recipe all trials share.
-        search: recipe key -> what it may be: a list of choices, or {low, high} with `log: true` or a `step`. Whole-number ends
-            give whole numbers.
+        search: recipe key -> what it may be: a list of choices, or {low, high} with `log: true` or
+            a `step`. Whole-number ends give whole numbers.
         objectives: metrics, and `lora_parameters`. With several the result is a Pareto front.
         trials: how many in all.
         seed: of the search; the same seed proposes the same trials.
@@ -54,7 +55,10 @@ class Tuning:
         if not isinstance(self.search, dict) or not self.search:
             raise InputError("tune: search is empty; give recipe keys and what they may be")
         if not isinstance(self.objectives, list) or not self.objectives:
-            raise InputError("tune: objectives is empty; expected a list such as [eval_accuracy, lora_parameters]")
+            raise InputError(
+                "tune: objectives is empty; expected a list such as [eval_accuracy, "
+                "lora_parameters]"
+            )
         for name in ("trials", "threads"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -65,7 +69,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: what was tried, its figures in the order of the objectives, and whether nothing beats it."""
+    """One trial: what was tried, its figures in the order of the objectives, and whether nothing
+    beats it."""
 
     number: int
     run: str
@@ -87,7 +92,10 @@ def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     known = list(Tuning.__dataclass_fields__)
     for key in values:
         if key not in known:
-            raise InputError(f"{file}: unknown key {key}.{nearest(str(key), known)} Known here: {', '.join(known)}")
+            raise InputError(
+                f"{file}: unknown key {key}.{nearest(str(key), known)} Known here: "
+                f"{', '.join(known)}"
+            )
     for key in ("name", "base"):
         if not values.get(key):
             raise InputError(f"{file}: {key} is missing")
@@ -98,24 +106,32 @@ def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
 
 
 def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Trial]:
-    """Run trials until `tuning.trials` are over, and return them all; the best, or those on the Pareto front, are marked.
+    """Run trials until `tuning.trials` are over, and return them all; the best, or those on the
+    Pareto front, are marked.
 
-    A run that fails is a failed trial, which the sampler learns nothing from. Raises `InputError` on a bad search, or
-    without Optuna.
+    A run that fails is a failed trial, which the sampler learns nothing from. Raises `InputError`
+    on a bad search, or without Optuna.
     """
     try:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
-        raise InputError("tune needs Optuna; get it with: pip install 'adaptive-lora[tune]'") from None
+        raise InputError(
+            "tune needs Optuna; get it with: pip install 'adaptive-lora[tune]'"
+        ) from None
     folder = Path(output)
     _planned(tuning, _first_values(tuning))  # a wrong key is found before anything is made
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STORAGE_FILE).is_file():
-        raise InputError(f"output folder {folder} is not empty and holds no search; choose another --output")
+        raise InputError(
+            f"output folder {folder} is not empty and holds no search; choose another --output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions: Any = ["maximize" if name != PARAMETERS and rises(name) else "minimize" for name in tuning.objectives]
+    directions: Any = [
+        "maximize" if name != PARAMETERS and rises(name) else "minimize"
+        for name in tuning.objectives
+    ]
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE_FILE)))
     search: Any = optuna.create_study(
         storage=storage, study_name=tuning.name, directions=directions, load_if_exists=True
@@ -131,7 +147,9 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
     while (number := _over(search)) < tuning.trials:
         search.sampler = _sampler(optuna, tuning, number)
         trial: Any = search.ask()
-        planned = _planned(tuning, {key: _suggest(trial, key, space) for key, space in tuning.search.items()})
+        planned = _planned(
+            tuning, {key: _suggest(trial, key, space) for key, space in tuning.search.items()}
+        )
         trial.set_user_attr("run", planned["id"])
         figures, reason = _figures(folder.resolve(), planned, tuning, function)
         if figures is None:
@@ -143,21 +161,31 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
 
 
 def _sampler(optuna: Any, tuning: Tuning, number: int) -> Any:
-    """Return the sampler of the next trial, seeded for it: a search that was cut off proposes the same as one that was not."""
-    kind = optuna.samplers.NSGAIISampler if len(tuning.objectives) > 3 else optuna.samplers.TPESampler
+    """Return the sampler of the next trial, seeded for it: a search that was cut off proposes the
+    same as one that was not."""
+    kind = (
+        optuna.samplers.NSGAIISampler if len(tuning.objectives) > 3 else optuna.samplers.TPESampler
+    )
     return kind(seed=tuning.seed * 100_003 + number)
 
 
 def _over(search: Any) -> int:
     """Return how many trials are over: those with figures, and those whose run failed."""
-    return sum(t.state.name == "COMPLETE" or "reason" in t.user_attrs for t in search.get_trials(deepcopy=False))
+    return sum(
+        t.state.name == "COMPLETE" or "reason" in t.user_attrs
+        for t in search.get_trials(deepcopy=False)
+    )
 
 
-def _figures(study: Path, planned: PlannedRun, tuning: Tuning, train: Any) -> tuple[list[float] | None, str | None]:
+def _figures(
+    study: Path, planned: PlannedRun, tuning: Tuning, train: Any
+) -> tuple[list[float] | None, str | None]:
     if not is_over(study, planned["id"]):
         claim = claims.take(study / CLAIMS, planned["id"])
         if claim is None:
-            raise AdaptiveLoraError(f"another process works on run {planned['id']} in {study}; wait for it, or end it")
+            raise AdaptiveLoraError(
+                f"another process works on run {planned['id']} in {study}; wait for it, or end it"
+            )
         perform(study, planned, claim, train, threads=tuning.threads)
         claim.release()
     try:
@@ -174,7 +202,8 @@ def _figures(study: Path, planned: PlannedRun, tuning: Tuning, train: Any) -> tu
         value = known.get(name)
         if value is None or not math.isfinite(value):
             raise InputError(
-                f"the run has no metric {name!r}.{nearest(name, known)} It has: {', '.join(sorted(known))}"
+                f"the run has no metric {name!r}.{nearest(name, known)} It has: "
+                f"{', '.join(sorted(known))}"
             )
         figures.append(float(value))
     return figures, None
@@ -198,7 +227,11 @@ def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
         if t.state.name == "COMPLETE" or "reason" in t.user_attrs
     ]
     rows = [trial.__dict__ for trial in trials]
-    text = json.dumps({"name": tuning.name, "objectives": tuning.objectives, "trials": rows}, indent=1, allow_nan=False)
+    text = json.dumps(
+        {"name": tuning.name, "objectives": tuning.objectives, "trials": rows},
+        indent=1,
+        allow_nan=False,
+    )
     write_atomically(folder / TRIALS_FILE, text + "\n")
     return trials
 
@@ -206,7 +239,9 @@ def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
 def _planned(tuning: Tuning, values: Mapping[str, Any]) -> PlannedRun:
     """Return the run of one trial, its configuration checked."""
     grid = {key: [value] for key, value in values.items()}
-    method = next(recipe for _, recipe in expand(tuning.base, grid)).get("method") or {"name": "lora"}
+    method = next(recipe for _, recipe in expand(tuning.base, grid)).get("method") or {
+        "name": "lora"
+    }
     study = Study(
         name=tuning.name,
         base=tuning.base,
@@ -223,12 +258,16 @@ def _check_space(key: str, space: Any) -> None:
         if not space:
             raise InputError(f"tune: search.{key} is an empty list; give choices")
         return
-    ends = "expected a list of choices, or {low: NUMBER, high: NUMBER} with log: true or step: NUMBER"
+    ends = (
+        "expected a list of choices, or {low: NUMBER, high: NUMBER} with log: true or step: NUMBER"
+    )
     if not isinstance(space, dict):
         raise InputError(f"tune: search.{key} is {space!r}; {ends}")
     for name in space:
         if name not in RANGE_KEYS:
-            raise InputError(f"tune: search.{key} has {name!r}.{nearest(str(name), RANGE_KEYS)} {ends}")
+            raise InputError(
+                f"tune: search.{key} has {name!r}.{nearest(str(name), RANGE_KEYS)} {ends}"
+            )
     low, high = space.get("low"), space.get("high")
     if not (_is_number(low) and _is_number(high) and low < high):
         raise InputError(f"tune: search.{key} is {space!r}; {ends}, low below high")
@@ -243,11 +282,18 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _suggest(trial: Any, key: str, space: Any) -> Any:
     if isinstance(space, list):
         return trial.suggest_categorical(key, space)
-    low, high, rest = space["low"], space["high"], {k: v for k, v in space.items() if k not in ("low", "high")}
+    low, high, rest = (
+        space["low"],
+        space["high"],
+        {k: v for k, v in space.items() if k not in ("low", "high")},
+    )
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(key, low, high, **rest)
     return trial.suggest_float(key, low, high, **rest)
 
 
 def _first_values(tuning: Tuning) -> dict[str, Any]:
-    return {key: space[0] if isinstance(space, list) else space["low"] for key, space in tuning.search.items()}
+    return {
+        key: space[0] if isinstance(space, list) else space["low"]
+        for key, space in tuning.search.items()
+    }

@@ -1,8 +1,10 @@
-"""A worker: takes one run of a study after the other until all are over. The same behind every executor.
+"""A worker: takes one run of a study after the other until all are over. The same behind every
+executor.
 
     python -m adaptive_lora.study.worker STUDY_DIR
 
-Any number may work on one folder, from any number of machines; each may be killed at any time. torch is imported once.
+Any number may work on one folder, from any number of machines; each may be killed at any time.
+torch is imported once.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ QUIET = {
 }
 
 Train = Callable[..., Any]
-"""(config, resume=bool) -> None: makes the run directory config.output with its result.json, or raises."""
+"""(config, resume=bool) -> None: makes the run directory config.output with its result.json, or
+raises."""
 
 
 def work(folder: str | Path, train: Train) -> None:
@@ -60,7 +63,9 @@ def work(folder: str | Path, train: Train) -> None:
             time.sleep(WAIT)
 
 
-def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train, *, threads: int) -> None:
+def perform(
+    study: Path, planned: PlannedRun, claim: claims.Claim, train: Train, *, threads: int
+) -> None:
     """Do one run and write its outcome, whatever happens; only an interruption leaves none."""
     folder, attempts = study / RUNS / planned["id"], claims.attempts(claim.folder.parent)
     with _log(study / LOGS / f"{planned['id']}.log"), claims.Heartbeat(claim) as heart:
@@ -68,7 +73,8 @@ def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train,
         try:
             if claims.crashes(claim.folder.parent) >= MAX_CRASHES:
                 raise AdaptiveLoraError(
-                    f"{MAX_CRASHES} workers died of this run; is memory short? See its log in {LOGS}"
+                    f"{MAX_CRASHES} workers died of this run; is memory short? See its log in "
+                    f"{LOGS}"
                 )
             _train(folder, planned, train, begun=claim.number > 0)
         except AdaptiveLoraError as error:
@@ -82,14 +88,20 @@ def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train,
             raise
     if not claim.in_force():
         return
-    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")) if (folder / RESULT_FILE).is_file() else {}
+    result = (
+        json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        if (folder / RESULT_FILE).is_file()
+        else {}
+    )
     if reason is None and result.get("status") != "ok":
         reason = result.get("reason") or f"the run left no {RESULT_FILE}"
     outcome: Outcome = {
         "version": VERSION,
         "id": planned["id"],
         "status": "ok" if reason is None else "failed",
-        "reason": None if reason is None else reason.replace(f"{study}/", ""),  # the same wherever the study lies
+        "reason": None
+        if reason is None
+        else reason.replace(f"{study}/", ""),  # the same wherever the study lies
         "files": digests(folder),
         "component_parameters": _costliest_component(folder),
         "costs": {
@@ -102,13 +114,16 @@ def perform(study: Path, planned: PlannedRun, claim: claims.Claim, train: Train,
 
 
 def _train(folder: Path, planned: PlannedRun, train: Train, *, begun: bool) -> None:
-    """Train where nothing is, go on where an earlier claim has left a run, if that gives the same result."""
+    """Train where nothing is, go on where an earlier claim has left a run, if that gives the same
+    result."""
     from adaptive_lora.recipe.config import parse
 
     config = parse({**planned["config"], "output": str(folder)}, origin=planned["id"])
     if folder.is_dir() and any(folder.iterdir()):
         if not begun:
-            raise IntegrityError(f"{folder} was there before the run; move it away, and use --retry-failed")
+            raise IntegrityError(
+                f"{folder} was there before the run; move it away, and use --retry-failed"
+            )
         if (folder / RESULT_FILE).is_file():  # written last, and whole
             return
         if any((folder / "checkpoints").glob("checkpoint-*")):
@@ -173,7 +188,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Do the runs of a study until all are over.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", default=TRAIN, help="module:function that trains one run")
-    parser.add_argument("--with-parent", action="store_true", help="end when standard input does: its writer is gone")
+    parser.add_argument(
+        "--with-parent",
+        action="store_true",
+        help="end when standard input does: its writer is gone",
+    )
     options = parser.parse_args()
     if options.with_parent:
         threading.Thread(target=lambda: os.read(0, 1) or os._exit(130), daemon=True).start()

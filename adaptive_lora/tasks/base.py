@@ -1,4 +1,5 @@
-"""What a task is: records -> features, a collator, metrics, predictions, and the model class that fits."""
+"""What a task is: records -> features, a collator, metrics, predictions, and the model class that
+fits."""
 
 from __future__ import annotations
 
@@ -17,23 +18,32 @@ from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks.data import RECORD, Split
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
-ROW, LENGTH = "row", "length"  # columns of every features table: the record's row in its split from 0; tokens
+ROW, LENGTH = (
+    "row",
+    "length",
+)  # columns of every features table: the record's row in its split from 0; tokens
 
 
 class Task(ABC):
-    """One kind of task, bound to a recipe, to a tokenizer (or image processor) and to the model's configuration.
+    """One kind of task, bound to a recipe, to a tokenizer (or image processor) and to the model's
+    configuration.
 
-    `learn` looks at the training records once; `features` then turns the records of any split into what the model reads,
-    plus columns of our own, which the Trainer leaves out because the model has no argument of their names. Everything
-    that cannot be trained on is found in these two, and named by file and record. `notes` are lines to print.
+    `learn` looks at the training records once; `features` then turns the records of any split into
+    what the model reads, plus columns of our own, which the Trainer leaves out because the model
+    has no argument of their names. Everything that cannot be trained on is found in these two, and
+    named by file and record. `notes` are lines to print.
     """
 
     auto_class: Any  # transformers' Auto class with the right head
-    metrics: tuple[str, ...]  # what `score` returns, once learned; the first is reported first unless a recipe says
+    metrics: tuple[
+        str, ...
+    ]  # what `score` returns, once learned; the first is reported first unless a recipe says
     needs_outputs: ClassVar[bool] = True  # whether `predict` reads the outputs of a forward pass
     training: ClassVar[dict[str, Any]] = {}  # fields of TrainingArguments that this task needs
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+    ) -> None:
         self.data, self.generation = config.data, config.generation
         self.tokenizer, self.model_config = tokenizer, model_config
         self.notes: list[str] = []
@@ -41,10 +51,12 @@ class Task(ABC):
         self.longest = self._longest()
 
     def learn(self, split: Split) -> None:
-        """Take from the training records what the recipe leaves open (text columns, classes), by `learned`."""
+        """Take from the training records what the recipe leaves open (text columns, classes), by
+        `learned`."""
 
     def learned(self, **data: Any) -> None:
-        """Complete `self.data`: with it, a task made anew reads further records as this one does."""
+        """Complete `self.data`: with it, a task made anew reads further records as this one
+        does."""
         self.data = self.data.model_copy(update=data)
 
     @classmethod
@@ -58,23 +70,28 @@ class Task(ABC):
 
     @abstractmethod
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Return what the model reads, with labels unless the records have none. Raises `InputError` on bad records."""
+        """Return what the model reads, with labels unless the records have none. Raises
+        `InputError` on bad records."""
 
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the function that makes a batch of features."""
 
     def reduce(self, logits: Any, labels: Any) -> Any:
-        """Return what is kept of a batch's outputs until `score` (the Trainer's preprocess_logits_for_metrics)."""
+        """Return what is kept of a batch's outputs until `score` (the Trainer's
+        preprocess_logits_for_metrics)."""
         return logits[0] if isinstance(logits, tuple) else logits
 
     @abstractmethod
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
         """Return the metrics of the outputs for `features`, row for row."""
 
     @abstractmethod
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
-        """Return a row of predictions for each record of the split that `features` came from, in its order."""
+        """Return a row of predictions for each record of the split that `features` came from, in
+        its order."""
 
     def show(self, item: dict[str, Any]) -> str:
         """Return one row of features as a person reads it."""
@@ -82,38 +99,53 @@ class Task(ABC):
 
     def bears_loss(self, features: Dataset) -> int:
         """Return how many labels count in the loss."""
-        return sum(label != IGNORED for labels in features["labels"] for label in np.atleast_1d(labels))
+        return sum(
+            label != IGNORED for labels in features["labels"] for label in np.atleast_1d(labels)
+        )
 
     def _longest(self) -> int:
         """Return the longest input in tokens that recipe, tokenizer and model allow."""
-        limit = min(self.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        limit = min(
+            self.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length
+        )
         if self.data.max_length > limit:
             self.notes.append(
-                f"data.max_length {self.data.max_length:,} is more than the model reads: {limit:,} is used"
+                f"data.max_length {self.data.max_length:,} is more than the model reads: {limit:,} "
+                "is used"
             )
         return min(self.data.max_length, limit)
 
-    def _fit(self, split: Split, lengths: Sequence[int], labelled: bool, limit: int | None = None) -> list[int]:
-        """Return the rows to keep, whose inputs have `lengths` tokens before any cut; say what becomes of longer ones.
-        Records without labels are there for an answer each, and none is dropped."""
+    def _fit(
+        self, split: Split, lengths: Sequence[int], labelled: bool, limit: int | None = None
+    ) -> list[int]:
+        """Return the rows to keep, whose inputs have `lengths` tokens before any cut; say what
+        becomes of longer ones. Records without labels are there for an answer each, and none is
+        dropped."""
         limit = limit or self.longest
         long = [row for row, length in enumerate(lengths) if length > limit]
         drop = self.data.too_long == "drop" and labelled
         if long and self.data.too_long == "refuse":
             raise InputError(
-                f"{split.at(split.records[RECORD][long[0]])}: {lengths[long[0]]:,} tokens are more than {limit:,} "
-                f"({len(long):,} such records); raise data.max_length if the model reads more, or set data.too_long to cut "
+                f"{split.at(split.records[RECORD][long[0]])}: {lengths[long[0]]:,} tokens are more "
+                f"than {limit:,} "
+                f"({len(long):,} such records); raise data.max_length if the model reads more, or "
+                "set data.too_long to cut "
                 "or drop"
             )
         low, median, high = (int(np.percentile(lengths, q, method="nearest")) for q in (0, 50, 95))
         self.notes.append(
-            f"{split.part}: {len(lengths):,} records of {low:,} to {max(lengths):,} tokens (median {median:,}, "
-            f"95 % up to {high:,}); {len(long):,} longer than {limit:,} and {'dropped' if drop else 'cut'}"
+            f"{split.part}: {len(lengths):,} records of {low:,} to {max(lengths):,} tokens (median "
+            f"{median:,}, "
+            f"95 % up to {high:,}); {len(long):,} longer than {limit:,} and "
+            f"{'dropped' if drop else 'cut'}"
         )
         if not drop:
             return list(range(len(lengths)))
         if len(long) == len(lengths):
-            raise InputError(f"{split.source}: every {split.part} record is longer than {limit:,} tokens and dropped")
+            raise InputError(
+                f"{split.source}: every {split.part} record is longer than {limit:,} tokens and "
+                "dropped"
+            )
         dropped = set(long)
         return [row for row in range(len(lengths)) if row not in dropped]
 
@@ -123,8 +155,10 @@ class Task(ABC):
         for row, ids in zip(features[ROW], features["input_ids"], strict=True):
             if ids and max(ids) >= size:
                 raise InputError(
-                    f"{split.at(split.records[RECORD][row])}: token id {max(ids)} ({self.tokenizer.decode(max(ids))!r}) is "
-                    f"outside the model's vocabulary of {size}; the tokenizer belongs to another model"
+                    f"{split.at(split.records[RECORD][row])}: token id {max(ids)} "
+                    f"({self.tokenizer.decode(max(ids))!r}) is "
+                    f"outside the model's vocabulary of {size}; the tokenizer belongs to another "
+                    "model"
                 )
         return features.add_column(LENGTH, [len(ids) for ids in features["input_ids"]])
 
@@ -132,8 +166,8 @@ class Task(ABC):
 def positions(model_config: PretrainedConfig) -> int | None:
     """Return how many tokens the model reads at most; None when it has no such limit (T5).
 
-    RoBERTa and its kin number positions from padding_idx + 1, so a table of 514 holds 512: seen from the position
-    embeddings of a model without storage, as configurations do not say it.
+    RoBERTa and its kin number positions from padding_idx + 1, so a table of 514 holds 512: seen
+    from the position embeddings of a model without storage, as configurations do not say it.
     """
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is None:
@@ -141,10 +175,19 @@ def positions(model_config: PretrainedConfig) -> int | None:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(model_config)
-    except (ValueError, KeyError, ImportError, NotImplementedError):  # code of its own, or a base that has no AutoModel
+    except (
+        ValueError,
+        KeyError,
+        ImportError,
+        NotImplementedError,
+    ):  # code of its own, or a base that has no AutoModel
         return int(limit)
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
             return int(limit) - module.padding_idx - 1
     return int(limit)
 

@@ -1,4 +1,5 @@
-"""Causal language modelling: instruction records with the prompt masked from the loss, or plain text."""
+"""Causal language modelling: instruction records with the prompt masked from the loss, or plain
+text."""
 
 from __future__ import annotations
 
@@ -10,11 +11,19 @@ from transformers import AutoModelForCausalLM
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import IGNORED, ROW
 from adaptive_lora.tasks.data import RECORD, Split
-from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, fill, fill_each, template_columns
+from adaptive_lora.tasks.language_model import (
+    BYTES,
+    PROMPT,
+    WritingTask,
+    fill,
+    fill_each,
+    template_columns,
+)
 
 
 def prompt_of(instruction: str, context: str) -> str:
-    """Return the prompt of an Alpaca-style record: headings, so that any tokenizer can mark the parts.
+    """Return the prompt of an Alpaca-style record: headings, so that any tokenizer can mark the
+    parts.
 
     >>> prompt_of("Name a colour.", "")
     '### Instruction:\\nName a colour.\\n\\n### Response:\\n'
@@ -36,7 +45,9 @@ class CausalLanguageModelling(WritingTask):
             return self._checked(Dataset.from_list(self._to_answer(split, starts)), split)
         completions = self._completions(split)
         # An empty answer teaches nothing but to stop.
-        ends = [self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions]
+        ends = [
+            self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions
+        ]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
         rows = []
         kept = self._fit(split, lengths, labelled)
@@ -59,34 +70,47 @@ class CausalLanguageModelling(WritingTask):
             )
         if not rows:
             raise InputError(
-                f"{split.source}: no {split.part} record has a token to learn from within {self.longest} tokens; "
+                f"{split.source}: no {split.part} record has a token to learn from within "
+                f"{self.longest} tokens; "
                 "raise data.max_length, or check the output column"
             )
         if len(rows) < len(kept):
-            self.notes.append(f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)")
+            self.notes.append(
+                f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)"
+            )
         features = Dataset.from_list(rows)
         self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
         return self._checked(features, split)
 
     def _to_answer(self, split: Split, prompts: list[list[int]]) -> list[dict[str, Any]]:
-        """Return the rows of records to be answered. A prompt too long loses its middle: its end says what to write."""
+        """Return the rows of records to be answered. A prompt too long loses its middle: its end
+        says what to write."""
         allowed = self.longest
         if self.positions is not None:
-            allowed = min(allowed, self.positions - min(self.generation.max_new_tokens, self.positions // 2))
+            allowed = min(
+                allowed, self.positions - min(self.generation.max_new_tokens, self.positions // 2)
+            )
         for record, ids in zip(split.records[RECORD], prompts, strict=True):
             if not ids:
                 raise InputError(
-                    f"{split.at(record)}: the prompt is empty, and the tokenizer has no opening token to go on from; "
+                    f"{split.at(record)}: the prompt is empty, and the tokenizer has no opening "
+                    "token to go on from; "
                     "expected text; fill it in or remove the record"
                 )
         self._fit(split, [len(ids) for ids in prompts], False, allowed)
         long = sum(len(ids) > allowed for ids in prompts)
         if long:
-            self.notes.append(f"{split.part}: {long:,} prompts are cut in their middle, to {allowed:,} tokens")
+            self.notes.append(
+                f"{split.part}: {long:,} prompts are cut in their middle, to {allowed:,} tokens"
+            )
         end = allowed // 2
-        cut = [ids if len(ids) <= allowed else ids[: allowed - end] + ids[len(ids) - end :] for ids in prompts]
+        cut = [
+            ids if len(ids) <= allowed else ids[: allowed - end] + ids[len(ids) - end :]
+            for ids in prompts
+        ]
         return [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), PROMPT: ids, ROW: row} for row, ids in enumerate(cut)
+            {"input_ids": ids, "attention_mask": [1] * len(ids), PROMPT: ids, ROW: row}
+            for row, ids in enumerate(cut)
         ]
 
     def _prompts(self, split: Split, labelled: bool) -> list[str]:
@@ -103,7 +127,10 @@ class CausalLanguageModelling(WritingTask):
         has_input = data.input in split.records.column_names
         contexts = split.records[data.input] if has_input else [""] * len(split.records)
         instructions = split.texts(data.instruction, blank=True)
-        return [prompt_of(text, context or "") for text, context in zip(instructions, contexts, strict=True)]
+        return [
+            prompt_of(text, context or "")
+            for text, context in zip(instructions, contexts, strict=True)
+        ]
 
     def _completions(self, split: Split) -> list[str]:
         column = self.data.text if isinstance(self.data.text, str) else self.data.output
@@ -119,7 +146,8 @@ class CausalLanguageModelling(WritingTask):
         columns = dict.fromkeys(template_columns(template))
         if len(columns) > 1:
             raise InputError(
-                f"data.prompt {template!r} has the columns {', '.join(columns)}; one prompt fills only one: use predict "
+                f"data.prompt {template!r} has the columns {', '.join(columns)}; one prompt fills "
+                "only one: use predict "
                 "with a file that has these columns"
             )
         return self._start_ids(fill(template, dict.fromkeys(columns, text)))

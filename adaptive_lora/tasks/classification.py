@@ -1,4 +1,5 @@
-"""Classes: of one text or a pair of texts (sequence classification), and what every task with classes shares."""
+"""Classes: of one text or a pair of texts (sequence classification), and what every task with
+classes shares."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 
 
 class ClassTask(Task):
-    """A task whose label is one of several classes: those seen in training, or those the recipe names.
+    """A task whose label is one of several classes: those seen in training, or those the recipe
+    names.
 
-    A label is a class by its text (1, 1.0 and "1" are one class). Where the recipe names the classes, and none of the names is
-    a number, it may also be the number of a class, from 0; in a `ClassLabel` column, as hub data sets have, it always is.
+    A label is a class by its text (1, 1.0 and "1" are one class). Where the recipe names the
+    classes, and none of the names is a number, it may also be the number of a class, from 0; in a
+    `ClassLabel` column, as hub data sets have, it always is.
     """
 
     metrics: tuple[str, ...] = ("accuracy", "f1", "f1_macro", "matthews")
@@ -36,7 +39,10 @@ class ClassTask(Task):
         self.learned(label=label, classes=names, class_numbers=numbers)
         present = sorted({names[index] for index in self._ids(split)})
         if len(present) < 2:
-            raise InputError(f"{split.source}: column {label!r} holds one class only, {present}; nothing to classify")
+            raise InputError(
+                f"{split.source}: column {label!r} holds one class only, {present}; nothing to "
+                "classify"
+            )
         if len(names) != 2:  # F1 of "the positive class" needs two
             self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
 
@@ -56,15 +62,23 @@ class ClassTask(Task):
         }
 
     def labels(self, split: Split) -> list[int]:
-        """Return the class number of each record. Raises `InputError` at the first label outside the classes."""
+        """Return the class number of each record. Raises `InputError` at the first label outside
+        the classes."""
         ids = self._ids(split)
         counts = Counter(ids)
-        shown = ", ".join(f"{self.names[index]:.30} {count:,}" for index, count in counts.most_common(8))
+        shown = ", ".join(
+            f"{self.names[index]:.30} {count:,}" for index, count in counts.most_common(8)
+        )
         more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
-        self.notes.append(f"{split.part}: {shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}")
+        self.notes.append(
+            f"{split.part}: {shown}{more}; the largest class is "
+            f"{max(counts.values()) / len(ids):.1%}"
+        )
         return ids
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
         return metrics.classification(outputs, labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
@@ -97,10 +111,12 @@ class ClassTask(Task):
                 index = int(name)
             if index is None:
                 unseen = "" if split.part == "training" else (
-                    " of the training records; name all classes with data.classes, or give evaluation records of your own"
+                    " of the training records; name all classes with data.classes, or give "
+                    "evaluation records of your own"
                 )  # fmt: skip
                 raise InputError(
-                    f"{split.at(record)}: label {value!r} in column {self.label!r} is outside the classes {self.names}{unseen}"
+                    f"{split.at(record)}: label {value!r} in column {self.label!r} is outside the "
+                    f"classes {self.names}{unseen}"
                 )
             ids.append(index)
         return ids
@@ -116,11 +132,15 @@ class Classification(ClassTask, TextTask):
 
 
 def _names(split: Split, label: str) -> list[str]:
-    """Return the classes of the training records; numbers sort as numbers, so that class 10 comes after class 9."""
+    """Return the classes of the training records; numbers sort as numbers, so that class 10 comes
+    after class 9."""
     feature = split.records.features[label]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    found = {_name(split, n, label, v) for n, v in zip(split.records[RECORD], split.records[label], strict=True)}
+    found = {
+        _name(split, n, label, v)
+        for n, v in zip(split.records[RECORD], split.records[label], strict=True)
+    }
     return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
 
 
@@ -129,9 +149,15 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with gaps, or saved by pandas
     text = str(value)
-    odd = value is None or isinstance(value, list | dict) or (isinstance(value, float) and math.isnan(value))
+    odd = (
+        value is None
+        or isinstance(value, list | dict)
+        or (isinstance(value, float) and math.isnan(value))
+    )
     if odd or not text.strip():
-        raise InputError(f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number")
+        raise InputError(
+            f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number"
+        )
     return text
 
 

@@ -1,4 +1,5 @@
-"""Image classification: a folder with one folder of images for each class, or a table of images (or paths) and labels."""
+"""Image classification: a folder with one folder of images for each class, or a table of images (or
+paths) and labels."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from adaptive_lora.tasks.data import RECORD, Split
 
 
 class ImageClassification(ClassTask):
-    """Accuracy, F1 and Matthews' correlation. Images are read when their batch is made, and checked before training.
+    """Accuracy, F1 and Matthews' correlation. Images are read when their batch is made, and checked
+    before training.
 
     Args: as `Task`; `tokenizer` is the model's image processor, which resizes and normalises.
     """
@@ -64,7 +66,9 @@ class ImageClassification(ClassTask):
                 with Image.open(path) as image:
                     image.verify()
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
-                raise InputError(f"{split.at(record)}: cannot read the image {path}: {error}") from None
+                raise InputError(
+                    f"{split.at(record)}: cannot read the image {path}: {error}"
+                ) from None
         return paths
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -81,7 +85,11 @@ class ImageClassification(ClassTask):
 
     def show(self, item: dict[str, Any]) -> str:
         value = item[self.column]
-        return str(value) if isinstance(value, str) else f"an image of {value.width} x {value.height}, {value.mode}"
+        return (
+            str(value)
+            if isinstance(value, str)
+            else f"an image of {value.width} x {value.height}, {value.mode}"
+        )
 
 
 def _pixels(value: str | Image.Image) -> Image.Image:

@@ -1,4 +1,5 @@
-"""What tasks that learn to write share: prompts from columns, token losses, bits per byte, generated text."""
+"""What tasks that learn to write share: prompts from columns, token losses, bits per byte,
+generated text."""
 
 from __future__ import annotations
 
@@ -22,16 +23,22 @@ from adaptive_lora.tasks.base import IGNORED, ROW, Task, by_record
 from adaptive_lora.tasks.data import Split
 from adaptive_lora.tasks.generation import generate
 
-BYTES, PROMPT = "bytes", "prompt_ids"  # columns: bytes of the text that bears loss; what generation starts from
+BYTES, PROMPT = (
+    "bytes",
+    "prompt_ids",
+)  # columns: bytes of the text that bears loss; what generation starts from
 
 
 class WritingTask(Task):
-    """Loss, perplexity per token and bits per byte of what is to be written, averaged over tokens and not over batches."""
+    """Loss, perplexity per token and bits per byte of what is to be written, averaged over tokens
+    and not over batches."""
 
     needs_outputs = False
     shift = 1  # logits at t are for the label at t + shift
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+    ) -> None:
         _check_direction(config, model_config)
         super().__init__(config, tokenizer, model_config)
         self.smoothing = config.training.get("label_smoothing_factor") or 0.0
@@ -40,22 +47,34 @@ class WritingTask(Task):
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         shifter = self._shifter() if self.shift == 0 and self.smoothing else None
         inner = DataCollatorForSeq2Seq(self.tokenizer, shifter, label_pad_token_id=IGNORED)
-        return lambda items: inner([{k: v for k, v in item.items() if k in _READ} for item in items])
+        return lambda items: inner(
+            [{k: v for k, v in item.items() if k in _READ} for item in items]
+        )
 
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        """Reduce logits (B, T, V) to (B, 2): each record's summed negative log-likelihood and its number of tokens."""
+        """Reduce logits (B, T, V) to (B, 2): each record's summed negative log-likelihood and its
+        number of tokens."""
         if isinstance(logits, tuple):  # a mixture of experts may have put its auxiliary loss first
-            logits = next(part for part in logits if isinstance(part, torch.Tensor) and part.dim() == 3)
+            logits = next(
+                part for part in logits if isinstance(part, torch.Tensor) and part.dim() == 3
+            )
         logits, labels = logits[:, : logits.shape[1] - self.shift], labels[:, self.shift :]
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        losses = F.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
         return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)], dim=1)
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
         nll, tokens = np.asarray(outputs, dtype=np.float64).sum(axis=0)
         return metrics.language_model(float(nll), int(tokens), sum(features[BYTES]))
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
-        return [{"prediction": text} for text in by_record(features[ROW], self.write(features[PROMPT], model))]
+        return [
+            {"prediction": text}
+            for text in by_record(features[ROW], self.write(features[PROMPT], model))
+        ]
 
     def write(self, prompts: Sequence[list[int]], model: nn.Module) -> list[str]:
         """Return what the model writes after each prompt (token ids)."""
@@ -67,17 +86,24 @@ class WritingTask(Task):
 
     def show(self, item: dict[str, Any]) -> str:
         learned = [label for label in item["labels"] if label != IGNORED]
-        ids = item["input_ids"] if self.shift == 0 else item["input_ids"][: len(item["input_ids"]) - len(learned)]
+        ids = (
+            item["input_ids"]
+            if self.shift == 0
+            else item["input_ids"][: len(item["input_ids"]) - len(learned)]
+        )
         return f"{self.tokenizer.decode(ids)}[learned: {self.tokenizer.decode(learned)}]"
 
     def _shifter(self) -> nn.Module:
-        """Return a model without storage that makes decoder inputs of labels: with label smoothing the Trainer keeps the
-        labels from the model, which then cannot."""
+        """Return a model without storage that makes decoder inputs of labels: with label smoothing
+        the Trainer keeps the labels from the model, which then cannot."""
         with torch.device("meta"):
-            model: nn.Module = self.auto_class.from_config(self.model_config, trust_remote_code=self.remote_code)
+            model: nn.Module = self.auto_class.from_config(
+                self.model_config, trust_remote_code=self.remote_code
+            )
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise InputError(
-                f"training.label_smoothing_factor is {self.smoothing}: {type(model).__name__} does not say how decoder "
+                f"training.label_smoothing_factor is {self.smoothing}: {type(model).__name__} does "
+                "not say how decoder "
                 "inputs are made from labels, which label smoothing needs; set it to 0"
             )
         return model
@@ -87,7 +113,8 @@ class WritingTask(Task):
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _start_ids(self, text: str) -> list[int]:
-        """Return the ids of a text that opens a record, with the tokenizer's opening tokens and without a closing one."""
+        """Return the ids of a text that opens a record, with the tokenizer's opening tokens and
+        without a closing one."""
         ids = self.tokenizer(text, verbose=False)["input_ids"] if text else []
         if not text and self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]
@@ -100,48 +127,62 @@ class WritingTask(Task):
 
     def _byte_count(self, text: str, ids: list[int], cut: bool) -> int:
         """Return the bytes of a text in UTF-8, of what is left of it when it was cut to `ids`."""
-        return len(str(self.tokenizer.decode(ids, skip_special_tokens=True) if cut else text).encode())
+        return len(
+            str(self.tokenizer.decode(ids, skip_special_tokens=True) if cut else text).encode()
+        )
 
 
 _READ = ("input_ids", "attention_mask", "labels")
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
-    """Return pairs of literal text and the column that follows it, or None: "a {b}!" -> [("a ", "b"), ("!", None)].
+    """Return pairs of literal text and the column that follows it, or None: "a {b}!" -> [("a ",
+    "b"), ("!", None)].
 
-    Names are taken as they are, so that a column may be called "article.body". Raises `InputError` where str.format would
-    do more than to put a column in.
+    Names are taken as they are, so that a column may be called "article.body". Raises `InputError`
+    where str.format would do more than to put a column in.
     """
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"data.prompt {template!r} is no template: {error}; write {{{{ and }}}} for braces") from None
+        raise InputError(
+            f"data.prompt {template!r} is no template: {error}; write {{{{ and }}}} for braces"
+        ) from None
     for _, name, spec, conversion in fields:
         if spec or conversion:
             got = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
             raise InputError(
-                f"data.prompt {template!r}: expected the name of a column in braces, got {{{got}}}; leave out what follows "
+                f"data.prompt {template!r}: expected the name of a column in braces, got "
+                f"{{{got}}}; leave out what follows "
                 f"{name!r} (a column is put in as it is)"
             )
         if name is not None and name.isdigit():
             raise InputError(
-                f"data.prompt {template!r}: expected the name of a column in braces, got the number {{{name}}}; write the "
+                f"data.prompt {template!r}: expected the name of a column in braces, got the "
+                f"number {{{name}}}; write the "
                 "name, such as {question}"
             )
     return [(literal, name) for literal, name, _, _ in fields]
 
 
 def template_columns(template: str) -> list[str]:
-    """Return the columns a template names: "{a} or {b}" -> ["a", "b"]. Raises `InputError` on a broken one."""
+    """Return the columns a template names: "{a} or {b}" -> ["a", "b"]. Raises `InputError` on a
+    broken one."""
     names = [name for _, name in template_parts(template) if name is not None]
     if not names or not all(names):
-        raise InputError(f"data.prompt {template!r} names no column; expected one in braces, such as {{question}}")
+        raise InputError(
+            f"data.prompt {template!r} names no column; expected one in braces, such as "
+            f"{{question}}"
+        )
     return names
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Return the template with a value for each column put in."""
-    return "".join(literal + (values[name] if name is not None else "") for literal, name in template_parts(template))
+    return "".join(
+        literal + (values[name] if name is not None else "")
+        for literal, name in template_parts(template)
+    )
 
 
 def fill_each(template: str, split: Split) -> list[str]:
@@ -149,16 +190,22 @@ def fill_each(template: str, split: Split) -> list[str]:
     columns = template_columns(template)
     split.require(*columns)
     values = [split.texts(column, blank=True) for column in columns]
-    return [fill(template, dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
+    return [
+        fill(template, dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)
+    ]
 
 
 def _check_direction(config: RunConfig, model_config: PretrainedConfig) -> None:
-    """Raise `InputError` for an encoder: it reads the token it is to predict, and its perplexity means nothing."""
+    """Raise `InputError` for an encoder: it reads the token it is to predict, and its perplexity
+    means nothing."""
     if model_config.is_encoder_decoder or type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return
-    if not getattr(model_config, "is_decoder", False) and not getattr(model_config, "causal", False):  # XLM: "causal"
+    if not getattr(model_config, "is_decoder", False) and not getattr(
+        model_config, "causal", False
+    ):  # XLM: "causal"
         raise InputError(
-            f"{config.model!r} is an encoder ({model_config.model_type}), which reads a text in both directions and cannot "
+            f"{config.model!r} is an encoder ({model_config.model_type}), which reads a text in "
+            "both directions and cannot "
             f"write; {config.task} expects a causal model (such as GPT-2 or Llama)"
             + (" or an encoder-decoder (such as T5)" if config.task == "summarization" else "")
             + "; give one, or use this model for classification, regression or question_answering"

@@ -1,7 +1,8 @@
 """What an evaluation reports: predictions and truth in, numbers out. Pure; no torch.
 
-Symbols: N records, C classes. Every function returns Python floats. Input that is not finite gives metrics that are not
-finite, never a number that looks like a result: `AdaptiveTrainer.evaluate` turns those into a `DivergedError`.
+Symbols: N records, C classes. Every function returns Python floats. Input that is not finite gives
+metrics that are not finite, never a number that looks like a result: `AdaptiveTrainer.evaluate`
+turns those into a `DivergedError`.
 """
 
 from __future__ import annotations
@@ -30,27 +31,34 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Return accuracy, macro F1 and Matthews' correlation of ŷ_n = argmax_c logits_nc; with two classes also F1.
+    """Return accuracy, macro F1 and Matthews' correlation of ŷ_n = argmax_c logits_nc; with two
+    classes also F1.
 
-    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c); f1_macro is its mean over the classes that occur in y or ŷ (0 for one that is
-    never right), f1 is F1_1: class 1 is the positive one. With K the confusion matrix, t = K 1, p = Kᵀ 1 and N = Σ K,
-    matthews = (N tr K - t·p) / √((N² - p·p)(N² - t·t)), in [-1, 1], and 0.0 where ŷ or y is constant.
+    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c); f1_macro is its mean over the classes that occur in y or
+    ŷ (0 for one that is never right), f1 is F1_1: class 1 is the positive one. With K the confusion
+    matrix, t = K 1, p = Kᵀ 1 and N = Σ K, matthews = (N tr K - t·p) / √((N² - p·p)(N² - t·t)), in
+    [-1, 1], and 0.0 where ŷ or y is constant.
 
     logits (N, C), of which only the order within a row matters; labels (N,), integers in 0..C-1.
-    Raises `InputError` for no records, other shapes, or a label that is not a class.
-    A NaN among the logits makes every metric NaN; infinities are ordered as they are (a masked class is -inf).
-    Source: Matthews 1975 for two classes, Gorodkin 2004 for more; GLUE (arXiv 1804.07461) takes it for CoLA.
+    Raises `InputError` for no records, other shapes, or a label that is not a class. A NaN among
+    the logits makes every metric NaN; infinities are ordered as they are (a masked class is -inf).
+    Source: Matthews 1975 for two classes, Gorodkin 2004 for more; GLUE (arXiv 1804.07461) takes it
+    for CoLA.
 
     >>> classification([[2.0, 1.0], [0.0, 3.0], [1.0, 5.0], [4.0, 0.0]], [0, 1, 1, 0])
     {'accuracy': 1.0, 'f1_macro': 1.0, 'matthews': 1.0, 'f1': 1.0}
     """
     scores, truth = np.asarray(logits), np.asarray(labels)
     if scores.ndim != 2 or truth.shape != scores.shape[:1] or not scores.size:
-        raise InputError(f"logits are {scores.shape} and labels {truth.shape}; expected (N, C) and (N,), N and C > 0")
+        raise InputError(
+            f"logits are {scores.shape} and labels {truth.shape}; expected (N, C) and (N,), N and "
+            "C > 0"
+        )
     classes = scores.shape[1]
     if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= classes:
         raise InputError(
-            f"labels are {truth.dtype} from {truth.min()} to {truth.max()}; expected integers in 0..{classes - 1}: "
+            f"labels are {truth.dtype} from {truth.min()} to {truth.max()}; expected integers in "
+            f"0..{classes - 1}: "
             "leave out the records that have no label"
         )
     names = ["accuracy", "f1_macro", "matthews", *(["f1"] if classes == 2 else [])]
@@ -63,21 +71,24 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         "matthews": 0.0 if np.ptp(predicted) == 0 else float(matthews_corrcoef(truth, predicted)),
     }
     if classes == 2:
-        values["f1"] = float(f1_score(truth, predicted, pos_label=1, average="binary", zero_division=0))
+        values["f1"] = float(
+            f1_score(truth, predicted, pos_label=1, average="binary", zero_division=0)
+        )
     return values
 
 
 def regression(predicted: ArrayLike, target: ArrayLike) -> dict[str, float]:
     """Return Pearson's and Spearman's correlation and the mean squared error.
 
-    pearson = Σ (x - x̄)(y - ȳ) / √(Σ (x - x̄)² Σ (y - ȳ)²); spearman is pearson of the ranks, ties at their mean rank;
-    mse = Σ (x - y)² / N, in the target's unit squared. Where a side is constant, a single record included, a correlation
-    is undefined: it is given as 0.0, as a model that says the same of every record has found nothing.
+    pearson = Σ (x - x̄)(y - ȳ) / √(Σ (x - x̄)² Σ (y - ȳ)²); spearman is pearson of the ranks, ties
+    at their mean rank; mse = Σ (x - y)² / N, in the target's unit squared. Where a side is
+    constant, a single record included, a correlation is undefined: it is given as 0.0, as a model
+    that says the same of every record has found nothing.
 
-    predicted (N,), target (N,); a model's (N, 1) must be flattened first. Computed in double precision.
-    Raises `InputError` for no records or other shapes.
-    A NaN or an infinity on either side makes every metric NaN; an mse too large for a float is infinite.
-    Source: GLUE (arXiv 1804.07461) takes both correlations for STS-B.
+    predicted (N,), target (N,); a model's (N, 1) must be flattened first. Computed in double
+    precision. Raises `InputError` for no records or other shapes. A NaN or an infinity on either
+    side makes every metric NaN; an mse too large for a float is infinite. Source: GLUE (arXiv
+    1804.07461) takes both correlations for STS-B.
 
     >>> regression([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["spearman"]
     1.0
@@ -86,29 +97,39 @@ def regression(predicted: ArrayLike, target: ArrayLike) -> dict[str, float]:
     """
     x, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or not x.size:
-        raise InputError(f"predictions are {x.shape} and targets {y.shape}; expected (N,) and (N,), N > 0")
+        raise InputError(
+            f"predictions are {x.shape} and targets {y.shape}; expected (N,) and (N,), N > 0"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return dict.fromkeys(("pearson", "spearman", "mse"), math.nan)
     pearson = spearman = 0.0
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)  # a collapsed model's correlation is mere noise
+        warnings.simplefilter(
+            "ignore", stats.NearConstantInputWarning
+        )  # a collapsed model's correlation is mere noise
         if (x != x[0]).any() and (y != y[0]).any():
-            pearson, spearman = float(stats.pearsonr(x, y).statistic), float(stats.spearmanr(x, y).statistic)
+            pearson, spearman = (
+                float(stats.pearsonr(x, y).statistic),
+                float(stats.spearmanr(x, y).statistic),
+            )
         return {"pearson": pearson, "spearman": spearman, "mse": float(np.mean(np.square(x - y)))}
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return the mean ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum F-measures over the records, in percent (0..100).
+    """Return the mean ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum F-measures over the records, in
+    percent (0..100).
 
-    F = 2 P R / (P + R), with P = hits / |prediction| and R = hits / |reference|. ROUGE-n: hits and sizes in n-grams, each
-    hit counted as often as both have it. ROUGE-L: hits = the longest common subsequence, in tokens. ROUGE-Lsum: for each
-    sentence of the reference the union of its longest common subsequences with the sentences of the prediction.
-    Tokens are runs of a-z and 0-9 after lower-casing, Porter-stemmed where longer than 3: other scripts score 0.
+    F = 2 P R / (P + R), with P = hits / |prediction| and R = hits / |reference|. ROUGE-n: hits and
+    sizes in n-grams, each hit counted as often as both have it. ROUGE-L: hits = the longest common
+    subsequence, in tokens. ROUGE-Lsum: for each sentence of the reference the union of its longest
+    common subsequences with the sentences of the prediction. Tokens are runs of a-z and 0-9 after
+    lower-casing, Porter-stemmed where longer than 3: other scripts score 0.
 
-    predictions, references: N texts each, one sentence per line as CNN/DailyMail highlights have it. A text in one line
-    is split after ".", "!" or "?" and white space, with no list of abbreviations ("Mr. Smith" ends a sentence). Only
-    ROUGE-Lsum sees sentences. An empty text, or one that is too short for an n-gram, scores 0.
-    Raises `InputError` when there are no records or the lists differ in length.
+    predictions, references: N texts each, one sentence per line as CNN/DailyMail highlights have
+        it. A text in one line
+    is split after ".", "!" or "?" and white space, with no list of abbreviations ("Mr. Smith" ends
+    a sentence). Only ROUGE-Lsum sees sentences. An empty text, or one that is too short for an
+    n-gram, scores 0. Raises `InputError` when there are no records or the lists differ in length.
     Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package.
 
     >>> scores = rouge(["The cat sat. It slept."], ["the cat sat\\nit ate"])
@@ -120,10 +141,14 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     _check_paired("references", predictions, references)
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
     records = [
-        scorer.score(target=_sentence_per_line(reference), prediction=_sentence_per_line(prediction))
+        scorer.score(
+            target=_sentence_per_line(reference), prediction=_sentence_per_line(prediction)
+        )
         for prediction, reference in zip(predictions, references, strict=True)
     ]
-    return {name: 100.0 * fmean(record[name].fmeasure for record in records) for name in ROUGE_TYPES}
+    return {
+        name: 100.0 * fmean(record[name].fmeasure for record in records) for name in ROUGE_TYPES
+    }
 
 
 def _sentence_per_line(text: str) -> str:
@@ -133,7 +158,8 @@ def _sentence_per_line(text: str) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """Return `text` as SQuAD compares it: lower case, no ASCII punctuation, no a/an/the, single spaces, in that order.
+    """Return `text` as SQuAD compares it: lower case, no ASCII punctuation, no a/an/the, single
+    spaces, in that order.
 
     Source: the SQuAD evaluation script (arXiv 1606.05250).
 
@@ -144,15 +170,18 @@ def normalize_answer(text: str) -> str:
 
 
 def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return SQuAD's exact match and token F1: per record the best over its gold answers, then the mean, in percent.
+    """Return SQuAD's exact match and token F1: per record the best over its gold answers, then the
+    mean, in percent.
 
-    F1 = 2 s / (|p| + |g|) for the tokens p of the prediction and g of a gold answer, both normalised; s is the number of
-    tokens they share, each as often as both have it. F1 is 0 when they share none, even if both are empty.
-    A record without gold answers (SQuAD 2.0: unanswerable) scores 1 in both if the prediction normalises to "", else 0.
+    F1 = 2 s / (|p| + |g|) for the tokens p of the prediction and g of a gold answer, both
+    normalised; s is the number of tokens they share, each as often as both have it. F1 is 0 when
+    they share none, even if both are empty. A record without gold answers (SQuAD 2.0: unanswerable)
+    scores 1 in both if the prediction normalises to "", else 0.
 
     predictions: N texts, "" to abstain; answers: N lists of gold answers, which may be empty.
-    Raises `InputError` when there are no records or the lists differ in length.
-    Source: evaluate-v1.1.py (SQuAD, arXiv 1606.05250); unanswerable records as SQuAD 2.0 (arXiv 1806.03822) has them.
+    Raises `InputError` when there are no records or the lists differ in length. Source:
+    evaluate-v1.1.py (SQuAD, arXiv 1606.05250); unanswerable records as SQuAD 2.0 (arXiv 1806.03822)
+    has them.
 
     >>> squad(["the cat", "a black cat", "", "dog"], [["Cat."], ["white cat", "dog"], [], []])
     {'exact_match': 50.0, 'f1': 62.5}
@@ -177,22 +206,25 @@ def _token_f1(found: list[str], wanted: list[str]) -> float:
 
 
 def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]:
-    """Return the loss per token, its perplexity, and the bits per byte, which do not depend on the tokenizer.
+    """Return the loss per token, its perplexity, and the bits per byte, which do not depend on the
+    tokenizer.
 
-    token_loss = nll / tokens, in nats; perplexity = exp(min(token_loss, 700)); bits_per_byte = nll / (ln 2 · bytes).
+    token_loss = nll / tokens, in nats; perplexity = exp(min(token_loss, 700)); bits_per_byte = nll
+    / (ln 2 · bytes).
 
-    nll: total negative log-likelihood in nats, of all the tokens that bear loss; tokens: how many those are; byte_count:
-    the UTF-8 bytes of the text they spell.
-    Raises `InputError` when there are no tokens or no bytes.
-    A NaN nll makes every metric NaN, an infinite one the loss and the bits per byte: perplexity stops at e^700.
-    Source: bits per byte as in the Pile (arXiv 2101.00027, section 3.1).
+    nll: total negative log-likelihood in nats, of all the tokens that bear loss; tokens: how many
+        those are; byte_count:
+    the UTF-8 bytes of the text they spell. Raises `InputError` when there are no tokens or no
+    bytes. A NaN nll makes every metric NaN, an infinite one the loss and the bits per byte:
+    perplexity stops at e^700. Source: bits per byte as in the Pile (arXiv 2101.00027, section 3.1).
 
     >>> language_model(math.log(4) * 10, tokens=10, byte_count=20)["bits_per_byte"]
     1.0
     """
     if tokens <= 0 or byte_count <= 0:
         raise InputError(
-            f"{tokens} tokens bear loss and spell {byte_count} bytes; expected at least one of each: "
+            f"{tokens} tokens bear loss and spell {byte_count} bytes; expected at least one of "
+            "each: "
             "check that the evaluation records have text to predict"
         )
     loss = float(nll / tokens)
@@ -206,5 +238,6 @@ def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]
 def _check_paired(name: str, predictions: Sequence[str], truth: Sequence[Any]) -> None:
     if not predictions or len(predictions) != len(truth):
         raise InputError(
-            f"{len(predictions)} predictions and {len(truth)} {name}; expected one for each, and one at least"
+            f"{len(predictions)} predictions and {len(truth)} {name}; expected one for each, and "
+            "one at least"
         )

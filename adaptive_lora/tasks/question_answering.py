@@ -1,4 +1,5 @@
-"""Extractive question answering: where in the context the answer begins and ends. Long contexts by overlapping windows."""
+"""Extractive question answering: where in the context the answer begins and ends. Long contexts by
+overlapping windows."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task
 from adaptive_lora.tasks.data import RECORD, Split
 
-N_BEST = 20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
+N_BEST = (
+    20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
+)
 SPANS, CONTEXT, ANSWERS = "spans", "context_text", "answer_texts"
 _READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions")
 
@@ -23,11 +26,12 @@ _READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "en
 class QuestionAnswering(Task):
     """Exact match and F1 of the SQuAD evaluation.
 
-    A context too long for one window is read in several, which overlap by `data.stride` tokens; where a window does not
-    hold the answer, its label is the first token ([CLS]). `data.too_long` is about questions that leave a window no room:
-    they cannot be cut, only dropped or refused. The answer to a record is the span of largest start + end
-    logit over its windows; "" if the training records have unanswerable ones and the first token scores higher.
-    Source: Devlin et al. 2019, arXiv 1810.04805, sections 4.2 and 4.3.
+    A context too long for one window is read in several, which overlap by `data.stride` tokens;
+    where a window does not hold the answer, its label is the first token ([CLS]). `data.too_long`
+    is about questions that leave a window no room: they cannot be cut, only dropped or refused. The
+    answer to a record is the span of largest start + end logit over its windows; "" if the training
+    records have unanswerable ones and the first token scores higher. Source: Devlin et al. 2019,
+    arXiv 1810.04805, sections 4.2 and 4.3.
     """
 
     auto_class = AutoModelForQuestionAnswering
@@ -38,10 +42,14 @@ class QuestionAnswering(Task):
         split.require(data.question, data.context, *([data.answers] if labelled else []))
         if not self.tokenizer.is_fast:
             raise InputError(
-                f"{type(self.tokenizer).__name__} gives no character positions; question_answering needs them"
+                f"{type(self.tokenizer).__name__} gives no character positions; question_answering "
+                "needs them"
             )
         questions, contexts = split.texts(data.question), split.texts(data.context)
-        answers = [self._answers(split, row, contexts[row]) if labelled else [] for row in range(len(questions))]
+        answers = [
+            self._answers(split, row, contexts[row]) if labelled else []
+            for row in range(len(questions))
+        ]
         kept = self._readable(split, questions, labelled)
         encoded = self.tokenizer(
             [questions[row] for row in kept],
@@ -79,17 +87,20 @@ class QuestionAnswering(Task):
         lost = sum(bool(answers[row]) and row not in found for row in kept)
         several = len(rows) - len(kept)
         self.notes.append(
-            f"{split.part}: {len(kept):,} records in {len(rows):,} windows of at most {self.longest:,} tokens "
+            f"{split.part}: {len(kept):,} records in {len(rows):,} windows of at most "
+            f"{self.longest:,} tokens "
             f"({several:,} more than records)"
             + (
-                f"; {answered:,} windows hold their answer; {lost:,} records have an answer that no window holds whole"
+                f"; {answered:,} windows hold their answer; {lost:,} records have an answer that "
+                "no window holds whole"
                 if labelled
                 else ""
             )
         )
         if labelled and not answered:
             raise InputError(
-                f"{split.source}: no window of any {split.part} record holds its answer; nothing to learn from"
+                f"{split.source}: no window of any {split.part} record holds its answer; nothing "
+                "to learn from"
             )
         return self._checked(Dataset.from_dict(columns), split)
 
@@ -102,12 +113,16 @@ class QuestionAnswering(Task):
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         inner = DataCollatorWithPadding(self.tokenizer)
-        return lambda items: inner([{k: v for k, v in item.items() if k in _READ} for item in items])
+        return lambda items: inner(
+            [{k: v for k, v in item.items() if k in _READ} for item in items]
+        )
 
     def reduce(self, logits: Any, labels: Any) -> Any:
         return tuple(logits[:2])  # start and end; some models add hidden states
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
         gold = dict(zip(features[ROW], features[ANSWERS], strict=True))
         predicted = self._best(outputs, features)
         rows = sorted(gold)
@@ -119,7 +134,8 @@ class QuestionAnswering(Task):
 
     def show(self, item: dict[str, Any]) -> str:
         answer = item["input_ids"][item["start_positions"] : item["end_positions"] + 1]
-        return f"{self.tokenizer.decode(item['input_ids'])}  [learned: {self.tokenizer.decode(answer)}]"
+        read, learned = (self.tokenizer.decode(ids) for ids in (item["input_ids"], answer))
+        return f"{read}  [learned: {learned}]"
 
     def bears_loss(self, features: Dataset) -> int:
         return 2 * len(features)
@@ -131,7 +147,9 @@ class QuestionAnswering(Task):
         for window, (row, spans, context) in enumerate(
             zip(features[ROW], features[SPANS], features[CONTEXT], strict=True)
         ):
-            start, end = (np.asarray(part[window][: len(spans)], dtype=np.float64) for part in outputs[:2])
+            start, end = (
+                np.asarray(part[window][: len(spans)], dtype=np.float64) for part in outputs[:2]
+            )
             nothing[row] = min(nothing.get(row, np.inf), float(start[0] + end[0]))
             inside = np.array([span[0] >= 0 for span in spans])
             answer, score = _best_span(start, end, inside, self.data.max_answer_length)
@@ -139,11 +157,15 @@ class QuestionAnswering(Task):
             if row not in best or score > best[row][1]:
                 best[row] = (text, score)
         if self.data.unanswerable:
-            best = {row: found if found[1] > nothing[row] else ("", nothing[row]) for row, found in best.items()}
+            best = {
+                row: found if found[1] > nothing[row] else ("", nothing[row])
+                for row, found in best.items()
+            }
         return best
 
     def _answers(self, split: Split, row: int, context: str) -> list[tuple[int, str]]:
-        """Return (first character, text) of each answer. Raises `InputError` where one is not in the context."""
+        """Return (first character, text) of each answer. Raises `InputError` where one is not in
+        the context."""
         record = split.records[row]
         value, begin = record[self.data.answers], record.get(self.data.answer_start)
         place = split.at(record[RECORD])
@@ -154,7 +176,10 @@ class QuestionAnswering(Task):
         texts = _texts(value, place)
         begins = begin if isinstance(begin, list) else [begin] * len(texts)
         if len(begins) != len(texts):
-            raise InputError(f"{place}: {len(texts)} answers and {len(begins)} values of {self.data.answer_start!r}")
+            raise InputError(
+                f"{place}: {len(texts)} answers and {len(begins)} values of "
+                f"{self.data.answer_start!r}"
+            )
         found = []
         for written, given in zip(texts, begins, strict=True):
             text = written.strip()  # tokens have no white space around them
@@ -162,7 +187,9 @@ class QuestionAnswering(Task):
                 continue
             at = context.find(text)
             if given is not None:
-                integral = isinstance(given, int) or (isinstance(given, float) and given.is_integer())
+                integral = isinstance(given, int) or (
+                    isinstance(given, float) and given.is_integer()
+                )
                 at = int(given) + len(written) - len(written.lstrip()) if integral else -1
             if at < 0 or not context.startswith(text, at):
                 raise InputError(
@@ -174,30 +201,43 @@ class QuestionAnswering(Task):
         return found
 
     def _readable(self, split: Split, questions: list[str], labelled: bool) -> list[int]:
-        """Return the rows whose question leaves its windows more than the stride for the context. The others are dropped
-        or refused."""
+        """Return the rows whose question leaves its windows more than the stride for the context.
+        The others are dropped or refused."""
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
-        lengths = [len(ids) for ids in self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]]
+        lengths = [
+            len(ids)
+            for ids in self.tokenizer(questions, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        ]
         rooms = [self.longest - special - length for length in lengths]
         kept = [row for row, room in enumerate(rooms) if room > self.data.stride]
         long = [row for row, room in enumerate(rooms) if room <= self.data.stride]
         if long and not (self.data.too_long == "drop" and labelled and kept):
-            record, length, room = split.records[RECORD][long[0]], lengths[long[0]], max(rooms[long[0]], 0)
+            record, length, room = (
+                split.records[RECORD][long[0]],
+                lengths[long[0]],
+                max(rooms[long[0]], 0),
+            )
             raise InputError(
-                f"{split.at(record)}: a question of {length:,} tokens leaves {room} of {self.longest} for the context, no "
-                f"more than data.stride {self.data.stride} ({len(long):,} such records); raise data.max_length, lower "
-                "data.stride, shorten the question, or to train without such records set data.too_long: drop"
+                f"{split.at(record)}: a question of {length:,} tokens leaves {room} of "
+                f"{self.longest} for the context, no "
+                f"more than data.stride {self.data.stride} ({len(long):,} such records); raise "
+                "data.max_length, lower "
+                "data.stride, shorten the question, or to train without such records set "
+                "data.too_long: drop"
             )
         if long:
             self.notes.append(
-                f"{split.part}: {len(long):,} records dropped (the question leaves no room for the context)"
+                f"{split.part}: {len(long):,} records dropped (the question leaves no room for the "
+                "context)"
             )
         return kept
 
 
 def _texts(value: Any, place: str) -> list[str]:
-    """Return the answers of the record at `place`: a text, a list of texts, SQuAD's {"text": [...]}, or a list of
-    {"text": ...}. A text may be a whole number; an empty one is no answer."""
+    """Return the answers of the record at `place`: a text, a list of texts, SQuAD's {"text":
+    [...]}, or a list of {"text": ...}. A text may be a whole number; an empty one is no answer."""
     if isinstance(value, dict):
         value = value.get("text")
     if value is None or value == "":
@@ -209,7 +249,8 @@ def _texts(value: Any, place: str) -> list[str]:
             one = int(one)
         if isinstance(one, bool) or not isinstance(one, str | int):
             raise InputError(
-                f"{place}: the answer is {given!r:.60}; expected text, a whole number, or a list of them; write it as the "
+                f"{place}: the answer is {given!r:.60}; expected text, a whole number, or a list "
+                "of them; write it as the "
                 "text that is in the context, or leave the answer empty if there is none"
             )
         texts.append(str(one))
@@ -217,11 +258,14 @@ def _texts(value: Any, place: str) -> list[str]:
 
 
 def _locate(spans: list[list[int]], answers: list[tuple[int, str]]) -> tuple[int, int]:
-    """Return the first and last token of the first answer, or (0, 0) when it is not wholly in this window."""
+    """Return the first and last token of the first answer, or (0, 0) when it is not wholly in this
+    window."""
     if not answers or not answers[0][1]:
         return 0, 0
     first, last = answers[0][0], answers[0][0] + len(answers[0][1])
-    inside = [i for i, (start, end) in enumerate(spans) if start >= 0 and start < last and end > first]
+    inside = [
+        i for i, (start, end) in enumerate(spans) if start >= 0 and start < last and end > first
+    ]
     if not inside or spans[inside[0]][0] > first or spans[inside[-1]][1] < last:
         return 0, 0
     return inside[0], inside[-1]
@@ -230,7 +274,8 @@ def _locate(spans: list[list[int]], answers: list[tuple[int, str]]) -> tuple[int
 def _best_span(
     start: np.ndarray, end: np.ndarray, inside: np.ndarray, longest: int
 ) -> tuple[tuple[int, int] | None, float]:
-    """Return the span (i, j) of largest start_i + end_j with i <= j < i + longest among the best ends, and its score."""
+    """Return the span (i, j) of largest start_i + end_j with i <= j < i + longest among the best
+    ends, and its score."""
     tokens = np.flatnonzero(inside)
     firsts = tokens[np.argsort(-start[tokens], kind="stable")[:N_BEST]]
     lasts = tokens[np.argsort(-end[tokens], kind="stable")[:N_BEST]]

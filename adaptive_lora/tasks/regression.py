@@ -26,10 +26,12 @@ class Regression(TextTask):
         values = self.labels(split)
         if min(values) == max(values):
             raise InputError(
-                f"{split.source}: column {self.label!r} is {values[0]} in every record; nothing to predict"
+                f"{split.source}: column {self.label!r} is {values[0]} in every record; nothing to "
+                "predict"
             )
         self.notes.append(
-            f"regression of {' + '.join(self.columns)} on {self.label}: {min(values):g} to {max(values):g}, "
+            f"regression of {' + '.join(self.columns)} on {self.label}: {min(values):g} to "
+            f"{max(values):g}, "
             f"mean {float(np.mean(values)):g}"
         )
 
@@ -44,12 +46,20 @@ class Regression(TextTask):
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
-                raise InputError(f"{split.at(record)}: column {self.label!r} is {value!r}; expected a finite number")
+                raise InputError(
+                    f"{split.at(record)}: column {self.label!r} is {value!r}; expected a finite "
+                    "number"
+                )
             values.append(number)
         return values
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
         return metrics.regression(np.asarray(outputs).reshape(-1), labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
-        return by_record(features[ROW], [{"prediction": float(value)} for value in np.asarray(outputs).reshape(-1)])
+        return by_record(
+            features[ROW],
+            [{"prediction": float(value)} for value in np.asarray(outputs).reshape(-1)],
+        )

@@ -1,4 +1,5 @@
-"""Summarization with an encoder-decoder or a causal model: loss on the summary, ROUGE of what the model writes."""
+"""Summarization with an encoder-decoder or a causal model: loss on the summary, ROUGE of what the
+model writes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW
 from adaptive_lora.tasks.data import Split
-from adaptive_lora.tasks.language_model import BYTES, PROMPT, WritingTask, template_columns, template_parts
+from adaptive_lora.tasks.language_model import (
+    BYTES,
+    PROMPT,
+    WritingTask,
+    template_columns,
+    template_parts,
+)
 
 REFERENCE = "reference"
 
@@ -21,8 +28,9 @@ REFERENCE = "reference"
 class Summarization(WritingTask):
     """An encoder reads the text and a decoder writes the summary, or one causal model does both.
 
-    A text that is too long loses its end, never the words of the template around it or the summary: a causal model
-    reads template + text + summary in `max_length` tokens, of which `max_target_length` are the summary's.
+    A text that is too long loses its end, never the words of the template around it or the summary:
+    a causal model reads template + text + summary in `max_length` tokens, of which
+    `max_target_length` are the summary's.
     """
 
     metrics = (
@@ -80,24 +88,33 @@ class Summarization(WritingTask):
         features = Dataset.from_list(rows)
         if labelled:
             self.notes.append(
-                f"{split.part}: {self.bears_loss(features):,} tokens bear loss; {shortened:,} summaries longer than "
+                f"{split.part}: {self.bears_loss(features):,} tokens bear loss; {shortened:,} "
+                "summaries longer than "
                 f"{self._longest_target:,} tokens and cut"
             )
         else:
             features = features.remove_columns("labels")
         return self._checked(features, split)
 
-    def score(self, outputs: Any, labels: Any, features: Dataset, model: nn.Module) -> dict[str, float]:
-        first = np.argsort(features[ROW])[: self.generation.rows]  # not the longest, which come first in evaluation
+    def score(
+        self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
+    ) -> dict[str, float]:
+        first = np.argsort(features[ROW])[
+            : self.generation.rows
+        ]  # not the longest, which come first in evaluation
         some = features.select(first)
         written = self.write(some[PROMPT], model)
-        return {**metrics.rouge(written, list(some[REFERENCE])), **super().score(outputs, labels, features, model)}
+        return {
+            **metrics.rouge(written, list(some[REFERENCE])),
+            **super().score(outputs, labels, features, model),
+        }
 
     def prompt_ids(self, text: str) -> list[int]:
         ids, room = self._text_ids(text), self._room()
         if len(ids) > room:
             raise InputError(
-                f"a text of {len(ids):,} tokens is more than the {room:,} there is room for; shorten it, or use predict "
+                f"a text of {len(ids):,} tokens is more than the {room:,} there is room for; "
+                "shorten it, or use predict "
                 "with a file, which cuts it"
             )
         return self._prompt(ids)
@@ -108,7 +125,8 @@ class Summarization(WritingTask):
         fixed = around + (0 if self.seq2seq else self.data.max_target_length)
         if self.longest - fixed < 1:
             raise InputError(
-                f"inputs of {self.longest} tokens leave no room for a text: {fixed} are taken by the template"
+                f"inputs of {self.longest} tokens leave no room for a text: {fixed} are taken by "
+                "the template"
                 f"{'' if self.seq2seq else ' and data.max_target_length'}; raise data.max_length"
             )
         return self.longest - fixed
@@ -122,7 +140,8 @@ class Summarization(WritingTask):
         return self._text_ids(summary) + self._end_ids()
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
-        """Return what the tokenizer puts before and after a text; a causal model goes on where the text ends."""
+        """Return what the tokenizer puts before and after a text; a causal model goes on where the
+        text ends."""
         bare = self._text_ids("a")
         whole = self.tokenizer("a")["input_ids"]
         at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
@@ -132,7 +151,9 @@ class Summarization(WritingTask):
 def _around(template: str, column: str) -> tuple[str, str]:
     """Return what a template has before and after its only column."""
     if template_columns(template) != [column]:
-        raise InputError(f"data.prompt {template!r}: expected the column {{{column}}} once, and no other")
+        raise InputError(
+            f"data.prompt {template!r}: expected the column {{{column}}} once, and no other"
+        )
     parts = template_parts(template)
     at = [name for _, name in parts].index(column) + 1
     return "".join(text for text, _ in parts[:at]), "".join(text for text, _ in parts[at:])

@@ -1,4 +1,5 @@
-"""Tables from files and the hub: CSV, TSV, JSON, JSONL, parquet, folders of images. Every fault is named with its place."""
+"""Tables from files and the hub: CSV, TSV, JSON, JSONL, parquet, folders of images. Every fault is
+named with its place."""
 
 from __future__ import annotations
 
@@ -24,14 +25,17 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_table(source: str, *, config: str | None = None, split: str = "train", texts: Collection[str] = ()) -> Dataset:
+def read_table(
+    source: str, *, config: str | None = None, split: str = "train", texts: Collection[str] = ()
+) -> Dataset:
     """Return the records of a local CSV / TSV / JSON / JSONL / parquet file, or of a hub data set.
 
     Args:
         source: a file, or a data set name on the hub such as "nyu-mll/glue".
         config: the hub data set's configuration, such as "sst2". Files have none.
         split: the hub data set's split. Files have none.
-        texts: columns of a CSV or TSV file that are text even where they look like numbers or dates.
+        texts: columns of a CSV or TSV file that are text even where they look like numbers or
+            dates.
 
     Raises `InputError` naming the file, and the line where there is one.
     """
@@ -39,18 +43,25 @@ def read_table(source: str, *, config: str | None = None, split: str = "train", 
     if is_local(source) or path.suffix.lower() in READERS:
         return _read_file(path, texts)
     if not reachable():
-        raise InputError(explain_missing("data set", source, tried=[f"local file {path.resolve()}"]))
+        raise InputError(
+            explain_missing("data set", source, tried=[f"local file {path.resolve()}"])
+        )
     try:
         return load_dataset(source, config, split=split)
     except Exception as error:  # the hub client has dozens of kinds; the message is what helps
-        raise InputError(f"cannot load data set {source!r} (config {config!r}, split {split!r}): {error}") from error
+        raise InputError(
+            f"cannot load data set {source!r} (config {config!r}, split {split!r}): {error}"
+        ) from error
 
 
 def _read_file(path: Path, texts: Collection[str]) -> Dataset:
     if path.is_dir():
         return _read_images(path)
     if not path.is_file():
-        raise InputError(f"data file {path} does not exist; give a {', '.join(READERS)} file or a hub data set name")
+        raise InputError(
+            f"data file {path} does not exist; give a {', '.join(READERS)} file or a hub data set "
+            "name"
+        )
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -60,19 +71,24 @@ def _read_file(path: Path, texts: Collection[str]) -> Dataset:
         elif suffix in (".json", ".jsonl"):
             table = _table(_read_json(path), path)
         else:
-            raise InputError(f"data file {path} has the ending {suffix!r}; expected one of {', '.join(READERS)}")
+            raise InputError(
+                f"data file {path} has the ending {suffix!r}; expected one of {', '.join(READERS)}"
+            )
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if table.num_rows == 0:
         raise InputError(f"{path} has no records")
     if len(set(table.column_names)) < table.num_columns:
-        raise InputError(f"{path} has two columns of one name; its columns: {', '.join(table.column_names)}")
+        raise InputError(
+            f"{path} has two columns of one name; its columns: {', '.join(table.column_names)}"
+        )
     for field in table.schema:
         try:
             _check_type(field)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{path}: column {field.name!r} is of the type {field.type!s:.60}, which is not read ({error}); leave "
+                f"{path}: column {field.name!r} is of the type {field.type!s:.60}, which is not "
+                f"read ({error}); leave "
                 "the column out, or make it text, numbers, or lists of these"
             ) from None
     return Dataset(table)
@@ -88,8 +104,13 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
     header = text.lstrip("\r\n").partition("\n")[0]
     for other, name in DELIMITERS.items():
         if delimiter == "," and delimiter not in header and other in header:
-            remedy = f"save it with {DELIMITERS[delimiter]}" + (", or name it .tsv" if other == "\t" else "")
-            raise InputError(f"{path} seems to have {name} between its columns ({header.strip()!r:.60}); {remedy}")
+            remedy = f"save it with {DELIMITERS[delimiter]}" + (
+                ", or name it .tsv" if other == "\t" else ""
+            )
+            raise InputError(
+                f"{path} seems to have {name} between its columns ({header.strip()!r:.60}); "
+                f"{remedy}"
+            )
     ragged: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -102,11 +123,14 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
             ),
-            # A record longer than a block would be an error: let the file be one block. Threads do not count rows.
+            # A record longer than a block would be an error: let the file be one block. Threads do
+            # not count rows.
             read_options=pyarrow.csv.ReadOptions(
                 block_size=min(max(path.stat().st_size, 1 << 20), 2**31 - 1), use_threads=False
             ),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(texts, pa.string())
+            ),
         )
     except pa.ArrowInvalid:
         if not ragged:
@@ -115,17 +139,23 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
         found = re.search(rf"^{re.escape(row.text)}\r?$", text, re.MULTILINE)
         line = f" (line {text.count(chr(10), 0, found.start()) + 1})" if found else ""
         raise InputError(
-            f"{path}, record {row.number - 1}{line}: {row.actual_columns} values where the header names "
-            f"{row.expected_columns} columns: {row.text!r:.60}; put quotes around a value that holds a separator"
+            f"{path}, record {row.number - 1}{line}: {row.actual_columns} values where the header "
+            "names "
+            f"{row.expected_columns} columns: {row.text!r:.60}; put quotes around a value that "
+            "holds a separator"
         ) from None
 
 
 def _read_images(folder: Path) -> Dataset:
-    """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder for each class."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder
+    for each class."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file()
+    )
     if not files:
         raise InputError(
-            f"data file {folder} is a folder without images ({', '.join(IMAGES)}); give a {', '.join(READERS)} file, a "
+            f"data file {folder} is a folder without images ({', '.join(IMAGES)}); give a "
+            f"{', '.join(READERS)} file, a "
             "folder that holds one folder of images for each class, or a hub data set name"
         )
     columns = {"image": [str(path) for path in files]}
@@ -141,7 +171,9 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        raise InputError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
 
 
 def _table(records: list[dict[str, Any]], path: Path) -> pa.Table:
@@ -166,8 +198,13 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 def _misfit(values: list[Any], name: str, path: Path) -> InputError:
-    """Return what to say of values that make no column: the first record with which they make none, and why."""
-    fit, unfit, reason = 0, len(values) + 1, ""  # of so many records from the first a column can be made, or none
+    """Return what to say of values that make no column: the first record with which they make none,
+    and why."""
+    fit, unfit, reason = (
+        0,
+        len(values) + 1,
+        "",
+    )  # of so many records from the first a column can be made, or none
     while unfit - fit > 1:
         middle = (fit + unfit) // 2
         try:
@@ -178,7 +215,8 @@ def _misfit(values: list[Any], name: str, path: Path) -> InputError:
     before = next((value for value in values[:fit] if value is not None), None)
     others = "" if before is None else f", and a record before it has {reprlib.repr(before)}"
     return InputError(
-        f"{path}, record {unfit}: the values of {name!r} do not fit one type: {reprlib.repr(values[fit])}{others} "
+        f"{path}, record {unfit}: the values of {name!r} do not fit one type: "
+        f"{reprlib.repr(values[fit])}{others} "
         f"({reason:.120}); make them all text, all numbers, or all lists or objects of one shape"
     )
 
@@ -195,14 +233,17 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     surrogates = SURROGATE.search(text) is not None
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise InputError(f"{path}, record {number}: expected an object, got {reprlib.repr(record)}")
+            raise InputError(
+                f"{path}, record {number}: expected an object, got {reprlib.repr(record)}"
+            )
         if surrogates:
             try:
                 json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = error.object[max(error.start - 20, 0) : error.end]
                 raise InputError(
-                    f"{path}, record {number}: {half!r} ends in half of a surrogate pair, which is no character; remove it"
+                    f"{path}, record {number}: {half!r} ends in half of a surrogate pair, which is "
+                    "no character; remove it"
                 ) from None
     return records
 
@@ -214,8 +255,12 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         number = error.lineno if line is None else line
-        raise InputError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
+        raise InputError(
+            f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
     except RecursionError:
-        raise InputError(f"{place}: lists or objects too deep in each other to be read; write flat records") from None
+        raise InputError(
+            f"{place}: lists or objects too deep in each other to be read; write flat records"
+        ) from None
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{place}: {error}") from None

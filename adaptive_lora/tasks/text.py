@@ -1,4 +1,5 @@
-"""Tasks that read one text or a pair of texts and give one answer: what classification and regression share."""
+"""Tasks that read one text or a pair of texts and give one answer: what classification and
+regression share."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class TextTask(Task):
     def learn(self, split: Split) -> None:
         if Path(split.source).is_dir():
             raise InputError(
-                f"{split.source} is a folder of images; use --task image_classification, or give a file of texts"
+                f"{split.source} is a folder of images; use --task image_classification, or give a "
+                "file of texts"
             )
         label = label_column(split, self.data.label)
         text = self.data.text or _guess_text(split, label, self.data.id)
@@ -44,7 +46,8 @@ class TextTask(Task):
 
     @abstractmethod
     def labels(self, split: Split) -> list[Any]:
-        """Return a number for each record's label. Raises `InputError` at the first that is none."""
+        """Return a number for each record's label. Raises `InputError` at the first that is
+        none."""
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(*self.columns, *([self.label] if labelled else []))
@@ -71,17 +74,22 @@ def label_column(split: Split, given: str | None) -> str:
         if column in split.records.column_names:
             return column
     names = ", ".join(columns_of(split.records))
-    raise InputError(f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label")
+    raise InputError(
+        f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label"
+    )
 
 
 def _guess_text(split: Split, label: str, key: str) -> list[str]:
     first = split.records[0]
     candidates = [
-        name for name in columns_of(split.records) if name not in (label, key) and isinstance(first[name], str)
+        name
+        for name in columns_of(split.records)
+        if name not in (label, key) and isinstance(first[name], str)
     ]
     if len(candidates) != 1:
         raise InputError(
-            f"{split.source} has {len(candidates)} text columns besides {label!r} ({', '.join(candidates)}); "
+            f"{split.source} has {len(candidates)} text columns besides {label!r} "
+            f"({', '.join(candidates)}); "
             "say which to read: data.text (one column, or a list of two)"
         )
     return candidates

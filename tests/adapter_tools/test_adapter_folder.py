@@ -1,4 +1,5 @@
-"""Adapter folders as plain data: PEFT's scales, exact round trips, and a clear word on everything that is not LoRA."""
+"""Adapter folders as plain data: PEFT's scales, exact round trips, and a clear word on everything
+that is not LoRA."""
 
 from __future__ import annotations
 
@@ -35,8 +36,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "uniform": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
     "rank pattern": {"r": 4, "rank_pattern": {"query": 2, "layer.0.attention.self.value": 3}},
-    "alpha pattern": {"r": 4, "alpha_pattern": {r"layer\.[01]\.attention.self.query": 5, "query": 16}},
-    "all of it": {"use_rslora": True, "rank_pattern": {QUERY: 1, "dense": 6}, "alpha_pattern": {"1.output.dense": 3.5}},
+    "alpha pattern": {
+        "r": 4,
+        "alpha_pattern": {r"layer\.[01]\.attention.self.query": 5, "query": 16},
+    },
+    "all of it": {
+        "use_rslora": True,
+        "rank_pattern": {QUERY: 1, "dense": 6},
+        "alpha_pattern": {"1.output.dense": 3.5},
+    },
     "regex": {"r": 2, "target_modules": r".*layer\.[02].*(query|intermediate\.dense)"},
     "some layers": {"r": 2, "target_modules": ["query"], "layers_to_transform": [0, 2]},
     "negative": {"r": 2, "lora_alpha": -3},
@@ -87,10 +95,14 @@ def test_written_in_native_form_peft_answers_the_same(name: str, tmp_path: Path)
     native = with_updates(adapter, one_scale(adapter.updates))
     write_adapter(native, tmp_path / "out")
     again = PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval()
-    assert apart(logits(model), logits(again)) <= 1e-5  # B is rounded once more where its scale changed
+    assert (
+        apart(logits(model), logits(again)) <= 1e-5
+    )  # B is rounded once more where its scale changed
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     (scale,) = {update.scale for update in native.updates.values()}
-    assert config["lora_alpha"] / config["r"] == pytest.approx(scale)  # what vLLM applies to every target
+    assert config["lora_alpha"] / config["r"] == pytest.approx(
+        scale
+    )  # what vLLM applies to every target
     assert state_dict(read_adapter(tmp_path / "out")).keys() == state_dict(adapter).keys()
 
 
@@ -98,7 +110,11 @@ def test_dropped_targets_are_gone_and_the_others_exact(tmp_path: Path) -> None:
     model = trained(make_config("uniform", target_modules="all-linear"))
     model.save_pretrained(tmp_path / "in")
     adapter = read_adapter(tmp_path / "in")
-    kept = {name: update for name, update in adapter.updates.items() if "layer.1" in name and "output" in name}
+    kept = {
+        name: update
+        for name, update in adapter.updates.items()
+        if "layer.1" in name and "output" in name
+    }
     write_adapter(with_updates(adapter, kept), tmp_path / "out")
     again = PeftModel.from_pretrained(make_bert(), str(tmp_path / "out"))
     assert adapters(again).keys() == kept.keys()
@@ -118,7 +134,9 @@ def test_a_name_that_could_end_another_is_written_as_a_regular_expression(tmp_pa
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(self.q(x))
 
-    get_peft_model(Two(), LoraConfig(target_modules=["q"], init_lora_weights=False)).save_pretrained(tmp_path / "in")
+    get_peft_model(
+        Two(), LoraConfig(target_modules=["q"], init_lora_weights=False)
+    ).save_pretrained(tmp_path / "in")
     adapter = read_adapter(tmp_path / "in")
     write_adapter(with_updates(adapter, {"q": adapter.updates["q"]}), tmp_path / "out")
     again = PeftModel.from_pretrained(Two(), str(tmp_path / "out"))
@@ -126,16 +144,25 @@ def test_a_name_that_could_end_another_is_written_as_a_regular_expression(tmp_pa
 
 
 def test_conv1d_and_half_precision_pass_through(tmp_path: Path) -> None:
-    config = LoraConfig(target_modules=["c_attn", "c_fc"], r=3, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        target_modules=["c_attn", "c_fc"], r=3, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     model = trained(config, make_gpt2()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "in")
     adapter = read_adapter(tmp_path / "in")
     assert adapter.costs["transformer.h.0.attn.c_attn"] == 16 + 48
     write_adapter(with_updates(adapter, one_scale(adapter.updates)), tmp_path / "out")
-    before, after = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("in", "out"))
+    before, after = (
+        load_file(tmp_path / part / "adapter_model.safetensors") for part in ("in", "out")
+    )
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) and after[key].dtype == torch.bfloat16 for key in before)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert all(
+        torch.equal(before[key], after[key]) and after[key].dtype == torch.bfloat16
+        for key in before
+    )
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    )
 
 
 def test_layers_come_in_their_order_and_tokenizers_come_along(tmp_path: Path) -> None:
@@ -170,7 +197,9 @@ def test_one_scale_keeps_the_update_and_leaves_the_most_frequent_alone() -> None
 # --- writing ---
 
 
-def test_nothing_is_overwritten_and_nothing_half_written_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_overwritten_and_nothing_half_written_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = read_adapter(folder)
     occupied = folder.parent / "occupied"
     occupied.mkdir()
@@ -200,12 +229,17 @@ def test_nan_is_never_written(folder: Path) -> None:
 
 Tensors = dict[str, torch.Tensor]
 KEY = f"base_model.model.{QUERY}"
+A = f"{KEY}.lora_A.weight"
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def add(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    rewrite(folder, lambda found: found.update(tensors))
 
 
 def configure(folder: Path, **fields: Any) -> None:
@@ -229,26 +263,34 @@ def everything_but_heads(tensors: Tensors) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), InputError, "no adapter folder: it has no adapter_config"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), InputError, "has no adapter_model.safetensors"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), InputError,
+                  "no adapter folder: it has no adapter_config"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), InputError,
+                   "has no adapter_model.safetensors"),
     "pickle": (pickled, InputError, "as a pickle .*convert it once: PeftModel.from_pretrained"),
-    "broken JSON": (lambda f: (f / "adapter_config.json").write_text("{"), IntegrityError, "config.json is damaged"),
-    "JSON list": (lambda f: (f / "adapter_config.json").write_text("[]"), IntegrityError, "config.json is damaged"),
-    "unknown kind": (lambda f: configure(f, peft_type="LORAX"), IntegrityError, "config.json is damaged"),
+    "broken JSON": (lambda f: (f / "adapter_config.json").write_text("{"), IntegrityError,
+                    "config.json is damaged"),
+    "JSON list": (lambda f: (f / "adapter_config.json").write_text("[]"), IntegrityError,
+                  "config.json is damaged"),
+    "unknown kind": (lambda f: configure(f, peft_type="LORAX"), IntegrityError,
+                     "config.json is damaged"),
     "truncated": (truncated, IntegrityError, "safetensors is damaged"),
-    "no B": (lambda f: rewrite(f, lambda t: t.pop(f"{KEY}.lora_B.weight")), IntegrityError, "query' has no lora_B.weight"),
+    "no B": (lambda f: rewrite(f, lambda t: t.pop(f"{KEY}.lora_B.weight")), IntegrityError,
+             "query' has no lora_B.weight"),
     "B of another rank": (
         lambda f: rewrite(f, lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(16, 3)})),
         IntegrityError,
         r"A is \(1, 16\) and B \(16, 3\); expected \(R, I\) and \(O, R\)",
     ),
     "rank 0": (
-        lambda f: rewrite(f, lambda t: t.update({f"{KEY}.lora_{x}.weight": torch.ones(0, 0) for x in "AB"})),
+        lambda f: add(f, {f"{KEY}.lora_{x}.weight": torch.ones(0, 0) for x in "AB"}),
         IntegrityError,
         "empty weights",
     ),
-    "no target": (lambda f: rewrite(f, everything_but_heads), InputError, "has no target left: none of its 2 tensors"),
-    "NaN": (lambda f: rewrite(f, lambda t: t[f"{KEY}.lora_A.weight"].fill_(float("nan"))), IntegrityError, "holds NaN"),
+    "no target": (lambda f: rewrite(f, everything_but_heads), InputError,
+                  "has no target left: none of its 2 tensors"),
+    "NaN": (lambda f: rewrite(f, lambda t: t[f"{KEY}.lora_A.weight"].fill_(float("nan"))),
+            IntegrityError, "holds NaN"),
     "infinite head": (
         lambda f: rewrite(f, lambda t: t["base_model.model.classifier.bias"].fill_(float("inf"))),
         IntegrityError,
@@ -260,23 +302,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "modules_to_save names 'classifier'",
     ),
     "a foreign tensor": (
-        lambda f: rewrite(f, lambda t: t.update({"base_model.model.bert.pooler.weight": torch.ones(1)})),
+        lambda f: add(f, {"base_model.model.bert.pooler.weight": torch.ones(1)}),
         IntegrityError,
-        "1 tensors that its adapter_config.json does not speak of, first 'base_model.model.bert.pooler.weight'",
+        "1 tensors that its adapter_config.json does not speak of, first "
+        "'base_model.model.bert.pooler.weight'",
     ),
     "an untargeted adapter": (
-        lambda f: rewrite(f, lambda t: t.update({f"{KEY[:-5]}key.lora_{x}.weight": torch.ones(16, 16) for x in "AB"})),
+        lambda f: add(f, {f"{KEY[:-5]}key.lora_{x}.weight": torch.ones(16, 16) for x in "AB"}),
         IntegrityError,
         "self.key'; PEFT would ignore",
     ),
     "names with the adapter's": (
-        lambda f: rewrite(f, lambda t: t.update({f"{KEY}.lora_A.default.weight": t.pop(f"{KEY}.lora_A.weight")})),
+        lambda f: rewrite(f, lambda t: t.update({f"{KEY}.lora_A.default.weight": t.pop(A)})),
         IntegrityError,
         "query' has no lora_A.weight",
     ),
-    "another rank in the config": (lambda f: configure(f, rank_pattern={}), IntegrityError, "has rank 6, but .* says 8"),
-    "a broken pattern": (lambda f: configure(f, rank_pattern={"(": 2}), IntegrityError, "no regular expression"),
-    "alpha of no number": (lambda f: configure(f, lora_alpha="16"), IntegrityError, "lora_alpha of .* is '16'"),
+    "another rank in the config": (lambda f: configure(f, rank_pattern={}), IntegrityError,
+                                   "has rank 6, but .* says 8"),
+    "a broken pattern": (lambda f: configure(f, rank_pattern={"(": 2}), IntegrityError,
+                         "no regular expression"),
+    "alpha of no number": (lambda f: configure(f, lora_alpha="16"), IntegrityError,
+                           "lora_alpha of .* is '16'"),
     "a missing layer": (
         lambda f: (
             configure(f, target_modules=[*read_adapter(f).updates]),
@@ -285,10 +331,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         IntegrityError,
         f"incomplete: its adapter_config.json lists '{QUERY}'",
     ),
-    "DoRA": (lambda f: configure(f, use_dora=True), InputError, "is DoRA, which rescales .*merge_and_unload"),
+    "DoRA": (lambda f: configure(f, use_dora=True), InputError,
+             "is DoRA, which rescales .*merge_and_unload"),
     "bias on B": (lambda f: configure(f, lora_bias=True), InputError, "a bias on B"),
-    "experts": (lambda f: configure(f, target_parameters=["experts.up"]), InputError, "bare parameters"),
-    "PiSSA": (lambda f: configure(f, init_lora_weights="pissa_niter_4"), InputError, "path_initial_model_for_weight"),
+    "experts": (lambda f: configure(f, target_parameters=["experts.up"]), InputError,
+                "bare parameters"),
+    "PiSSA": (lambda f: configure(f, init_lora_weights="pissa_niter_4"), InputError,
+              "path_initial_model_for_weight"),
 }  # fmt: skip
 
 
@@ -305,12 +354,20 @@ def test_other_kinds_of_adapters_are_named(tmp_path: Path) -> None:
     get_peft_model(make_bert(), config).save_pretrained(tmp_path / "ia3")
     with pytest.raises(InputError, match="holds a IA3 adapter; expected LORA"):
         read_adapter(tmp_path / "ia3")
-    config = LoraConfig(target_modules=["wte", "c_attn"], init_lora_weights=False, fan_in_fan_out=True)
-    get_peft_model(make_gpt2(), config).save_pretrained(tmp_path / "embedding", save_embedding_layers=True)
-    with pytest.raises(InputError, match=r"changes an embedding \(transformer.wte\); expected linear targets only"):
+    config = LoraConfig(
+        target_modules=["wte", "c_attn"], init_lora_weights=False, fan_in_fan_out=True
+    )
+    get_peft_model(make_gpt2(), config).save_pretrained(
+        tmp_path / "embedding", save_embedding_layers=True
+    )
+    with pytest.raises(
+        InputError, match=r"changes an embedding \(transformer.wte\); expected linear targets only"
+    ):
         read_adapter(tmp_path / "embedding")
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    get_peft_model(net, LoraConfig(target_modules=["0", "2"])).save_pretrained(tmp_path / "convolution")
+    get_peft_model(net, LoraConfig(target_modules=["0", "2"])).save_pretrained(
+        tmp_path / "convolution"
+    )
     with pytest.raises(InputError, match=r"'0' in .* is an adapter of a convolution"):
         read_adapter(tmp_path / "convolution")
     with pytest.raises(InputError, match=re.escape("hf download some/adapter")):

@@ -1,4 +1,5 @@
-"""Compression keeps the best components there are for the budget, and what it writes is what it says."""
+"""Compression keeps the best components there are for the budget, and what it writes is what it
+says."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ pytest_plugins = ("model_folders",)
 
 spectra = st.dictionaries(
     st.sampled_from("abcd"),
-    st.lists(st.integers(0, 9).map(float), min_size=1, max_size=4).map(lambda row: tuple(sorted(row, reverse=True))),
+    st.lists(st.integers(0, 9).map(float), min_size=1, max_size=4).map(
+        lambda row: tuple(sorted(row, reverse=True))
+    ),
     min_size=1,
 ).filter(lambda found: any(any(row) for row in found.values()))
 
@@ -52,7 +55,9 @@ def test_for_equal_costs_it_is_the_best_of_all_truncations(found: Spectra, compo
     costs = dict.fromkeys(found, 10)
     pattern = choose(found, costs, budget=10 * components)
     assert parameters(pattern, costs) <= 10 * components
-    best = max(energy(found, other) for other in every_pattern(found) if sum(other.values()) <= components)
+    best = max(
+        energy(found, other) for other in every_pattern(found) if sum(other.values()) <= components
+    )
     assert energy(found, pattern) == best
 
 
@@ -60,7 +65,8 @@ def test_for_equal_costs_it_is_the_best_of_all_truncations(found: Spectra, compo
 def test_for_unequal_costs_it_is_within_one_component_of_the_best(
     found: Spectra, prices: list[int], share: float
 ) -> None:
-    """A knapsack filled by value per parameter is short of the best by less than the one component that did not fit."""
+    """A knapsack filled by value per parameter is short of the best by less than the one component
+    that did not fit."""
     costs = dict(zip(found, prices, strict=False))
     whole = sum(len(row) * costs[name] for name, row in found.items())
     budget = max(min(costs.values()), int(share * whole))
@@ -71,8 +77,13 @@ def test_for_unequal_costs_it_is_within_one_component_of_the_best(
     assert all(pattern[name] <= alive[name] for name in found)
     left = [costs[name] for name in found if pattern[name] < alive[name]]
     assert budget - spent < min(left, default=math.inf)
-    best = max(energy(found, other) for other in every_pattern(found) if parameters(other, costs) <= budget)
-    assert best - energy(found, pattern) < max(value**2 for row in found.values() for value in row) + 1e-9
+    best = max(
+        energy(found, other) for other in every_pattern(found) if parameters(other, costs) <= budget
+    )
+    assert (
+        best - energy(found, pattern)
+        < max(value**2 for row in found.values() for value in row) + 1e-9
+    )
 
 
 def test_a_dear_component_must_be_worth_its_parameters() -> None:
@@ -83,7 +94,9 @@ def test_a_dear_component_must_be_worth_its_parameters() -> None:
 
 
 @given(spectra, st.lists(st.integers(1, 9), min_size=4, max_size=4), st.floats(0.01, 1))
-def test_energy_keeps_its_share_and_no_component_too_many(found: Spectra, prices: list[int], share: float) -> None:
+def test_energy_keeps_its_share_and_no_component_too_many(
+    found: Spectra, prices: list[int], share: float
+) -> None:
     costs = dict(zip(found, prices, strict=False))
     whole = energy(found, {name: len(row) for name, row in found.items()})
     pattern = choose(found, costs, budget=None, energy=share)
@@ -92,7 +105,11 @@ def test_energy_keeps_its_share_and_no_component_too_many(found: Spectra, prices
         if pattern[name]:
             assert energy(found, pattern | {name: pattern[name] - 1}) < share * whole * (1 + 1e-12)
     equal = choose(found, dict.fromkeys(found, 1), budget=None, energy=share)
-    fewest = min(sum(o.values()) for o in every_pattern(found) if energy(found, o) >= share * whole * (1 - 1e-12))
+    fewest = min(
+        sum(o.values())
+        for o in every_pattern(found)
+        if energy(found, o) >= share * whole * (1 - 1e-12)
+    )
     assert sum(equal.values()) == fewest
 
 
@@ -100,7 +117,9 @@ def test_what_is_left_is_the_best_approximation_of_each_update() -> None:
     """The twin: a dense SVD of scale · B A, which the library never forms."""
     generator = torch.Generator().manual_seed(0)
     updates = {
-        name: Update(*(torch.randn(shape, generator=generator) for shape in ((5, i), (o, 5))), scale)
+        name: Update(
+            *(torch.randn(shape, generator=generator) for shape in ((5, i), (o, 5))), scale
+        )
         for name, (i, o, scale) in {"a": (7, 9, 2.0), "b": (12, 6, -0.5), "c": (4, 8, 2.0)}.items()
     }
     result, left = truncate(updates, budget=0.4, rank=None, energy=None)
@@ -108,7 +127,9 @@ def test_what_is_left_is_the_best_approximation_of_each_update() -> None:
     for name, update in updates.items():
         dense = update.scale * update.b.double() @ update.a.double()
         u, values, v_t = torch.linalg.svd(dense, full_matrices=False)
-        assert result.spectra[name] == pytest.approx(values[: len(result.spectra[name])].tolist(), rel=1e-6)
+        assert result.spectra[name] == pytest.approx(
+            values[: len(result.spectra[name])].tolist(), rel=1e-6
+        )
         k = result.after[name]
         if k == 0:
             assert name not in left
@@ -116,8 +137,12 @@ def test_what_is_left_is_the_best_approximation_of_each_update() -> None:
         best = u[:, :k] * values[:k] @ v_t[:k]
         ours = left[name].scale * left[name].b.double() @ left[name].a.double()
         assert torch.allclose(ours, best, atol=1e-6 * float(values[0]))  # the factors are float32
-        assert torch.allclose(left[name].a.norm(dim=1), left[name].b.norm(dim=0), rtol=1e-5)  # balanced
-        assert result.kept[name] == pytest.approx(float((values[:k] ** 2).sum() / (values**2).sum()))
+        assert torch.allclose(
+            left[name].a.norm(dim=1), left[name].b.norm(dim=0), rtol=1e-5
+        )  # balanced
+        assert result.kept[name] == pytest.approx(
+            float((values[:k] ** 2).sum() / (values**2).sum())
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -129,7 +154,11 @@ def test_folder_and_live_model_are_the_same_for_every_config(name: str, tmp_path
     result = al.compress(tmp_path / "in", budget=0.5, output=tmp_path / "out")
     assert digests(tmp_path / "in") == before
     assert result.parameters_before == there.parameters
-    assert there.parameters // 2 - min(there.costs.values()) < result.parameters_after <= there.parameters // 2
+    assert (
+        there.parameters // 2 - min(there.costs.values())
+        < result.parameters_after
+        <= there.parameters // 2
+    )
     written = PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval()
     assert al.lora_parameters(written) == result.parameters_after
     assert al.ranks(written) == {target: rank for target, rank in result.after.items() if rank}
@@ -153,8 +182,13 @@ def test_all_of_the_energy_is_the_same_function_and_padding_is_dropped(tmp_path:
     result = al.compress(tmp_path / "in", energy=1.0, output=tmp_path / "out")
     assert set(result.after.values()) == {2}
     assert result.energy == pytest.approx(1)
-    assert apart(before, logits(PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval())) <= 1e-5
-    assert al.compress(tmp_path / "in", budget=0.9).parameters_after == result.parameters_after  # nothing else to keep
+    assert (
+        apart(before, logits(PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval()))
+        <= 1e-5
+    )
+    assert (
+        al.compress(tmp_path / "in", budget=0.9).parameters_after == result.parameters_after
+    )  # nothing else to keep
 
 
 def test_a_rank_is_the_budget_of_that_uniform_rank_and_can_differ_by_layer(tmp_path: Path) -> None:
@@ -164,17 +198,27 @@ def test_a_rank_is_the_budget_of_that_uniform_rank_and_can_differ_by_layer(tmp_p
     layers[strong].lora_B["default"].weight.data *= 100
     costs = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
     result = al.compress(model, rank=1)
-    assert sum(costs.values()) - min(costs.values()) < result.parameters_after <= sum(costs.values())
+    assert (
+        sum(costs.values()) - min(costs.values()) < result.parameters_after <= sum(costs.values())
+    )
     assert result.after[strong] == 4
 
 
 def test_conv1d_grouped_shapes_and_half_precision(tmp_path: Path) -> None:
-    config = LoraConfig(target_modules=["c_attn", "c_fc"], r=4, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        target_modules=["c_attn", "c_fc"], r=4, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     model = trained(config, make_gpt2())
     model.save_pretrained(tmp_path / "in")
     al.compress(tmp_path / "in", energy=0.95, output=tmp_path / "out")
     al.compress(model, energy=0.95)
-    assert apart(logits(model), logits(PeftModel.from_pretrained(make_gpt2(), str(tmp_path / "out")).eval())) <= 1e-5
+    assert (
+        apart(
+            logits(model),
+            logits(PeftModel.from_pretrained(make_gpt2(), str(tmp_path / "out")).eval()),
+        )
+        <= 1e-5
+    )
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     al.compress(tmp_path / "half", energy=0.9, output=tmp_path / "smaller")
     tensors = load_file(tmp_path / "smaller" / "adapter_model.safetensors")
@@ -198,7 +242,10 @@ def test_a_compressed_model_trains_on(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing asked": ({}, "give one of budget, rank and energy; got none"),
     "two asked": ({"budget": 10, "rank": 1}, "got budget and rank"),
-    "a budget too large": ({"budget": 10_000}, r"budget is 10,000 parameters, but the adapter has only 2,432"),
+    "a budget too large": (
+        {"budget": 10_000},
+        r"budget is 10,000 parameters, but the adapter has only 2,432",
+    ),
     "a rank too large": ({"rank": 5}, r"rank 5 on 19 targets costs .* but the adapter has only"),
     "a budget too small": (
         {"budget": 31},
@@ -245,7 +292,10 @@ def poisoned(model: PeftModel) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "kind", "message"),
-    [(merged, InputError, "merged into .*unmerge_adapter"), (poisoned, DivergedError, "lora_B.* is not finite")],
+    [
+        (merged, InputError, "merged into .*unmerge_adapter"),
+        (poisoned, DivergedError, "lora_B.* is not finite"),
+    ],
 )
 def test_models_that_cannot_be_compressed(
     damage: Callable[[PeftModel], None], kind: type[Exception], message: str, adapter: Path
@@ -253,7 +303,9 @@ def test_models_that_cannot_be_compressed(
     for trainable in (True, False):
         model = PeftModel.from_pretrained(make_bert(), str(adapter), is_trainable=trainable)
         damage(model)
-        with pytest.raises(kind, match=message if trainable or kind is InputError else "is not finite"):
+        with pytest.raises(
+            kind, match=message if trainable or kind is InputError else "is not finite"
+        ):
             al.compress(model, rank=1)
 
 
@@ -293,13 +345,29 @@ def test_measured_before_and_after(
     classification_run: Path, reviews_file: str, tmp_path: Path, command: Command
 ) -> None:
     whole = command(
-        "compress", classification_run, "--run", classification_run, "--energy", 1, "--output", tmp_path / "a"
+        "compress",
+        classification_run,
+        "--run",
+        classification_run,
+        "--energy",
+        1,
+        "--output",
+        tmp_path / "a",
     )
     assert whole.code == 0, whole.err
     loss = result_of(classification_run)["metrics"]["eval_loss"]
     line = next(line for line in whole.out.splitlines() if line.startswith("eval_loss"))
     assert [float(number) for number in line.split()[1::2]] == pytest.approx([loss, loss], rel=1e-4)
-    small = command("compress", classification_run, "--data", reviews_file, "--rank", 1, "--output", tmp_path / "b")
+    small = command(
+        "compress",
+        classification_run,
+        "--data",
+        reviews_file,
+        "--rank",
+        1,
+        "--output",
+        tmp_path / "b",
+    )
     assert small.code == 0, small.err
     assert "eval_accuracy" in small.out
     assert (tmp_path / "a" / "ranks.png").stat().st_size > 0
@@ -313,7 +381,10 @@ def test_bad_input_is_one_message(adapter: Path, tmp_path: Path, command: Comman
         ((adapter, "--output", tmp_path / "x"), "give one of budget, rank and energy; got none"),
         ((adapter, "--rank", 1, "--output", tmp_path), "exists; give another name"),
         ((tmp_path, "--rank", 1, "--output", tmp_path / "x"), "is no adapter folder"),
-        ((adapter, "--rank", 1, "--data", "x.csv", "--output", tmp_path / "x"), "lies in no finished run"),
+        (
+            (adapter, "--rank", 1, "--data", "x.csv", "--output", tmp_path / "x"),
+            "lies in no finished run",
+        ),
     ):
         ended = command("compress", *arguments)
         assert ended.code == 2
@@ -325,7 +396,9 @@ def test_bad_input_is_one_message(adapter: Path, tmp_path: Path, command: Comman
 def test_an_adapter_of_another_base_is_refused(
     classification_run: Path, adapter: Path, tmp_path: Path, command: Command
 ) -> None:
-    ended = command("compress", adapter, "--run", classification_run, "--rank", 1, "--output", tmp_path / "x")
+    ended = command(
+        "compress", adapter, "--run", classification_run, "--rank", 1, "--output", tmp_path / "x"
+    )
     assert ended.code == IntegrityError.exit_code
     assert "does not fit this model" in ended.err
     assert not (tmp_path / "x").exists()

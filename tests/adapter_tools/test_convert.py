@@ -1,4 +1,5 @@
-"""AdaLoRA checkpoints as stock PEFT writes them, at every moment of its schedule, answer the same as plain LoRA."""
+"""AdaLoRA checkpoints as stock PEFT writes them, at every moment of its schedule, answer the same
+as plain LoRA."""
 
 from __future__ import annotations
 
@@ -32,15 +33,26 @@ ALPHA = 400  # large, so that a few steps on factors of size 0.02 show in the an
 SCHEDULE = {"tinit": 1, "tfinal": 3, "deltaT": 2, "total_step": STEPS, "init_r": 4, "target_r": 1}
 
 
-def adalora(steps: int, base: PreTrainedModel | None = None, name: str = "default", **config: Any) -> PeftModel:
+def adalora(
+    steps: int, base: PreTrainedModel | None = None, name: str = "default", **config: Any
+) -> PeftModel:
     """A model after `steps` of stock PEFT's AdaLoRA loop."""
     base = base or make_bert(n_layers=2)
     set_seed(5)
-    options = {"target_modules": list(TARGETS), "task_type": "SEQ_CLS", "lora_alpha": ALPHA, **SCHEDULE, **config}
+    options = {
+        "target_modules": list(TARGETS),
+        "task_type": "SEQ_CLS",
+        "lora_alpha": ALPHA,
+        **SCHEDULE,
+        **config,
+    }
     model = get_peft_model(base, AdaLoraConfig(**options), adapter_name=name)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     for step in range(1, steps + 1):
-        batch = {key: torch.stack([row[key] for row in records()[4 * step : 4 * step + 4]]) for key in records()[0]}
+        batch = {
+            key: torch.stack([row[key] for row in records()[4 * step : 4 * step + 4]])
+            for key in records()[0]
+        }
         if options["task_type"] == "CAUSAL_LM":
             batch["labels"] = batch["input_ids"]
         model(**batch).loss.backward()
@@ -72,7 +84,10 @@ def test_a_checkpoint_of_any_moment_answers_the_same(steps: int, tmp_path: Path)
     expected = answers(tmp_path / "adalora")
     assert apart(expected, logits(make_headed(tmp_path))) > 1e-3  # the adapter does something
     assert apart(expected, answers(tmp_path / "lora")) <= 1e-5  # rounding of float32
-    true = {name: int(layer.lora_E["default"].count_nonzero()) for name, layer in adapters(model).items()}
+    true = {
+        name: int(layer.lora_E["default"].count_nonzero())
+        for name, layer in adapters(model).items()
+    }
     if pattern:
         true = {name: sum(pattern[f"{name}.lora_E"]) for name in true}
     assert converted.ranks == {name: rank for name, rank in true.items() if rank}
@@ -84,7 +99,8 @@ def test_a_checkpoint_of_any_moment_answers_the_same(steps: int, tmp_path: Path)
 
 
 def make_headed(folder: Path) -> PeftModel:
-    """The base model with the trained head of the checkpoint in `folder`, without the adapters' update."""
+    """The base model with the trained head of the checkpoint in `folder`, without the adapters'
+    update."""
     model = PeftModel.from_pretrained(make_bert(n_layers=2), str(folder / "adalora"))
     for layer in adapters(model).values():
         layer.lora_E["default"].data.zero_()
@@ -99,7 +115,9 @@ def test_without_a_pattern_in_the_config_the_zero_gates_tell(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "without")
     key = f"base_model.model.{next(iter(adapters(model)))}.lora_E"
     assert load_file(tmp_path / "without" / "adapter_model.safetensors")[key].shape == (4, 1)
-    cut, whole = (convert(tmp_path / part, tmp_path / f"{part}-lora") for part in ("with", "without"))
+    cut, whole = (
+        convert(tmp_path / part, tmp_path / f"{part}-lora") for part in ("with", "without")
+    )
     assert cut.ranks == whole.ranks
     assert apart(answers(tmp_path / "without"), answers(tmp_path / "without-lora")) <= 1e-5
     assert torch.equal(answers(tmp_path / "with-lora"), answers(tmp_path / "without-lora"))
@@ -114,13 +132,21 @@ def test_pefts_rule_for_alpha(alpha: int, tmp_path: Path) -> None:
 
 
 def test_conv1d_another_adapter_name_and_half_precision(tmp_path: Path) -> None:
-    config = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    config = {
+        "target_modules": ["c_attn", "c_fc"],
+        "fan_in_fan_out": True,
+        "task_type": "CAUSAL_LM",
+    }
     model = adalora(STEPS, make_gpt2(), name="mine", **config).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     converted = convert(tmp_path / "mine", tmp_path / "lora")
     assert {update.b.dtype for update in converted.updates.values()} == {torch.bfloat16}
     ours, theirs = (
-        logits(PeftModel.from_pretrained(make_gpt2().to(torch.bfloat16), str(tmp_path / part)).eval().float())
+        logits(
+            PeftModel.from_pretrained(make_gpt2().to(torch.bfloat16), str(tmp_path / part))
+            .eval()
+            .float()
+        )
         for part in ("lora", "mine")
     )
     assert apart(theirs, ours) <= 3e-2  # B is rounded to 8 bits, and so is all arithmetic
@@ -140,10 +166,14 @@ def test_on_the_command_line(finished: Path, tmp_path: Path, command: Command) -
 
 
 def test_lora_is_told_from_adalora(finished: Path, tmp_path: Path) -> None:
-    get_peft_model(make_bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(make_bert(), LoraConfig(target_modules=["query"])).save_pretrained(
+        tmp_path / "lora"
+    )
     with pytest.raises(InputError, match="holds a LORA adapter; expected ADALORA"):
         convert(tmp_path / "lora")
-    with pytest.raises(InputError, match=r"holds an AdaLoRA adapter; expected LoRA\. Convert it first"):
+    with pytest.raises(
+        InputError, match=r"holds an AdaLoRA adapter; expected LoRA\. Convert it first"
+    ):
         al.compress(finished, rank=1)
 
 
@@ -157,7 +187,9 @@ def test_gates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing gate", "missing target", "another rank", "NaN"])
 def test_damage_is_named(damage: str, finished: Path, tmp_path: Path) -> None:
     tensors = load_file(finished / "adapter_model.safetensors")
-    key = max((key for key in tensors if key.endswith(".lora_E")), key=lambda key: tensors[key].numel())
+    key = max(
+        (key for key in tensors if key.endswith(".lora_E")), key=lambda key: tensors[key].numel()
+    )
     if damage == "missing gate":
         del tensors[key]
         message = "has no lora_E"

@@ -35,10 +35,14 @@ def folder(tmp_path: Path) -> Path:
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12))
 def test_the_effective_rank_is_the_exponential_of_the_entropy(values: list[float]) -> None:
-    entropy = torch.distributions.Categorical(probs=torch.tensor(values, dtype=torch.float64)).entropy()
+    entropy = torch.distributions.Categorical(
+        probs=torch.tensor(values, dtype=torch.float64)
+    ).entropy()
     assert effective_rank(values) == pytest.approx(float(entropy.exp()), rel=1e-6)
     assert 1 - 1e-9 <= effective_rank(values) <= len(values) + 1e-9
-    assert effective_rank([3 * value for value in values]) == pytest.approx(effective_rank(values), rel=1e-9)
+    assert effective_rank([3 * value for value in values]) == pytest.approx(
+        effective_rank(values), rel=1e-9
+    )
 
 
 def test_negative_values_are_no_singular_values() -> None:
@@ -60,11 +64,16 @@ def test_the_facts_are_those_of_a_dense_update(folder: Path) -> None:
         assert facts.rank == layers[name].r["default"]
         assert facts.scale == layers[name].scaling["default"]
         assert facts.norm == pytest.approx(float(dense.norm()), rel=1e-6)
-        assert facts.spectrum == pytest.approx(values.tolist(), rel=1e-5)  # the dense update is float32
+        assert facts.spectrum == pytest.approx(
+            values.tolist(), rel=1e-5
+        )  # the dense update is float32
         assert facts.effective_rank == pytest.approx(effective_rank(values.tolist()), rel=1e-5)
         shares = (values**2).cumsum(0) / (values**2).sum()
         assert facts.needed_99 == int((shares < 0.99).sum()) + 1
-    assert found.other_tensors == ("base_model.model.classifier.bias", "base_model.model.classifier.weight")
+    assert found.other_tensors == (
+        "base_model.model.classifier.bias",
+        "base_model.model.classifier.weight",
+    )
 
 
 @pytest.mark.parametrize(("energy", "name"), [(0.99, "needed_99"), (0.999, "needed_999")])
@@ -80,7 +89,9 @@ def rewrite(folder: Path, change: Callable[[str, torch.Tensor], None]) -> None:
 
 
 def test_nan_is_reported_and_not_refused(folder: Path, command: Command) -> None:
-    rewrite(folder, lambda key, tensor: tensor.fill_(math.nan) if f"{QUERY}.lora_A" in key else None)
+    rewrite(
+        folder, lambda key, tensor: tensor.fill_(math.nan) if f"{QUERY}.lora_A" in key else None
+    )
     found = al.inspect(folder)
     assert not found.targets[QUERY].finite
     assert math.isnan(found.targets[QUERY].norm)
@@ -94,7 +105,9 @@ def test_nan_is_reported_and_not_refused(folder: Path, command: Command) -> None
 
 def test_an_adapter_that_learned_nothing_is_said_to(folder: Path, tmp_path: Path) -> None:
     rewrite(folder, lambda key, tensor: tensor.zero_() if f"{QUERY}.lora_B" in key else None)
-    assert any("1 of 16 targets learned nothing" in warning for warning in al.inspect(folder).warnings)
+    assert any(
+        "1 of 16 targets learned nothing" in warning for warning in al.inspect(folder).warnings
+    )
     al.save(al.attach(make_bert(), methods.lora(2), ["query"]), tmp_path / "fresh")
     found = al.inspect(tmp_path / "fresh")
     assert found.warnings == ("the adapter learned nothing: every update is zero (B as it starts)",)
@@ -111,10 +124,15 @@ def test_what_other_readers_would_do_is_said(folder: Path, tmp_path: Path) -> No
             torch.nn.init.normal_(layer.lora_B["default"].weight)
     native = al.inspect(al.save(model, tmp_path / "native"))
     assert not any("lora_alpha" in warning for warning in native.warnings)
-    assert not any("layers (not in" in warning for warning in native.warnings)  # no kind is in the last layer
+    assert not any(
+        "layers (not in" in warning for warning in native.warnings
+    )  # no kind is in the last layer
     al.resize(model, {QUERY: 0})
     gaps = al.inspect(al.save(model, tmp_path / "gaps"))
-    assert any("'attention.self.query' is adapted in 1 of 2 layers (not in 1): TGI" in one for one in gaps.warnings)
+    assert any(
+        "'attention.self.query' is adapted in 1 of 2 layers (not in 1): TGI" in one
+        for one in gaps.warnings
+    )
     uniform = trained(make_config("uniform"))
     uniform.save_pretrained(tmp_path / "uniform")
     assert al.inspect(tmp_path / "uniform").warnings == ()
@@ -141,6 +159,8 @@ def test_bad_input_is_one_message(folder: Path, tmp_path: Path, command: Command
     ):
         (folder / "there.png").write_text("mine")
         ended = command("inspect", *arguments)
-        assert ended.code == (0 if arguments == (tmp_path,) else 2)  # a folder that holds `adapter` is read like a run
+        assert ended.code == (
+            0 if arguments == (tmp_path,) else 2
+        )  # a folder that holds `adapter` is read like a run
         assert message in ended.err
     assert (folder / "there.png").read_text() == "mine"

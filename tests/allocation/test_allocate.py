@@ -36,7 +36,12 @@ class Problem:
         return list(reference.relaxed_ranks(**self.arguments(self.weights)).values())
 
     def arguments(self, weights: list[float]) -> dict[str, Any]:
-        lists = {"weights": weights, "costs": self.costs, "minimum": self.minimum, "maximum": self.maximum}
+        lists = {
+            "weights": weights,
+            "costs": self.costs,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
         return {key: self.named(values) for key, values in lists.items()} | {"budget": self.budget}
 
     def cost(self, ranks: list[int]) -> int:
@@ -47,10 +52,16 @@ WEIGHT = st.one_of(st.just(0.0), st.integers(0, 5).map(float), st.floats(0, 1e30
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, weight: st.SearchStrategy = WEIGHT, one_cost: bool = False) -> Problem:
+def problems(
+    draw: st.DrawFn, *, weight: st.SearchStrategy = WEIGHT, one_cost: bool = False
+) -> Problem:
     """Targets of a few kinds: those of one kind differ in their weight only."""
     shapes = draw(
-        st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=1 if one_cost else 4)
+        st.lists(
+            st.tuples(st.integers(1, 40), st.integers(1, 40)),
+            min_size=1,
+            max_size=1 if one_cost else 4,
+        )
     )
     kinds = []
     for shape in shapes * 2 if one_cost else shapes:
@@ -58,18 +69,28 @@ def problems(draw: st.DrawFn, *, weight: st.SearchStrategy = WEIGHT, one_cost: b
         kinds.append((sum(shape), draw(st.integers(0, maximum)), maximum))
     targets = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))
     n = len(targets)
-    weights = draw(st.one_of(st.lists(weight, min_size=n, max_size=n), weight.map(lambda w: [w] * n)))
+    weights = draw(
+        st.one_of(st.lists(weight, min_size=n, max_size=n), weight.map(lambda w: [w] * n))
+    )
     least, most = sum(c * lo for c, lo, _ in targets), sum(c * hi for c, _, hi in targets)
-    return Problem(weights, *map(list, zip(*targets, strict=True)), draw(st.integers(least, most + 100)))
+    return Problem(
+        weights, *map(list, zip(*targets, strict=True)), draw(st.integers(least, most + 100))
+    )
 
 
 @given(problems())
-def test_ranks_stay_in_bounds_and_spend_the_budget_up_to_less_than_one_component(problem: Problem) -> None:
+def test_ranks_stay_in_bounds_and_spend_the_budget_up_to_less_than_one_component(
+    problem: Problem,
+) -> None:
     ranks = problem.solve()
-    assert all(lo <= r <= hi for lo, r, hi in zip(problem.minimum, ranks, problem.maximum, strict=True))
+    assert all(
+        lo <= r <= hi for lo, r, hi in zip(problem.minimum, ranks, problem.maximum, strict=True)
+    )
     left = problem.budget - problem.cost(ranks)
     assert left >= 0
-    assert all(left < c for c, r, hi in zip(problem.costs, ranks, problem.maximum, strict=True) if r < hi)
+    assert all(
+        left < c for c, r, hi in zip(problem.costs, ranks, problem.maximum, strict=True) if r < hi
+    )
 
 
 @given(problems())
@@ -77,12 +98,16 @@ def test_ranks_stay_in_bounds_and_spend_the_budget_up_to_less_than_one_component
 @example(Problem([5e-324, 2.0, 0.0], [2, 2, 2], [0, 0, 0], [4, 4, 4], 7))
 @example(Problem([1e-80, 2.0, 1.0], [2, 2, 2], [0, 0, 0], [4, 4, 4], 7))
 def test_the_ranks_are_those_of_the_slow_twin(problem: Problem) -> None:
-    assert problem.solve() == list(reference.proportional(**problem.arguments(problem.weights)).values())
+    assert problem.solve() == list(
+        reference.proportional(**problem.arguments(problem.weights)).values()
+    )
 
 
 @given(problems())
 def test_no_target_gets_less_than_its_exact_share_rounded_down(problem: Problem) -> None:
-    assert all(r >= floor(share) for r, share in zip(problem.solve(), problem.shares(), strict=True))
+    assert all(
+        r >= floor(share) for r, share in zip(problem.solve(), problem.shares(), strict=True)
+    )
 
 
 @given(problems(weight=st.floats(1e-3, 1e3), one_cost=True))
@@ -113,7 +138,9 @@ def test_equal_weights_and_the_budget_of_a_uniform_rank_give_that_rank(
 
 
 @given(problems())
-@example(Problem([1.0, 2.0, 1000.0], [2, 2, 3], [1, 1, 0], [2, 2, 2], 9))  # the first two held at their minimum
+@example(
+    Problem([1.0, 2.0, 1000.0], [2, 2, 3], [1, 1, 0], [2, 2, 2], 9)
+)  # the first two held at their minimum
 def test_a_higher_weight_at_equal_cost_and_bounds_never_gets_fewer(problem: Problem) -> None:
     kinds = list(zip(problem.costs, problem.minimum, problem.maximum, strict=True))
     rows = list(zip(kinds, problem.weights, problem.solve(), strict=True))
@@ -126,10 +153,12 @@ def test_the_cost_of_a_component_counts_not_the_sum_of_ranks() -> None:
     costs = {"wide": 4096 + 11008, "narrow": 4096 + 1024}
     bounds = {"minimum": dict.fromkeys(costs, 1), "maximum": dict.fromkeys(costs, 64)}
     budget = 8 * sum(costs.values())
-    by_weight = {w: proportional({"wide": w, "narrow": 1.0}, costs, budget, **bounds) for w in (1.0, 3.0)}
+    by_weight = {
+        w: proportional({"wide": w, "narrow": 1.0}, costs, budget, **bounds) for w in (1.0, 3.0)
+    }
     assert by_weight[1.0] == {"wide": 8, "narrow": 8}
-    # λ (3 · 15104 + 5120) = 161792 gives λ = 3.21: shares 9.62 and 3.21, and 14464 parameters left after flooring:
-    # too few for `wide`, enough for two more components of `narrow`.
+    # λ (3 · 15104 + 5120) = 161792 gives λ = 3.21: shares 9.62 and 3.21, and 14464 parameters left
+    # after flooring: too few for `wide`, enough for two more components of `narrow`.
     assert by_weight[3.0] == {"wide": 9, "narrow": 5}
     assert sum(by_weight[3.0].values()) < sum(by_weight[1.0].values())
     assert budget - parameters(by_weight[3.0], costs) < min(costs.values())

@@ -61,7 +61,12 @@ def test_sensitivity_equals_the_papers_equations() -> None:
     for step in range(20):
         random_step(pairs, step)
         importance.observe(pairs, statistics)
-        twin.observe({n: (a.tolist(), b.tolist(), a.grad.tolist(), b.grad.tolist()) for n, (a, b) in pairs.items()})
+        twin.observe(
+            {
+                n: (a.tolist(), b.tolist(), a.grad.tolist(), b.grad.tolist())
+                for n, (a, b) in pairs.items()
+            }
+        )
         move(pairs)
     for name, scores in importance.scores(pairs, statistics).items():
         # Twenty float32 averages against float64.
@@ -71,7 +76,8 @@ def test_sensitivity_equals_the_papers_equations() -> None:
 
 
 def peft_model(pairs: Pairs) -> nn.Module:
-    """The same weights under PEFT's names, with the gate E (PEFT: lora_E) at 1, where our gate always stands."""
+    """The same weights under PEFT's names, with the gate E (PEFT: lora_E) at 1, where our gate
+    always stands."""
     model = nn.Module()
     for name, (a, b) in pairs.items():
         model.register_parameter(f"{name}_lora_A", nn.Parameter(a.detach().clone()))
@@ -87,10 +93,12 @@ def dotted(model: nn.Module) -> SimpleNamespace:
 
 
 def test_scores_and_masks_equal_pefts_adalora_for_fifty_steps() -> None:
-    """On the same gradients PEFT's rank allocator scores every triplet as we do, and masks the same ones.
+    """On the same gradients PEFT's rank allocator scores every triplet as we do, and masks the same
+    ones.
 
-    What differs by design: PEFT trains the gate E and sets it to 0 to mask; we have no gate, so here E stays 1, its
-    gradient is Σ_j A_kj g_A,kj (what it is at 1), and the comparison ends at the first mask that takes effect.
+    What differs by design: PEFT trains the gate E and sets it to 0 to mask; we have no gate, so
+    here E stays 1, its gradient is Σ_j A_kj g_A,kj (what it is at 1), and the comparison ends at
+    the first mask that takes effect.
     """
     pairs = make_pairs()
     model = peft_model(pairs)
@@ -114,10 +122,16 @@ def test_scores_and_masks_equal_pefts_adalora_for_fifty_steps() -> None:
         allocator.update_ipt(dotted(model))
         ours = importance.scores(pairs, statistics)
         for name in pairs:
-            element = {part: allocator._element_score(f"{name}.lora_{part}.default").detach() for part in "ABE"}
+            element = {
+                part: allocator._element_score(f"{name}.lora_{part}.default").detach()
+                for part in "ABE"
+            }
             theirs_score = allocator._combine_ipt(
                 element["E"],
-                torch.cat([element["A"].mean(1, keepdim=True), element["B"].mean(0, keepdim=True).T], dim=1),
+                torch.cat(
+                    [element["A"].mean(1, keepdim=True), element["B"].mean(0, keepdim=True).T],
+                    dim=1,
+                ),
             )
             torch.testing.assert_close(ours[name], theirs_score.flatten(), rtol=1e-5, atol=1e-8)
             kept = set(ours[name].topk(2).indices.tolist())
@@ -125,8 +139,12 @@ def test_scores_and_masks_equal_pefts_adalora_for_fifty_steps() -> None:
         move(pairs)
 
 
-@pytest.mark.parametrize(("total", "initial", "final"), [(100, 10, 30), (57, 0.1, 0.3), (1000, 0, 1)])
-def test_the_cubic_schedule_equals_the_papers_at_every_step(total: int, initial: float, final: float) -> None:
+@pytest.mark.parametrize(
+    ("total", "initial", "final"), [(100, 10, 30), (57, 0.1, 0.3), (1000, 0, 1)]
+)
+def test_the_cubic_schedule_equals_the_papers_at_every_step(
+    total: int, initial: float, final: float
+) -> None:
     schedule = Cubic(factor=1.5, initial=initial, final=final)
     first, last = schedule.span(total)
     for step in range(total + 1):
@@ -165,7 +183,10 @@ def test_gradient_norm_and_weight_delta_by_definition() -> None:
     for name, score in gradient.target_scores(pairs, gradient_statistics).items():
         assert score == pytest.approx(sum(norms[name]) / 7, rel=1e-5)
     for name, score in delta.target_scores(pairs, delta_statistics).items():
-        moved = [float((now - then).detach().norm()) for now, then in zip(pairs[name], start[name], strict=True)]
+        moved = [
+            float((now - then).detach().norm())
+            for now, then in zip(pairs[name], start[name], strict=True)
+        ]
         assert score == pytest.approx(sum(moved), rel=1e-5)
 
 
@@ -174,7 +195,9 @@ def test_magnitude_is_the_norm_of_the_component() -> None:
     for name, scores in Magnitude().scores(pairs, {}).items():
         a, b = pairs[name]
         for k, score in enumerate(scores):
-            assert float(score) == pytest.approx(float(torch.outer(b.detach()[:, k], a.detach()[k]).norm()), rel=1e-5)
+            assert float(score) == pytest.approx(
+                float(torch.outer(b.detach()[:, k], a.detach()[k]).norm()), rel=1e-5
+            )
 
 
 def test_a_weighted_combination_lies_between_its_parts_and_all_equal_scores_are_zero() -> None:
@@ -194,8 +217,21 @@ def test_the_parts_of_a_weighted_score_are_its_parts_alone_and_survive_the_histo
     parts = importance.target_parts(pairs, importance.start(pairs))
     alone = Magnitude().target_scores(pairs, {})
     assert parts == {"Magnitude": alone, "Uniform": {"q": 5.0, "v": 3.0}, "Magnitude 2": alone}
-    facts = {"status": "refused", "reason": "", "budget": None, "parameters_before": 0, "parameters_after": 0}
-    row = Decision(**facts, step=1, changes={}, pattern={}, scores={}, parts=parts | {"Uniform": {"q": math.inf}})
+    facts = {
+        "status": "refused",
+        "reason": "",
+        "budget": None,
+        "parameters_before": 0,
+        "parameters_after": 0,
+    }
+    row = Decision(
+        **facts,
+        step=1,
+        changes={},
+        pattern={},
+        scores={},
+        parts=parts | {"Uniform": {"q": math.inf}},
+    )
     again = from_json(json.loads(row.to_json()))
     assert math.isnan(again.parts["Uniform"].pop("q"))
     assert again.parts == parts | {"Uniform": {}}

@@ -17,18 +17,33 @@ pytest_plugins = ("model_folders",)
 
 # Name -> (what to add to TRAIN, words of the message).
 BAD: dict[str, tuple[str, list[str]]] = {
-    "unknown method": ("--method liner_decay", ["unknown method 'liner_decay'", "Did you mean 'linear_decay'?"]),
+    "unknown method": (
+        "--method liner_decay",
+        ["unknown method 'liner_decay'", "Did you mean 'linear_decay'?"],
+    ),
     "rank above min(I, O)": ("--rank 17", ["rank 17", "min(16, 16) = 16"]),
-    "uniform rank above every min(I, O)": ("--method empirical --rank 99", ["rank 99 exceeds", "at most 16"]),
+    "uniform rank above every min(I, O)": (
+        "--method empirical --rank 99",
+        ["rank 99 exceeds", "at most 16"],
+    ),
     "rank 0": ("--rank 0", ["rank is 0"]),
     "rank and budget": ("--rank 2 --budget 900", ["rank (2) or budget (900)"]),
-    "budget too small": ("--method empirical --budget 1", ["budget of 1 parameters is below the minimum"]),
+    "budget too small": (
+        "--method empirical --budget 1",
+        ["budget of 1 parameters is below the minimum"],
+    ),
     "no target": (
         "--set adapters.targets=[qury]",
         ["'qury' matches no", "Did you mean", "attention.self.query", "pooler"],
     ),
-    "one target of two": ("--set adapters.targets=[query,vale]", ["target 'vale' matches no", "attention.self.value"]),
-    "no target by pattern": ("--set adapters.targets=.*foo", ["'.*foo' match no linear module", "intermediate.dense"]),
+    "one target of two": (
+        "--set adapters.targets=[query,vale]",
+        ["target 'vale' matches no", "attention.self.value"],
+    ),
+    "no target by pattern": (
+        "--set adapters.targets=.*foo",
+        ["'.*foo' match no linear module", "intermediate.dense"],
+    ),
     "broken pattern": ("--set adapters.targets=(", ["'(' is not a valid regular expression"]),
     "missing model": ("--model {tmp}/none", ["model folder {tmp}/none does not exist"]),
     "file as model": ("--model {data}", ["model folder {data}"]),
@@ -37,26 +52,47 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "--model nobody/none",
         ["'nobody/none'", "local folder", "local cache", "HF_HUB_OFFLINE is set"],
     ),
-    "hub data offline": ("--data nobody/none", ["'nobody/none'", "local file", "local cache", "HF_HUB_OFFLINE is set"]),
+    "hub data offline": (
+        "--data nobody/none",
+        ["'nobody/none'", "local file", "local cache", "HF_HUB_OFFLINE is set"],
+    ),
     "missing data": ("--data {tmp}/none.csv", ["data file {tmp}/none.csv does not exist"]),
     "missing column": ("--text txt", ["no column 'txt'", "Its columns: text, label"]),
     "empty split": ("--set data.eval_size=40", ["leaves 0 to train on"]),
-    "label outside classes": ("--set data.classes=[a,b]", ["{data}, record", "outside the classes ['a', 'b']"]),
-    "unknown key": ("--set training.learning_rat=1", ["unknown key training.learning_rat", "'learning_rate'"]),
+    "label outside classes": (
+        "--set data.classes=[a,b]",
+        ["{data}, record", "outside the classes ['a', 'b']"],
+    ),
+    "unknown key": (
+        "--set training.learning_rat=1",
+        ["unknown key training.learning_rat", "'learning_rate'"],
+    ),
     "broken --set": ("--set seed", ["--set 'seed'"]),
     "negative rate": ("--lr -1", ["training.learning_rate is -1.0"]),
     "rate that is no number": ("--lr nan", ["training.learning_rate is nan"]),
     "negative seed": ("--seed -1", ["seed is -1"]),
-    "unknown optimizer": ("--set training.optim=adam", ["training: adam is not a valid OptimizerNames"]),
+    "unknown optimizer": (
+        "--set training.optim=adam",
+        ["training: adam is not a valid OptimizerNames"],
+    ),
     "optimizer not installed": ("--set training.optim=galore_adamw", ["training: "]),
     "unknown tracker": ("--set training.report_to=foo", ["training: foo is not supported"]),
     "plateau without evaluation": (
         "--method plateau --set training.eval_strategy=no",
         ["nothing is evaluated"],
     ),
-    "one checkpoint only": ("--method adalora --set training.save_total_limit=1", ["save_total_limit is 1"]),
-    "budget below the minimum": ("--method adalora --rank 2 --set method.min_rank=3", ["below the minimum"]),
-    "optimizer that cannot be resized": ("--method adalora --rank 2 --set training.optim=adafactor", ["Adafactor"]),
+    "one checkpoint only": (
+        "--method adalora --set training.save_total_limit=1",
+        ["save_total_limit is 1"],
+    ),
+    "budget below the minimum": (
+        "--method adalora --rank 2 --set method.min_rank=3",
+        ["below the minimum"],
+    ),
+    "optimizer that cannot be resized": (
+        "--method adalora --rank 2 --set training.optim=adafactor",
+        ["Adafactor"],
+    ),
     "schedule that does not fit": (
         "--method adalora --rank 2 --set method.initial=900",
         ["does not fit"],
@@ -69,10 +105,16 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "--set training.metric_for_best_model=acuracy",
         ["'acuracy'", "Did you mean 'accuracy'?", "f1_macro"],
     ),
-    "negative workers": ("--set training.dataloader_num_workers=-1", ["training.dataloader_num_workers is -1"]),
+    "negative workers": (
+        "--set training.dataloader_num_workers=-1",
+        ["training.dataloader_num_workers is -1"],
+    ),
     "missing recipe": ("--config {tmp}/none.yaml", ["cannot read the recipe {tmp}/none.yaml"]),
     "nothing to resume": ("--resume", ["nothing to resume: {out}"]),
-    "output inside a file": ("--output {data}/out", ["cannot write to the output folder {data}/out"]),
+    "output inside a file": (
+        "--output {data}/out",
+        ["cannot write to the output folder {data}/out"],
+    ),
     "output that is a file": ("--output {data}", ["output {data} is a file"]),
 }
 
@@ -139,7 +181,9 @@ def test_a_broken_recipe_is_named_with_the_place(
     file = Path(files["tmp"]) / "recipe.yaml"
     file.write_bytes(content)
     refused(
-        command(*arguments("train --config {tmp}/recipe.yaml --model {model} --output {out}", files)),
+        command(
+            *arguments("train --config {tmp}/recipe.yaml --model {model} --output {out}", files)
+        ),
         [str(file), *words],
         files,
     )
@@ -180,7 +224,9 @@ def damaged(model: str, to: Path, name: str, change: Callable[[bytes], bytes | N
 
 
 def without_tokens(content: bytes) -> bytes:
-    return json.dumps({k: v for k, v in json.loads(content).items() if not k.endswith("_token")}).encode()
+    return json.dumps(
+        {k: v for k, v in json.loads(content).items() if not k.endswith("_token")}
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -189,14 +235,24 @@ def without_tokens(content: bytes) -> bytes:
         ("model.safetensors", lambda content: content[:-50], 4, "weights of .* are damaged"),
         ("model.safetensors", lambda content: None, 2, "cannot load the model"),
         ("config.json", lambda content: b"{", 2, "cannot load the configuration"),
-        ("config.json", lambda content: b'{"model_type": "none"}', 2, "cannot load the configuration"),
+        (
+            "config.json",
+            lambda content: b'{"model_type": "none"}',
+            2,
+            "cannot load the configuration",
+        ),
         ("tokenizer.json", lambda content: b"{", 2, "cannot load the configuration or tokenizer"),
         ("tokenizer.json", lambda content: None, 2, "tokenizer"),
         ("tokenizer_config.json", without_tokens, 2, "no padding token"),
     ],
 )
 def test_a_damaged_model_folder_is_refused_before_anything_is_made(
-    name: str, change: Callable[[bytes], bytes | None], code: int, message: str, files: dict[str, str], command: Command
+    name: str,
+    change: Callable[[bytes], bytes | None],
+    code: int,
+    message: str,
+    files: dict[str, str],
+    command: Command,
 ) -> None:
     model = damaged(files["model"], Path(files["tmp"]) / "model", name, change)
     ended = command(*arguments(TRAIN, files | {"model": model}))
@@ -206,17 +262,34 @@ def test_a_damaged_model_folder_is_refused_before_anything_is_made(
     assert not Path(files["out"]).exists()
 
 
-def test_a_model_folder_without_any_tokenizer_is_refused(files: dict[str, str], command: Command) -> None:
+def test_a_model_folder_without_any_tokenizer_is_refused(
+    files: dict[str, str], command: Command
+) -> None:
     """transformers would make up an empty one and train on unknown tokens."""
     model = Path(shutil.copytree(files["model"], Path(files["tmp"]) / "model"))
     for file in model.glob("tokenizer*"):
         file.unlink()
-    refused(command(*arguments(TRAIN, files | {"model": str(model)})), [f"{str(model)!r} has no tokenizer"], files)
+    refused(
+        command(*arguments(TRAIN, files | {"model": str(model)})),
+        [f"{str(model)!r} has no tokenizer"],
+        files,
+    )
 
 
 def test_no_garbage_after_set_ends_in_a_traceback(files: dict[str, str], command: Command) -> None:
     draw = random.Random(0)
-    keys = ["seed", "data.rows", "method.rank", "training.optim", "a", "data", "training", "[", "str", ""]
+    keys = [
+        "seed",
+        "data.rows",
+        "method.rank",
+        "training.optim",
+        "a",
+        "data",
+        "training",
+        "[",
+        "str",
+        "",
+    ]
     pieces = [
         "=",
         "[",
@@ -240,7 +313,11 @@ def test_no_garbage_after_set_ends_in_a_traceback(files: dict[str, str], command
         "é",
     ]
     for _ in range(100):
-        garbage = draw.choice(keys) + "=" * draw.randint(0, 1) + "".join(draw.choices(pieces, k=draw.randint(0, 5)))
+        garbage = (
+            draw.choice(keys)
+            + "=" * draw.randint(0, 1)
+            + "".join(draw.choices(pieces, k=draw.randint(0, 5)))
+        )
         ended = command(*arguments(TRAIN, files), "--print-config", "--set", garbage)
         assert ended.code in (0, 2), garbage
         assert (ended.err == "") == (ended.code == 0), garbage

@@ -25,7 +25,10 @@ pytest_plugins = ("model_folders",)
         ("train --help", ["--config", "--model", "--set", "--resume", "--print-config"]),
         ("methods", [*METHODS, "arXiv 2106.09685"]),
         ("doctor", ["torch", "transformers", "the hub is not reachable"]),
-        (f"{TRAIN} --print-config", ["task: classification", "name: lora", "learning_rate: 0.0005"]),
+        (
+            f"{TRAIN} --print-config",
+            ["task: classification", "name: lora", "learning_rate: 0.0005"],
+        ),
         ("report {run}", ["linear_decay", "attention.self.query", "4  2", "ranks.png"]),
     ],
 )
@@ -40,16 +43,21 @@ def test_what_is_printed_says_it_within_100_columns(
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(files["tmp"])
     shutil.copytree(classification_run, "run")
-    ended = command(*arguments(line, files | {"run": "run", "out": "out", "model": "m", "data": "d.csv"}))
+    ended = command(
+        *arguments(line, files | {"run": "run", "out": "out", "model": "m", "data": "d.csv"})
+    )
     assert (ended.code, ended.err) == (0, "")
     assert [word for word in words if word not in ended.out] == []
     assert max(map(len, ended.out.splitlines())) <= 100
 
 
-def test_the_printed_recipe_is_the_recipe_of_the_flags_over_the_file(files: dict[str, str], command: Command) -> None:
+def test_the_printed_recipe_is_the_recipe_of_the_flags_over_the_file(
+    files: dict[str, str], command: Command
+) -> None:
     values = recipe("a", "b", "c")
     (Path(files["tmp"]) / "r.yaml").write_text(yaml.safe_dump(values))
-    line = "train --config {tmp}/r.yaml --model {model} --lr 3e-4 --text a --text b --rank 2 --set data.rows=9 --print-config"
+    line = "train --config {tmp}/r.yaml --model {model} --lr 3e-4 --text a --text b --rank 2 "
+    line += "--set data.rows=9 --print-config"
     printed = command(*arguments(line, files))
     values["model"] = files["model"]
     values["method"]["rank"] = 2
@@ -58,8 +66,14 @@ def test_the_printed_recipe_is_the_recipe_of_the_flags_over_the_file(files: dict
     assert parse(yaml.safe_load(printed.out)) == parse(values)
 
 
-def test_a_run_from_flags_leaves_run_adapter_and_figures(files: dict[str, str], command: Command) -> None:
-    ended = command(*arguments(f"{TRAIN} --epochs 1 --batch-size 16 --method empirical --rank 2 --seed 3", files))
+def test_a_run_from_flags_leaves_run_adapter_and_figures(
+    files: dict[str, str], command: Command
+) -> None:
+    ended = command(
+        *arguments(
+            f"{TRAIN} --epochs 1 --batch-size 16 --method empirical --rank 2 --seed 3", files
+        )
+    )
     assert (ended.code, ended.err) == (0, "")
     out = Path(files["out"])
     result = strict_json((out / "result.json").read_text())
@@ -74,13 +88,18 @@ def test_a_run_from_flags_leaves_run_adapter_and_figures(files: dict[str, str], 
 
 @pytest.mark.parametrize(("rank", "reports"), [("0", True), ("1", False)])
 def test_of_several_processes_the_main_one_reports(
-    rank: str, reports: bool, files: dict[str, str], command: Command, monkeypatch: pytest.MonkeyPatch
+    rank: str,
+    reports: bool,
+    files: dict[str, str],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torchrun starts the command several times, with RANK set."""
     drawn = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(
-        "adaptive_lora.runs.run.run", lambda *_, **__: {"lora_parameters": 1, "total_parameters": 2, "steps": 2}
+        "adaptive_lora.runs.run.run",
+        lambda *_, **__: {"lora_parameters": 1, "total_parameters": 2, "steps": 2},
     )
     monkeypatch.setattr("adaptive_lora.report.report", lambda folder: drawn.append(folder) or [])
     ended = command(*arguments(TRAIN, files))
@@ -92,7 +111,11 @@ def test_of_several_processes_the_main_one_reports(
 def test_a_dry_run_resumes_nothing(files: dict[str, str], command: Command) -> None:
     ended = command(*arguments(f"{TRAIN} --dry-run --resume", files))
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "error: --dry-run keeps nothing and --resume goes on with what was kept; give one of them\n"
+    assert (
+        ended.err
+        == "error: --dry-run keeps nothing and --resume goes on with what was kept; give one "
+        "of them\n"
+    )
     assert not Path(files["out"]).exists()
 
 

@@ -65,7 +65,9 @@ def test_a_model_that_has_adapters_gets_no_more(model: PeftModel, folder: Path) 
             al.load(again, folder)
 
 
-def test_a_pattern_of_rank_0_only_and_a_model_without_adapters_are_refused(tiny_bert: PreTrainedModel) -> None:
+def test_a_pattern_of_rank_0_only_and_a_model_without_adapters_are_refused(
+    tiny_bert: PreTrainedModel,
+) -> None:
     with pytest.raises(InputError, match="gives every target rank 0"):
         al.attach(tiny_bert, methods.custom(pattern={".*": 0}))
     with pytest.raises(InputError, match="has no LoRA adapters"):
@@ -89,8 +91,12 @@ def test_adapters_of_different_scale_are_refused(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["query.lora_A.default.weight", "classifier.modules_to_save.default.bias"])
-def test_a_weight_that_is_not_finite_is_not_saved(model: PeftModel, tmp_path: Path, place: str, value: float) -> None:
+@pytest.mark.parametrize(
+    "place", ["query.lora_A.default.weight", "classifier.modules_to_save.default.bias"]
+)
+def test_a_weight_that_is_not_finite_is_not_saved(
+    model: PeftModel, tmp_path: Path, place: str, value: float
+) -> None:
     name, parameter = next((n, p) for n, p in model.named_parameters() if n.endswith(place))
     parameter.data.view(-1)[3 % parameter.numel()] = value
     with pytest.raises(DivergedError, match="not saved: 1 parameters are not finite") as error:
@@ -122,8 +128,13 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
-def with_(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {**tensors, name: change(tensors.get(name, torch.zeros(2, 16))).contiguous()}
+def with_(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {
+        **tensors,
+        name: change(tensors.get(name, torch.zeros(2, 16))).contiguous(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,16 +142,24 @@ def with_(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable
     [
         (without(QUERY_A), "1 tensors differ, first .*layer.1.*query"),
         (without(HEAD), "does not fit this model .*classifier.weight"),
-        (with_(QUERY_A.replace("query", "value"), torch.clone), "1 tensors differ, first .*layer.1.*value"),
+        (
+            with_(QUERY_A.replace("query", "value"), torch.clone),
+            "1 tensors differ, first .*layer.1.*value",
+        ),
         (with_("stray", torch.clone), "1 tensors differ, first stray"),
         (with_(QUERY_A, lambda a: a[:1]), "does not fit this model .*query"),
         (with_(QUERY_A, torch.t), "does not fit this model .*query"),
         (with_(HEAD, lambda w: w[:, :8]), "does not fit this model .*classifier"),
-        (with_(QUERY_A, lambda a: a * float("nan")), "holds NaN or infinite values, first in .*layer.1.*query"),
+        (
+            with_(QUERY_A, lambda a: a * float("nan")),
+            "holds NaN or infinite values, first in .*layer.1.*query",
+        ),
         (with_(HEAD, lambda w: w / 0.0), "holds NaN or infinite values, first in .*classifier"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT warns; the library must raise
+@pytest.mark.filterwarnings(
+    "ignore:Found missing adapter keys:UserWarning"
+)  # PEFT warns; the library must raise
 def test_tensors_that_are_not_those_expected_are_refused(
     folder: Path, change: Callable[[Tensors], Tensors], message: str
 ) -> None:
@@ -151,16 +170,21 @@ def test_tensors_that_are_not_those_expected_are_refused(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-100], lambda data: data[:40], lambda data: b"", lambda data: b"no"]
+    "damage",
+    [lambda data: data[:-100], lambda data: data[:40], lambda data: b"", lambda data: b"no"],
 )
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_damaged_file_is_refused(folder: Path, file: str, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_refused(
+    folder: Path, file: str, damage: Callable[[bytes], bytes]
+) -> None:
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
     with pytest.raises(IntegrityError, match="damaged"):
         al.load(make_bert(), folder)
 
 
-@pytest.mark.parametrize("content", [[], {"r": 4}, {"peft_type": "LORA", "r": "four"}, {"peft_type": "NONSENSE"}])
+@pytest.mark.parametrize(
+    "content", [[], {"r": 4}, {"peft_type": "LORA", "r": "four"}, {"peft_type": "NONSENSE"}]
+)
 def test_a_config_that_is_no_lora_config_is_refused(folder: Path, content: object) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(IntegrityError, match="damaged"):

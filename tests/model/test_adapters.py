@@ -36,7 +36,10 @@ MIXED = {
     "linear_decay": methods.linear_decay(base_rank=7, min_rank=2),
 }
 # Four layers: PEFT shortens the names of 20 targets and more to their endings.
-BASES: dict[str, Callable[[], PreTrainedModel]] = {"bert": lambda: make_bert(4), "gpt2": lambda: make_gpt2(4)}
+BASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: make_bert(4),
+    "gpt2": lambda: make_gpt2(4),
+}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -45,7 +48,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def randomise(model: PeftModel) -> PeftModel:
-    """Give every trainable parameter random values, as training would: B is no longer zero, the head has moved."""
+    """Give every trainable parameter random values, as training would: B is no longer zero, the
+    head has moved."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +58,9 @@ def randomise(model: PeftModel) -> PeftModel:
     return model
 
 
-def trained(base: nn.Module, method: methods.Method = MIXED["custom"], **options: object) -> PeftModel:
+def trained(
+    base: nn.Module, method: methods.Method = MIXED["custom"], **options: object
+) -> PeftModel:
     return randomise(al.attach(base, method, **options))
 
 
@@ -62,19 +68,25 @@ def config_in(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_attaching_changes_no_output_and_leaves_only_adapters_and_head_trainable(tiny_bert: PreTrainedModel) -> None:
+def test_attaching_changes_no_output_and_leaves_only_adapters_and_head_trainable(
+    tiny_bert: PreTrainedModel,
+) -> None:
     before = logits(tiny_bert)
     model = al.attach(tiny_bert, methods.lora(4), ["query", "value"])
     assert torch.equal(logits(model), before)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    head = {f"base_model.model.classifier.modules_to_save.default.{kind}" for kind in ("weight", "bias")}
+    head = {
+        f"base_model.model.classifier.modules_to_save.default.{kind}" for kind in ("weight", "bias")
+    }
     assert len(trainable) == 2 * 2 * 3 + 2
     assert trainable - {name for name in trainable if "lora_" in name} == head
 
 
 @pytest.mark.parametrize("method", MIXED)
 @pytest.mark.parametrize("base", BASES)
-def test_a_saved_adapter_gives_the_same_logits_here_and_in_stock_peft(base: str, method: str, tmp_path: Path) -> None:
+def test_a_saved_adapter_gives_the_same_logits_here_and_in_stock_peft(
+    base: str, method: str, tmp_path: Path
+) -> None:
     model = trained(BASES[base](), MIXED[method], scale=1.5)
     expected = logits(model)
     assert not torch.allclose(expected, logits(BASES[base]()), atol=0.1)  # the adapters matter
@@ -87,10 +99,14 @@ def test_a_saved_adapter_gives_the_same_logits_here_and_in_stock_peft(base: str,
 
 
 @pytest.mark.parametrize("scale", [2.0, 0.3, 1 / 3])
-def test_every_adapter_is_saved_with_the_same_scale_whatever_its_rank(scale: float, tmp_path: Path) -> None:
+def test_every_adapter_is_saved_with_the_same_scale_whatever_its_rank(
+    scale: float, tmp_path: Path
+) -> None:
     model = trained(make_bert(4), scale=scale)
     config = config_in(al.save(model, tmp_path))
-    present = {"^" + name.replace(".", r"\."): rank for name, rank in al.ranks(model).items() if rank}
+    present = {
+        "^" + name.replace(".", r"\."): rank for name, rank in al.ranks(model).items() if rank
+    }
     assert config["r"] == 5
     assert not config["use_rslora"]
     assert config["rank_pattern"] == present
@@ -98,13 +114,24 @@ def test_every_adapter_is_saved_with_the_same_scale_whatever_its_rank(scale: flo
     alphas = [(config["lora_alpha"], config["r"])]
     alphas += [(config["alpha_pattern"][key], rank) for key, rank in present.items()]
     # Two roundings of a double: scale * r, and the division by r.
-    assert [alpha / rank for alpha, rank in alphas] == pytest.approx([scale] * len(alphas), rel=1e-15)
-    assert scale_of(PeftModel.from_pretrained(make_bert(4), tmp_path)) == pytest.approx(scale, rel=1e-15)
+    assert [alpha / rank for alpha, rank in alphas] == pytest.approx(
+        [scale] * len(alphas), rel=1e-15
+    )
+    assert scale_of(PeftModel.from_pretrained(make_bert(4), tmp_path)) == pytest.approx(
+        scale, rel=1e-15
+    )
 
 
-def test_a_uniform_adapter_is_saved_like_any_other_lora(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_uniform_adapter_is_saved_like_any_other_lora(
+    tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
     config = config_in(al.save(al.attach(tiny_bert, methods.lora(8)), tmp_path))
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 16, {}, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+        8,
+        16,
+        {},
+        {},
+    )
 
 
 def test_stock_save_pretrained_writes_the_same_adapter(tmp_path: Path) -> None:
@@ -116,7 +143,9 @@ def test_stock_save_pretrained_writes_the_same_adapter(tmp_path: Path) -> None:
         **stock,
         "target_modules": set(stock["target_modules"]),
     }
-    ours, stock = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "stock"))
+    ours, stock = (
+        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "stock")
+    )
     assert ours.keys() == stock.keys()
     assert all(torch.equal(ours[name], stock[name]) for name in ours)
 
@@ -124,8 +153,13 @@ def test_stock_save_pretrained_writes_the_same_adapter(tmp_path: Path) -> None:
 def test_a_target_of_rank_0_costs_nothing_and_is_not_saved(tmp_path: Path) -> None:
     model = trained(make_gpt2(4))
     parked = {name for name, rank in al.ranks(model).items() if rank == 0}
-    assert parked == {f"transformer.h.1.{kind}" for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert not any("h.1." in name for name, p in model.named_parameters() if p.requires_grad and p.numel())
+    assert parked == {
+        f"transformer.h.1.{kind}"
+        for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert not any(
+        "h.1." in name for name, p in model.named_parameters() if p.requires_grad and p.numel()
+    )
     names = set(config_in(al.save(model, tmp_path))["target_modules"])
     assert names == al.ranks(model).keys() - parked
     assert not any("h.1." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
@@ -144,7 +178,9 @@ def test_ranks_and_parameters_are_read_from_the_tensors(tiny_bert: PreTrainedMod
 def test_lora_parameters_is_the_sum_over_the_adapters() -> None:
     for make in BASES.values():
         model = al.attach(make(), MIXED["custom"])
-        by_name = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
+        by_name = sum(
+            p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad
+        )
         by_shape = 0
         for layer in adapters(model).values():
             if pair := weights(layer):
@@ -166,10 +202,26 @@ def test_only_the_targets_of_the_active_adapter_are_looked_at_and_saved(tmp_path
     assert al.ranks(model) == {name.replace("query", "key"): 3 for name in mine}
 
 
-TEXT = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-IMAGE = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+IMAGE = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+}
 GENERATORS: list[tuple[type[PreTrainedModel], PreTrainedConfig, TaskType | None]] = [
-    (T5ForConditionalGeneration, T5Config(vocab_size=32, d_model=8, num_layers=1), TaskType.SEQ_2_SEQ_LM),
+    (
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=32, d_model=8, num_layers=1),
+        TaskType.SEQ_2_SEQ_LM,
+    ),
     (
         LlavaForConditionalGeneration,
         LlavaConfig(
@@ -178,7 +230,11 @@ GENERATORS: list[tuple[type[PreTrainedModel], PreTrainedConfig, TaskType | None]
         ),
         TaskType.CAUSAL_LM,
     ),
-    (WhisperForConditionalGeneration, WhisperConfig(d_model=12, encoder_layers=1, decoder_layers=1), None),
+    (
+        WhisperForConditionalGeneration,
+        WhisperConfig(d_model=12, encoder_layers=1, decoder_layers=1),
+        None,
+    ),
 ]
 
 
@@ -222,7 +278,9 @@ def test_the_head_is_trained_and_saved_whatever_the_task_type(
     make: Callable[[], PreTrainedModel], task_type: str | None, heads: set[str], tmp_path: Path
 ) -> None:
     model = al.attach(make(), methods.lora(2), task_type=task_type)
-    others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    others = [
+        name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name
+    ]
     assert {name.removeprefix("base_model.model.").split(".")[0] for name in others} == heads
     randomise(model)
     saved = load_file(al.save(model, tmp_path) / "adapter_model.safetensors")
@@ -235,11 +293,15 @@ def test_the_head_is_trained_and_saved_whatever_the_task_type(
         assert torch.equal(logits(load(make(), tmp_path)), logits(model))
 
 
-def test_a_loaded_adapter_is_frozen_unless_asked_for(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_loaded_adapter_is_frozen_unless_asked_for(
+    tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
     al.save(al.attach(tiny_bert, methods.lora(2)), tmp_path)
     for trainable in (False, True):
         loaded = al.load(make_bert(), tmp_path, trainable=trainable)
-        assert all(p.requires_grad == trainable for n, p in loaded.named_parameters() if "lora_" in n)
+        assert all(
+            p.requires_grad == trainable for n, p in loaded.named_parameters() if "lora_" in n
+        )
 
 
 # --- suffixes: PEFT takes a name for every module whose name ends like it ---
@@ -262,8 +324,12 @@ class Nested(nn.Module):
 NESTED = ("proj", "inner.proj", "outer.inner.proj")
 
 
-@pytest.mark.parametrize("ranks", [(1, 2, 3), (3, 1, 2), (0, 1, 2), (2, 0, 1), (1, 1, 0), (0, 2, 0), (2, 2, 2)])
-def test_names_that_end_like_others_keep_their_own_ranks_when_saved(ranks: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranks", [(1, 2, 3), (3, 1, 2), (0, 1, 2), (2, 0, 1), (1, 1, 0), (0, 2, 0), (2, 2, 2)]
+)
+def test_names_that_end_like_others_keep_their_own_ranks_when_saved(
+    ranks: tuple[int, ...], tmp_path: Path
+) -> None:
     pattern = dict(zip(NESTED, ranks, strict=True))
     model = trained(Nested(), methods.custom(pattern=pattern))
     assert al.ranks(model) == pattern
@@ -276,7 +342,9 @@ def test_names_that_end_like_others_keep_their_own_ranks_when_saved(ranks: tuple
 
 
 @pytest.mark.parametrize("targets", ["proj", r"inner\.proj"])
-def test_targets_that_end_like_a_module_not_chosen_are_attached_alone(targets: str, tmp_path: Path) -> None:
+def test_targets_that_end_like_a_module_not_chosen_are_attached_alone(
+    targets: str, tmp_path: Path
+) -> None:
     model = trained(Nested(), methods.lora(2), targets=targets)
     assert al.ranks(model) == {targets.replace("\\", ""): 2}
     assert al.ranks(al.load(Nested(), al.save(model, tmp_path))) == al.ranks(model)

@@ -1,4 +1,5 @@
-"""Every method on small random models of the architectures people fine-tune: trained, saved, reloaded by stock PEFT."""
+"""Every method on small random models of the architectures people fine-tune: trained, saved,
+reloaded by stock PEFT."""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def _nothing_is_compiled() -> Iterator[None]:
 
 def head_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of the trained copy of the head."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "modules_to_save" in name}
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if "modules_to_save" in name
+    }
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -55,7 +60,8 @@ def test_the_targets_and_the_head_are_those_of_the_architecture(name: str) -> No
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_adapter_takes_part(name: str) -> None:
-    """An adapter the forward pass goes round would be trained, counted and saved, and do nothing."""
+    """An adapter the forward pass goes round would be trained, counted and saved, and do
+    nothing."""
     base = make(name)
     model = al.attach(base, methods.lora(2))
     model(**batch_for(base)).loss.backward()
@@ -66,7 +72,9 @@ def test_every_adapter_takes_part(name: str) -> None:
 
 @pytest.mark.parametrize("method_name", [*STATIC, *DYNAMIC])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_trained_saved_and_reloaded_by_stock_peft(name: str, method_name: str, tmp_path: Path) -> None:
+def test_trained_saved_and_reloaded_by_stock_peft(
+    name: str, method_name: str, tmp_path: Path
+) -> None:
     base = make(name)
     batch, method = batch_for(base), method_for(base, method_name)
     before = answers(base, batch)
@@ -89,7 +97,9 @@ def test_trained_saved_and_reloaded_by_stock_peft(name: str, method_name: str, t
 
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("name", HEADS)
-def test_the_head_is_trained_and_saved_with_and_without_a_task_type(name: str, declared: bool, tmp_path: Path) -> None:
+def test_the_head_is_trained_and_saved_with_and_without_a_task_type(
+    name: str, declared: bool, tmp_path: Path
+) -> None:
     """Without: a class whose name tells PEFT's task type to nobody."""
 
     def fresh() -> PreTrainedModel:
@@ -105,7 +115,9 @@ def test_the_head_is_trained_and_saved_with_and_without_a_task_type(name: str, d
     method = DYNAMIC["grad_delta"]()
     model = al.attach(base, method, task_type=task_type)
     before = head_of(model)
-    assert {key.split(".modules_to_save")[0].split(".")[-1] for key in before} == set(ARCHITECTURES[name].heads)
+    assert {key.split(".modules_to_save")[0].split(".")[-1] for key in before} == set(
+        ARCHITECTURES[name].heads
+    )
     train(model, method, batch)
     after = head_of(model)
     assert [key for key in after if torch.equal(before[key], after[key])] == []
@@ -126,7 +138,9 @@ def test_pefts_penalty_is_refused_where_peft_would_leave_it_out() -> None:
 
 def albert(**config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return hf.AlbertForSequenceClassification(hf.AlbertConfig(**{**TEXT, "embedding_size": 8, **config}))
+    return hf.AlbertForSequenceClassification(
+        hf.AlbertConfig(**{**TEXT, "embedding_size": 8, **config})
+    )
 
 
 def cost(targets: list[Target]) -> int:
@@ -142,7 +156,9 @@ def test_an_adapter_on_shared_layers_serves_all_and_counts_once() -> None:
     (query,) = find_targets(deep := albert(num_hidden_layers=12), ["query"])
     calls: list[None] = []
     model = al.attach(deep, methods.lora(2), ["query"])
-    model.get_base_model().get_submodule(query.name).register_forward_hook(lambda *_: calls.append(None))
+    model.get_base_model().get_submodule(query.name).register_forward_hook(
+        lambda *_: calls.append(None)
+    )
     answers(model, batch_for(albert()))
     assert len(calls) == 12
 
@@ -151,7 +167,8 @@ def test_shapes_over_depth_see_one_layer_where_layers_are_shared_and_the_user_is
     base = albert(num_hidden_layers=12)
     targets = find_targets(base)
     assert {target.n_layers for target in targets} == {1}
-    told = "its layers share weights: each of these 6 adapters serves all 12 layers, and shapes over depth see 1 layer"
+    told = "its layers share weights: each of these 6 adapters serves all 12 layers, "
+    told += "and shapes over depth see 1 layer"
     assert coverage(base, targets) == [told]
     ranks = al.ranks(al.attach(base, methods.linear_decay(base_rank=7, min_rank=2)))
     assert set(ranks.values()) == {7}
@@ -160,7 +177,10 @@ def test_shapes_over_depth_see_one_layer_where_layers_are_shared_and_the_user_is
 def test_groups_of_shared_layers_are_told_too() -> None:
     base = albert(num_hidden_layers=4, num_hidden_groups=2)
     (line,) = coverage(base, find_targets(base, ["query", "value"]))
-    assert "each of these 4 adapters serves several of the 4 layers, and shapes over depth see 2 layers" in line
+    assert (
+        "each of these 4 adapters serves several of the 4 layers, and shapes over depth see 2 "
+        "layers" in line
+    )
 
 
 def test_no_layer_is_shared_where_each_has_its_own_group() -> None:
@@ -183,7 +203,11 @@ def test_fused_experts_carry_no_adapter_and_the_user_is_told(name: str) -> None:
     adapted = line.split("adapted are ")[1].split(", ")
     assert sorted(adapted) == sorted({target.kind for target in targets})
     model = al.attach(base, methods.lora(2))
-    assert not any("experts" in key for key, p in model.named_parameters() if p.requires_grad and ".experts." in key)
+    assert not any(
+        "experts" in key
+        for key, p in model.named_parameters()
+        if p.requires_grad and ".experts." in key
+    )
 
 
 def test_the_gate_of_a_shared_expert_is_adapted_only_when_named() -> None:
@@ -196,15 +220,23 @@ def test_the_gate_of_a_shared_expert_is_adapted_only_when_named() -> None:
 
 
 def test_what_peft_takes_for_experts_is_left_out_and_refused_by_name() -> None:
-    """Stock PEFT moves `gate_proj`, `up_proj` and `down_proj` of such a family to its experts, also when it loads."""
+    """Stock PEFT moves `gate_proj`, `up_proj` and `down_proj` of such a family to its experts, also
+    when it loads."""
     base = make("deepseek-v3")
     dense = "mlp.gate_proj, mlp.up_proj, mlp.down_proj"
     shared = dense.replace("mlp.", "mlp.shared_experts.")
-    assert f"{dense}, {shared}: no adapter, as PEFT takes these names" in coverage(base, find_targets(base))[1]
+    assert (
+        f"{dense}, {shared}: no adapter, as PEFT takes these names"
+        in coverage(base, find_targets(base))[1]
+    )
     for targets in (["q_a_proj", "down_proj"], ["gate_proj"], r".*layers\.0\..*"):
-        with pytest.raises(InputError, match=r"PEFT takes .*mlp\.(gate|down)_proj.* leave them out of the targets"):
+        with pytest.raises(
+            InputError, match=r"PEFT takes .*mlp\.(gate|down)_proj.* leave them out of the targets"
+        ):
             al.attach(base, methods.lora(2), targets)
-    assert al.ranks(al.attach(base, methods.lora(2), ["q_a_proj"]))  # nothing was changed by the refusals
+    assert al.ranks(
+        al.attach(base, methods.lora(2), ["q_a_proj"])
+    )  # nothing was changed by the refusals
 
 
 # --- packed weights ---
@@ -222,14 +254,17 @@ def test_packed_modules_beside_linear_ones_are_told() -> None:
     targets = find_targets(base)
     assert {target.kind for target in targets} == {f"self_attn.{which}_proj" for which in "qkvo"}
     assert coverage(base, targets) == [
-        "6 BitLinear modules (mlp.gate_proj, mlp.up_proj, mlp.down_proj) hold packed weights and can carry no adapter"
+        "6 BitLinear modules (mlp.gate_proj, mlp.up_proj, mlp.down_proj) hold packed weights and "
+        "can carry no adapter"
     ]
 
 
 # --- nothing to tell, and PEFT's own refusals ---
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("albert", *MIXTURES)])
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name not in ("albert", *MIXTURES)]
+)
 def test_nothing_is_told_of_an_ordinary_model(name: str) -> None:
     base = make(name)
     assert coverage(base, find_targets(base)) == []
@@ -238,5 +273,7 @@ def test_nothing_is_told_of_an_ordinary_model(name: str) -> None:
 def test_what_peft_refuses_is_an_input_error() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
     base = hf.MambaForCausalLM(hf.MambaConfig(**sizes, use_mambapy=False))
-    with pytest.raises(InputError, match=r"PEFT refuses these targets: .*'out_proj' is incompatible with Mamba"):
+    with pytest.raises(
+        InputError, match=r"PEFT refuses these targets: .*'out_proj' is incompatible with Mamba"
+    ):
         al.attach(base, methods.lora(2))

@@ -1,4 +1,5 @@
-"""The base model of an adapter: another one of the same shapes is refused, the same one in another form is not."""
+"""The base model of an adapter: another one of the same shapes is refused, the same one in another
+form is not."""
 
 from __future__ import annotations
 
@@ -43,14 +44,20 @@ def test_a_base_with_one_other_kind_of_weight_is_refused(changed: str, folder: P
         for name, weight in other.named_parameters():
             if changed in name:
                 weight.mul_(1.01)  # bfloat16 tells 1 from 1.01
-    with pytest.raises(IntegrityError, match=f"trained on another base model of the same shapes.*{changed}"):
+    with pytest.raises(
+        IntegrityError, match=f"trained on another base model of the same shapes.*{changed}"
+    ):
         al.load(other, folder)
 
 
 @pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("then", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_base_in_another_type_is_not_refused(then: torch.dtype, now: torch.dtype, tmp_path: Path) -> None:
-    folder = al.save(al.attach(make_bert().to(then), methods.lora(2), ["query"]), tmp_path / "adapter")
+def test_the_same_base_in_another_type_is_not_refused(
+    then: torch.dtype, now: torch.dtype, tmp_path: Path
+) -> None:
+    folder = al.save(
+        al.attach(make_bert().to(then), methods.lora(2), ["query"]), tmp_path / "adapter"
+    )
     assert isinstance(al.load(make_bert().to(now), folder), PeftModel)
     if then != torch.float16:  # a copy saved in bfloat16
         assert isinstance(al.load(make_bert().to(torch.bfloat16).to(now), folder), PeftModel)
@@ -83,7 +90,9 @@ def test_what_is_made_of_an_adapter_keeps_it(tmp_path: Path) -> None:
                 weight.normal_()
     source = al.save(model, tmp_path / "adapter")
     compress(source, output=tmp_path / "small", rank=2)
-    assert (tmp_path / "small" / FINGERPRINT_FILE).read_bytes() == (source / FINGERPRINT_FILE).read_bytes()
+    assert (tmp_path / "small" / FINGERPRINT_FILE).read_bytes() == (
+        source / FINGERPRINT_FILE
+    ).read_bytes()
 
 
 def test_every_command_refuses_another_base_model(
@@ -97,12 +106,33 @@ def test_every_command_refuses_another_base_model(
     model.save_pretrained(other)
     for words in (
         ("evaluate", classification_run, "--model", other, "--data", reviews_file),
-        ("export", classification_run, "--model", other, "--to", "native", "--output", tmp_path / "out"),
-        ("export", classification_run, "--model", other, "--to", "merged", "--no-check", "--output", tmp_path / "out"),
+        (
+            "export",
+            classification_run,
+            "--model",
+            other,
+            "--to",
+            "native",
+            "--output",
+            tmp_path / "out",
+        ),
+        (
+            "export",
+            classification_run,
+            "--model",
+            other,
+            "--to",
+            "merged",
+            "--no-check",
+            "--output",
+            tmp_path / "out",
+        ),
     ):
         done = command(*words)
         assert done.code == 4
-        assert "trained on another base model of the same shapes: 1 of" in " ".join(done.err.split())
+        assert "trained on another base model of the same shapes: 1 of" in " ".join(
+            done.err.split()
+        )
         assert "layer.0.output.dense.weight" in done.err
     assert not (tmp_path / "out").exists()
     assert json.loads((classification_run / "adapter" / FINGERPRINT_FILE).read_text())

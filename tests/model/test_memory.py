@@ -62,8 +62,12 @@ def test_the_account_is_the_live_tensors() -> None:
     assert found["optimizer"] == sum(
         v.numel() * v.element_size() for state in optimizer.state.values() for v in state.values()
     )
-    everything = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    assert sum(found["base"].values()) + found["head"] + found["adapters"] == sum(everything.values())
+    everything = {
+        id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
+    }
+    assert sum(found["base"].values()) + found["head"] + found["adapters"] == sum(
+        everything.values()
+    )
 
 
 def test_a_storage_with_two_names_counts_once() -> None:
@@ -92,7 +96,9 @@ def test_bytes_fall_with_the_ranks() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("method", [{"name": "lora", "rank": 3}, ADALORA, {"name": "grad_delta", "rank": 3}])
+@pytest.mark.parametrize(
+    "method", [{"name": "lora", "rank": 3}, ADALORA, {"name": "grad_delta", "rank": 3}]
+)
 def test_a_plan_without_weights_is_the_account_to_the_byte(
     method: dict[str, Any], scheme: str, wide_bert_folder: str, reviews_file: str
 ) -> None:
@@ -130,7 +136,9 @@ def test_the_simulated_step_is_the_real_one(bert_folder: str, reviews_file: str)
 
 def test_checkpointing_needs_less_and_longer_inputs_more(bert_folder: str) -> None:
     def activations(length: int, **training: Any) -> int:
-        values = recipe(bert_folder, "none", "never-made", data={"max_length": length}, training=training)
+        values = recipe(
+            bert_folder, "none", "never-made", data={"max_length": length}, training=training
+        )
         config = parse(values)
         return plan(config, device="cpu").stages[0].activations
 
@@ -143,7 +151,9 @@ def test_stages_of_a_schedule(bert_folder: str) -> None:
     uniform = plan(recipe_of(bert_folder), device="cpu").stages[0].parameters
     assert (start.parameters > uniform, end.parameters <= uniform) == (True, True)
     assert end.account["statistics"] == 0 < start.account["statistics"]
-    grown = plan(recipe_of(bert_folder, method={"name": "plateau", "max_rank": 4}), device="cpu").stages
+    grown = plan(
+        recipe_of(bert_folder, method={"name": "plateau", "max_rank": 4}), device="cpu"
+    ).stages
     assert [stage.exact for stage in grown] == [True, False]
     assert grown[1].parameters == 2 * uniform
 
@@ -160,7 +170,9 @@ def test_the_largest_budget_fits_and_more_does_not(bert_folder: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "question_answering", "regression", "summarization"])
-def test_every_task_can_be_planned(task: str, bert_folder: str, llama_folder: str, t5_folder: str) -> None:
+def test_every_task_can_be_planned(
+    task: str, bert_folder: str, llama_folder: str, t5_folder: str
+) -> None:
     folder = {"causal_lm": llama_folder, "summarization": t5_folder}.get(task, bert_folder)
     assert plan(recipe_of(folder, task=task), device="cpu").peak > 0
 
@@ -173,13 +185,21 @@ def test_on_cuda_the_base_is_16_bit_and_attention_is_fused(bert_folder: str) -> 
     config = recipe_of(bert_folder, scheme="nf4")
     cuda = plan(config, device="cuda").stages[0]
     # PEFT keeps the head as it was beside the one that is trained: both in float32.
-    assert cuda.account["base"].keys() == {"bfloat16", "float32", "int64", "uint8", "quantization constants"}
+    assert cuda.account["base"].keys() == {
+        "bfloat16",
+        "float32",
+        "int64",
+        "uint8",
+        "quantization constants",
+    }
     assert cuda.account["base"]["float32"] == cuda.account["head"]
     assert cuda.activations < plan(config, device="cpu").stages[0].activations
     assert not plan(config, device="cuda").fits(planning.CUDA_RESERVE)
 
 
-def test_result_and_report_hold_the_account(classification_run: Path, tmp_path: Path, command: Command) -> None:
+def test_result_and_report_hold_the_account(
+    classification_run: Path, tmp_path: Path, command: Command
+) -> None:
     classification_run = Path(shutil.copytree(classification_run, tmp_path / "run"))
     result = result_of(classification_run)
     assert result["memory"]["adapters"] == COLUMNS * result["lora_parameters"]

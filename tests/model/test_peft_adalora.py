@@ -1,4 +1,5 @@
-"""`peft_adalora`: PEFT's own AdaLoRA, called as its documentation asks, and turned exactly into plain LoRA."""
+"""`peft_adalora`: PEFT's own AdaLoRA, called as its documentation asks, and turned exactly into
+plain LoRA."""
 
 from __future__ import annotations
 
@@ -20,12 +21,17 @@ from adaptive_lora.training.controller import NeverDecidedError
 
 METHOD = DYNAMIC["peft_adalora"]
 BATCHES = [
-    {key: torch.stack([row[key] for row in records()[start : start + 4]]) for key in ("input_ids", "labels")}
+    {
+        key: torch.stack([row[key] for row in records()[start : start + 4]])
+        for key in ("input_ids", "labels")
+    }
     for start in range(0, 4 * STEPS, 4)
 ]
 
 
-def trained(method: al.Method, *, total: int = STEPS, steps: int = STEPS, lr: float = 1e-2) -> RankController:
+def trained(
+    method: al.Method, *, total: int = STEPS, steps: int = STEPS, lr: float = 1e-2
+) -> RankController:
     model = make_model(method)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     controller = RankController(model, optimizer, method, total)
@@ -39,12 +45,15 @@ def trained(method: al.Method, *, total: int = STEPS, steps: int = STEPS, lr: fl
 
 
 def test_it_is_pefts_adalora_driven_by_hand_bit_for_bit() -> None:
-    """The twin: PEFT's own loop, `update_and_allocate` between `optimizer.step()` and `zero_grad()`, steps from 1."""
+    """The twin: PEFT's own loop, `update_and_allocate` between `optimizer.step()` and
+    `zero_grad()`, steps from 1."""
     base = make_bert(n_layers=2)
     set_seed(5)
     schedule = {"tinit": 2, "tfinal": 2, "deltaT": 2, "total_step": STEPS}
     sizes = {"init_r": 4, "target_r": 2, "lora_alpha": 8, "lora_dropout": 0.1}
-    twin = get_peft_model(base, AdaLoraConfig(target_modules=list(TARGETS), task_type="SEQ_CLS", **schedule, **sizes))
+    twin = get_peft_model(
+        base, AdaLoraConfig(target_modules=list(TARGETS), task_type="SEQ_CLS", **schedule, **sizes)
+    )
     optimizer = AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
     for step, batch in enumerate(BATCHES, start=1):
         twin(**batch).loss.backward()
@@ -55,15 +64,26 @@ def test_it_is_pefts_adalora_driven_by_hand_bit_for_bit() -> None:
     theirs = dict(twin.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    masked = {name: mask for name, mask in twin.peft_config["default"].rank_pattern.items() if not all(mask)}
+    masked = {
+        name: mask
+        for name, mask in twin.peft_config["default"].rank_pattern.items()
+        if not all(mask)
+    }
     assert masked  # PEFT did drop components
-    assert sum(map(sum, twin.peft_config["default"].rank_pattern.values())) == 2 * len(adapters(twin))
+    assert sum(map(sum, twin.peft_config["default"].rank_pattern.values())) == 2 * len(
+        adapters(twin)
+    )
 
 
 def test_the_plain_lora_at_the_end_answers_as_the_masked_one_did() -> None:
     controller = trained(METHOD())
-    model, head = controller.model, {n: p.clone() for n, p in controller.model.named_parameters() if "classifier" in n}
-    alive = {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in adapters(model).items()}
+    model, head = (
+        controller.model,
+        {n: p.clone() for n, p in controller.model.named_parameters() if "classifier" in n},
+    )
+    alive = {
+        name: int((layer.lora_E["default"] != 0).sum()) for name, layer in adapters(model).items()
+    }
     before, random_state = logits(model), torch.get_rng_state()
     controller.finish()
     # Rounding of float32: Λ is multiplied into B rather than into A.
@@ -97,7 +117,9 @@ def test_gates_that_never_opened_leave_plain_lora_at_its_start() -> None:
     model, before = controller.model, logits(controller.model)
     controller.finish()
     assert set(al.ranks(model).values()) == {4}
-    assert all(a.any() and not b.any() for a, b in map(weights, adapters(model).values()))  # and it can be trained
+    assert all(
+        a.any() and not b.any() for a, b in map(weights, adapters(model).values())
+    )  # and it can be trained
     assert torch.equal(before, logits(model))
 
 
@@ -115,7 +137,9 @@ def test_a_target_that_takes_no_part_in_a_step_has_a_gradient_of_zero_there() ->
     controller = trained(METHOD(), steps=3)
     gate = next(iter(adapters(controller.model).values())).lora_E["default"]
     sensitivity = controller.model.base_model.rankallocator.exp_avg_ipt
-    name = next(name for name, p in controller.model.base_model.model.named_parameters() if p is gate)
+    name = next(
+        name for name, p in controller.model.base_model.model.named_parameters() if p is gate
+    )
     before = sensitivity[name].clone()
     assert before.any()
     controller.model(**BATCHES[3]).loss.backward()
@@ -143,7 +167,8 @@ def test_evaluation_is_without_the_penalty_training_with_it() -> None:
 @pytest.mark.parametrize("total", [3, 4, 7, 12])
 @pytest.mark.parametrize("final", [0, 1])
 def test_the_final_allocation_is_never_missed(total: int, final: int) -> None:
-    """Whatever `every` is: PEFT compares the step number with total − final, and numbering from 0 misses it."""
+    """Whatever `every` is: PEFT compares the step number with total − final, and numbering from 0
+    misses it."""
     method = methods.peft_adalora(2, initial_rank=4, initial=1, final=final, every=5)
     controller = trained(method, total=total, steps=total)
     controller.finish()
@@ -221,7 +246,10 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("total", [1, 2])
 def test_a_training_too_short_to_score_anything_is_refused(total: int) -> None:
-    with pytest.raises(InputError, match=f"after step 1 of {total}, before it has scored anything: train for longer"):
+    with pytest.raises(
+        InputError,
+        match=f"after step 1 of {total}, before it has scored anything: train for longer",
+    ):
         trained(methods.peft_adalora(2), total=total)
 
 
@@ -232,7 +260,9 @@ def test_a_model_without_a_task_type_is_refused_unless_it_wants_no_penalty() -> 
         model = al.attach(make_bert(n_layers=2).bert, method, TARGETS)
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
         if orthogonality:
-            with pytest.raises(InputError, match=r"only to models with a task type.*orthogonality=0"):
+            with pytest.raises(
+                InputError, match=r"only to models with a task type.*orthogonality=0"
+            ):
                 RankController(model, optimizer, method, STEPS)
         else:
             RankController(model, optimizer, method, STEPS)
@@ -243,7 +273,9 @@ def test_fp16_whose_loss_scaler_skips_steps_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, METHOD())
     trainer.args.fp16 = True
     with pytest.raises(InputError, match="fp16's loss scaler skips some: use bf16"):
-        callback_of(trainer).on_init_end(trainer.args, trainer.state, trainer.control, trainer.model)
+        callback_of(trainer).on_init_end(
+            trainer.args, trainer.state, trainer.control, trainer.model
+        )
 
 
 def test_training_that_ends_before_any_allocation_is_a_failure_and_still_plain() -> None:

@@ -1,4 +1,5 @@
-"""`lora(r)` is PEFT's LoRA, and `AdaptiveTrainer` is the `Trainer`: bit for bit, loss by loss, with the same seed."""
+"""`lora(r)` is PEFT's LoRA, and `AdaptiveTrainer` is the `Trainer`: bit for bit, loss by loss, with
+the same seed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def records(task: str, count: int = 48) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": label} for ids, label in zip(rows, labels, strict=True)]
 
 
-def train(kind: type[Trainer], model: PeftModel, folder: Path, **options: object) -> tuple[dict, list[dict]]:
+def train(
+    kind: type[Trainer], model: PeftModel, folder: Path, **options: object
+) -> tuple[dict, list[dict]]:
     """Train 20 steps; return the trainable parameters and what was logged, but for the times."""
     arguments = {
         "max_steps": STEPS,
@@ -37,18 +40,22 @@ def train(kind: type[Trainer], model: PeftModel, folder: Path, **options: object
         "seed": 11,
         **options,
     }
-    args = TrainingArguments(folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **arguments)
+    args = TrainingArguments(
+        folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **arguments
+    )
     task = "CAUSAL_LM" if "gpt2" in str(type(model.get_base_model())) else "SEQ_CLS"
     trainer = kind(model, args, train_dataset=records(task))
     trainer.train()
     keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "train_loss")
     log = [{key: row[key] for key in keys if key in row} for row in trainer.state.log_history]
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}, log
+    return {
+        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+    }, log
 
 
 class StockTrainer(Trainer):
-    """The stock `Trainer`, told that a classifier's loss is a mean; it believes otherwise of any model with **kwargs,
-    and accumulated gradients would grow with the number of micro-batches."""
+    """The stock `Trainer`, told that a classifier's loss is a mean; it believes otherwise of any
+    model with **kwargs, and accumulated gradients would grow with the number of micro-batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,8 +70,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("task", CASES)
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_lora_trains_like_plain_peft_with_the_stock_trainer(task: str, options: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_lora_trains_like_plain_peft_with_the_stock_trainer(
+    task: str, options: dict, tmp_path: Path
+) -> None:
     make, targets = CASES[task]
 
     def ours(base: PreTrainedModel) -> PeftModel:
@@ -104,8 +115,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("method", [methods.linear_decay(base_rank=6, min_rank=2), methods.attention_heavy(rank=3)])
-def test_a_static_pattern_trains_like_peft_with_that_rank_pattern(method: methods.Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", [methods.linear_decay(base_rank=6, min_rank=2), methods.attention_heavy(rank=3)]
+)
+def test_a_static_pattern_trains_like_peft_with_that_rank_pattern(
+    method: methods.Method, tmp_path: Path
+) -> None:
     """Also with alpha / r equal everywhere, which PEFT needs an alpha_pattern for."""
     base = make_bert()
     set_seed(5)

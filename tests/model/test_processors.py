@@ -1,6 +1,8 @@
-"""4-bit bases on every processor: what is trained does not depend on which kernels bitsandbytes has there.
+"""4-bit bases on every processor: what is trained does not depend on which kernels bitsandbytes has
+there.
 
-`has_avx512bf16` is made to answer 1 and 0 in turn; the whole suite under either answer: `make test HAS_AVX512BF16=1`.
+`has_avx512bf16` is made to answer 1 and 0 in turn; the whole suite under either answer: `make test
+HAS_AVX512BF16=1`.
 """
 
 from __future__ import annotations
@@ -48,8 +50,11 @@ def answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_evaluations_change_nothing(
     kind: str, answer: int, wide_bert_folder: str, wide_llama_folder: str, tmp_path: Path
 ) -> None:
-    """BERT's linear modules have biases, Llama's have none: there the gradient through the base went silently."""
-    model, task = (wide_bert_folder, "classification") if kind == "bert" else (wide_llama_folder, "causal_lm")
+    """BERT's linear modules have biases, Llama's have none: there the gradient through the base
+    went silently."""
+    model, task = (
+        (wide_bert_folder, "classification") if kind == "bert" else (wide_llama_folder, "causal_lm")
+    )
     rows: Any = reviews(56) if kind == "bert" else [{"text": row["text"]} for row in articles(56)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     sections: dict[str, Any] = {"quantization": "nf4", "task": task, "adapters": {"dropout": 0.1}}
@@ -61,15 +66,25 @@ def test_evaluations_change_nothing(
     }.items():
         training = {"max_steps": 12, "save_strategy": "no", **times}
         values = recipe(model, data, tmp_path / name, **sections, training=training)
-        run(parse({**values, "method": {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2}}))
-    steps = {name: [row for row in rows_of(tmp_path / name) if "grad_norm" in row] for name in ("with", "without")}
+        run(
+            parse(
+                {
+                    **values,
+                    "method": {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2},
+                }
+            )
+        )
+    steps = {
+        name: [row for row in rows_of(tmp_path / name) if "grad_norm" in row]
+        for name in ("with", "without")
+    }
     assert len(steps["with"]) == 12
     assert steps["with"] == steps["without"]  # losses, gradient norms, learning rates
     assert weights_of(tmp_path / "with") == weights_of(tmp_path / "without")
     one, two = result_of(tmp_path / "with"), result_of(tmp_path / "without")
-    assert {k: v for k, v in one["metrics"].items() if "runtime" not in k and "per_second" not in k} == {
-        k: v for k, v in two["metrics"].items() if "runtime" not in k and "per_second" not in k
-    }
+    assert {
+        k: v for k, v in one["metrics"].items() if "runtime" not in k and "per_second" not in k
+    } == {k: v for k, v in two["metrics"].items() if "runtime" not in k and "per_second" not in k}
 
 
 def four_bit(folder: str) -> Any:
@@ -89,7 +104,9 @@ def with_callback(model: PeftModel) -> PeftModel:
 
 
 def plain(base: Any) -> PeftModel:
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    return get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
 
 
 ENTRIES: dict[str, Callable[[Any], PeftModel]] = {
@@ -100,7 +117,9 @@ ENTRIES: dict[str, Callable[[Any], PeftModel]] = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_gradients_after_an_evaluation_are_those_before(entry: str, answer: int, wide_llama_folder: str) -> None:
+def test_gradients_after_an_evaluation_are_those_before(
+    entry: str, answer: int, wide_llama_folder: str
+) -> None:
     torch.manual_seed(0)
     model = ENTRIES[entry](four_bit(wide_llama_folder))
     ids = torch.arange(6, 30).view(2, 12)
@@ -120,7 +139,9 @@ def test_gradients_after_an_evaluation_are_those_before(entry: str, answer: int,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_loaded_adapter_answers_as_before_it_was_saved(answer: int, wide_llama_folder: str, tmp_path: Path) -> None:
+def test_a_loaded_adapter_answers_as_before_it_was_saved(
+    answer: int, wide_llama_folder: str, tmp_path: Path
+) -> None:
     model = al.attach(four_bit(wide_llama_folder), al.methods.lora(2))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -137,9 +158,12 @@ def test_a_base_that_was_packed_for_inference_is_refused(wide_llama_folder: str)
     base = four_bit(wide_llama_folder)
     base.model.layers[
         0
-    ].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True  # as the inference kernel leaves it
+    ].mlp.up_proj.weight.quant_state.packing_format_for_cpu = (
+        True  # as the inference kernel leaves it
+    )
     with pytest.raises(
-        InputError, match=r"'model.layers.0.mlp.up_proj' were packed for inference.*load the base model again"
+        InputError,
+        match=r"'model.layers.0.mlp.up_proj' were packed for inference.*load the base model again",
     ):
         al.attach(base, al.methods.lora(2))
 
@@ -150,7 +174,11 @@ def test_a_base_that_was_packed_for_inference_is_refused(wide_llama_folder: str)
 def written_out(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """NF4 by its definition, one weight after the other."""
     code, scales = state.code.tolist(), state.absmax.tolist()
-    outer, table, offset = state.state2.absmax.tolist(), state.state2.code.tolist(), float(state.offset)
+    outer, table, offset = (
+        state.state2.absmax.tolist(),
+        state.state2.code.tolist(),
+        float(state.offset),
+    )
     values = []
     for position in range(state.shape.numel()):
         byte = int(packed.flatten()[position // 2])
@@ -164,7 +192,12 @@ def written_out(packed: torch.Tensor, state: Any) -> torch.Tensor:
 def test_every_quantised_layer_computes_with_the_weights_it_holds(width: int) -> None:
     """Modules of a width whose kernel is wrong here stay as they are, and are counted."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": width,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
     model = BertModel(BertConfig(vocab_size=32, **sizes))
     linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     quantize_in_place(model, "nf4", torch.float32)
@@ -175,7 +208,9 @@ def test_every_quantised_layer_computes_with_the_weights_it_holds(width: int) ->
         x = torch.randn(3, layer.in_features, requires_grad=True)
         for mode in (True, False):
             y = layer.train(mode)(x) - layer.bias
-            torch.testing.assert_close(y, x @ weight.T, rtol=0, atol=1e-5 * float(y.detach().abs().max()))
+            torch.testing.assert_close(
+                y, x @ weight.T, rtol=0, atol=1e-5 * float(y.detach().abs().max())
+            )
         (gradient,) = torch.autograd.grad(layer(x).sum(), x)
         torch.testing.assert_close(gradient, weight.sum(0).expand(3, -1), rtol=0, atol=1e-4)
     notes = left_out(model, "nf4", torch.float32)
@@ -186,7 +221,11 @@ def test_every_quantised_layer_computes_with_the_weights_it_holds(width: int) ->
 
 
 def test_a_wrong_kernel_is_found_and_never_trained_on(
-    monkeypatch: pytest.MonkeyPatch, wide_bert_folder: str, reviews_file: str, tmp_path: Path, capsys: Any
+    monkeypatch: pytest.MonkeyPatch,
+    wide_bert_folder: str,
+    reviews_file: str,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     """On any machine: a kernel that is wrong at 64 inputs, as some are at 48."""
     true = bitsandbytes.functional.dequantize_4bit
@@ -200,13 +239,20 @@ def test_a_wrong_kernel_is_found_and_never_trained_on(
         assert not kernel_is_exact(64, 128, torch.float32)
         assert kernel_is_exact(128, 64, torch.float32)
         config = parse(
-            recipe(wide_bert_folder, reviews_file, tmp_path / "run", quantization="nf4", training={"max_steps": 2})
+            recipe(
+                wide_bert_folder,
+                reviews_file,
+                tmp_path / "run",
+                quantization="nf4",
+                training={"max_steps": 2},
+            )
         )
         run(config)
         said = " ".join(capsys.readouterr().out.split())
         assert "11 linear modules are not quantised: on this processor" in said
         base = BertModel.from_pretrained(
-            wide_bert_folder, quantization_config=quantization.bitsandbytes_config("nf4", torch.float32, [])
+            wide_bert_folder,
+            quantization_config=quantization.bitsandbytes_config("nf4", torch.float32, []),
         )
         with pytest.raises(InputError, match="computes with other weights than 'encoder"):
             al.attach(base, al.methods.lora(2))
@@ -214,10 +260,14 @@ def test_a_wrong_kernel_is_found_and_never_trained_on(
         kernel_is_exact.cache_clear()
 
 
-def test_a_plan_for_another_machine_asks_no_kernel_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_for_another_machine_asks_no_kernel_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(quantization, "kernel_is_exact", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model = BertModel(BertConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    model = BertModel(
+        BertConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
     assert left_out(model, "nf4", torch.bfloat16, "cuda") == []
     assert left_out(model, "nf4", torch.float32, "cpu") != []
 
@@ -228,7 +278,17 @@ def test_a_plan_for_another_machine_asks_no_kernel_of_this_one(monkeypatch: pyte
 def test_a_command_does_not_print_the_remark_about_kernels(wide_bert_folder: str) -> None:
     """PEFT imports bitsandbytes, quantised or not; a new process, for the remark comes once."""
     processor = Path(__file__).parent.parent / "processor"
-    words = ["plan", "--model", wide_bert_folder, "--batch-size", "2", "--max-length", "8", "--device", "cpu"]
+    words = [
+        "plan",
+        "--model",
+        wide_bert_folder,
+        "--batch-size",
+        "2",
+        "--max-length",
+        "8",
+        "--device",
+        "cpu",
+    ]
     ended = subprocess.run(
         [sys.executable, "-m", "adaptive_lora.cli", *words],
         env={**os.environ, "PYTHONPATH": str(processor), "HAS_AVX512BF16": "1"},

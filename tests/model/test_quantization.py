@@ -1,4 +1,5 @@
-"""Quantised bases: what is quantised, every method on them, exact resume, reload, and what is refused."""
+"""Quantised bases: what is quantised, every method on them, exact resume, reload, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ from adaptive_lora.runs.run import run
 from adaptive_lora.runs.simulation import enable_checkpointing
 from adaptive_lora.tasks.data import load_splits
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'adaptive-lora[quant]'")
+pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is not installed: pip install 'adaptive-lora[quant]'"
+)
 pytest_plugins = ("model_folders",)
 
 SCHEMES = ("nf4", "int8")
@@ -55,13 +58,28 @@ METHODS: dict[str, dict[str, Any]] = {
     "empirical": {"name": "empirical", "base_rank": 4},
     "custom": {"name": "custom", "layer_ranks": [4, 2]},
     "adalora": {"name": "adalora", "rank": 2, "factor": 2.0, "initial": 2, "final": 2, "every": 2},
-    "peft_adalora": {"name": "peft_adalora", "rank": 2, "initial_rank": 4, "initial": 2, "final": 2, "every": 2},
-    "grad_delta": {"name": "grad_delta", "warmup_steps": 3, "initial_rank": 3, "min_rank": 1, "max_rank": 6},
+    "peft_adalora": {
+        "name": "peft_adalora",
+        "rank": 2,
+        "initial_rank": 4,
+        "initial": 2,
+        "final": 2,
+        "every": 2,
+    },
+    "grad_delta": {
+        "name": "grad_delta",
+        "warmup_steps": 3,
+        "initial_rank": 3,
+        "min_rank": 1,
+        "max_rank": 6,
+    },
     "plateau": {"name": "plateau", "initial_rank": 1, "max_rank": 5, "threshold": 100.0},
 }
 
 
-def config_of(model: str, data: str, output: Path, scheme: str = "nf4", **sections: Any) -> RunConfig:
+def config_of(
+    model: str, data: str, output: Path, scheme: str = "nf4", **sections: Any
+) -> RunConfig:
     times = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 2}
     method = sections.pop("method", METHODS["linear_decay"])
     sections["training"] = times | sections.get("training", {})
@@ -86,7 +104,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def linear_types(model: nn.Module) -> dict[str, str]:
-    return {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
@@ -97,11 +119,16 @@ def test_all_linear_modules_but_the_head_are_quantised(
     types = linear_types(model)
     assert {name for name, found in types.items() if found == kind} == set(types) - {"classifier"}
     assert types["classifier"] == "Linear"
-    assert {p.dtype for name, p in model.named_parameters() if p.is_floating_point()} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if p.is_floating_point()} == {
+        torch.float32
+    }
 
 
-def test_nf4_is_bitsandbytes_double_quantised_nf4(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
-    """The weights a quantised layer stands for are within the widest gap between two NF4 levels of the true ones."""
+def test_nf4_is_bitsandbytes_double_quantised_nf4(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
+    """The weights a quantised layer stands for are within the widest gap between two NF4 levels of
+    the true ones."""
     import bitsandbytes as bnb
 
     model = base_of_run(config_of(bert_folder, reviews_file, tmp_path / "run"))
@@ -110,9 +137,12 @@ def test_nf4_is_bitsandbytes_double_quantised_nf4(bert_folder: str, reviews_file
     layer, weight = model.get_submodule(name), true.get_submodule(name).weight.detach()
     assert layer.weight.quant_state.nested
     assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", torch.float32)
-    error = (bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) - weight).abs()
+    error = (
+        bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) - weight
+    ).abs()
     levels = layer.weight.quant_state.code.sort().values
-    # Half the widest gap, times the largest weight of a block; 3 % more, as the scales are quantised too.
+    # Half the widest gap, times the largest weight of a block; 3 % more, as the scales are
+    # quantised too.
     assert error.max() <= 1.03 * (levels.diff().max() / 2) * weight.abs().max()
     assert error.max() > 0
 
@@ -140,7 +170,9 @@ def test_every_method_trains_saves_and_reloads_in_stock_peft(
     assert torch.equal(answers(stock), answers(opened.model))
 
 
-def test_logits_after_reload_are_those_before(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
+def test_logits_after_reload_are_those_before(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
     config = config_of(bert_folder, reviews_file, tmp_path / "run")
     model = al.attach(base_of_run(config), al.methods.linear_decay(base_rank=4, min_rank=2))
     with torch.no_grad():
@@ -165,8 +197,11 @@ class StopAt(TrainerCallback):
             raise StopError
 
 
-def test_nothing_of_the_weights_file_stays_mapped(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
-    """One tensor that lies in the file keeps all pages of it resident: 300 MB too many with a Llama of 94 M parameters."""
+def test_nothing_of_the_weights_file_stays_mapped(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
+    """One tensor that lies in the file keeps all pages of it resident: 300 MB too many with a Llama
+    of 94 M parameters."""
     if not Path("/proc/self/maps").is_file():
         pytest.skip("needs Linux's list of mappings")
     copied = tmp_path / "model"
@@ -180,8 +215,11 @@ def test_nothing_of_the_weights_file_stays_mapped(bert_folder: str, reviews_file
 def test_merged_into_full_precision_after_a_quantised_training(
     scheme: str, bert_folder: str, reviews_file: str, tmp_path: Path
 ) -> None:
-    """The merged model is the full-precision base with the adapter, and that differs from the quantised one."""
-    config = config_of(bert_folder, reviews_file, tmp_path / "run", scheme, method=METHODS["adalora"])
+    """The merged model is the full-precision base with the adapter, and that differs from the
+    quantised one."""
+    config = config_of(
+        bert_folder, reviews_file, tmp_path / "run", scheme, method=METHODS["adalora"]
+    )
     run(config)
     done = export(tmp_path / "run", "merged", tmp_path / "merged")
     assert done.difference is not None
@@ -190,14 +228,21 @@ def test_merged_into_full_precision_after_a_quantised_training(
     assert not is_quantized(merged)
     full = config.model_copy(update={"quantization": "none"})
     expected = answers(PeftModel.from_pretrained(base_of_run(full), tmp_path / "run" / "adapter"))
-    torch.testing.assert_close(answers(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        answers(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
     assert not torch.equal(answers(use.open_run(tmp_path / "run").model), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["lora", "adalora", "grad_delta", "plateau"])
 def test_killed_and_resumed_on_a_quantised_base_equals_uninterrupted(
-    name: str, scheme: str, bert_folder: str, reviews_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    scheme: str,
+    bert_folder: str,
+    reviews_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sections = {"method": METHODS[name], "adapters": {"dropout": 0.1}}
     whole = config_of(bert_folder, reviews_file, tmp_path / "whole", scheme, **sections)
@@ -215,16 +260,26 @@ def test_killed_and_resumed_on_a_quantised_base_equals_uninterrupted(
     assert result_of(tmp_path / "cut")["ranks"] == result_of(tmp_path / "whole")["ranks"]
 
 
-def test_gradients_with_checkpointing_are_those_without(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
+def test_gradients_with_checkpointing_are_those_without(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = al.attach(base_of_run(config_of(bert_folder, reviews_file, tmp_path / "run")), al.methods.lora(2))
+        model = al.attach(
+            base_of_run(config_of(bert_folder, reviews_file, tmp_path / "run")), al.methods.lora(2)
+        )
         if checkpointing:
             enable_checkpointing(model)
         model.train()
         torch.manual_seed(1)
-        model(input_ids=torch.arange(6, 30).view(2, 12), labels=torch.tensor([0, 1])).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        model(
+            input_ids=torch.arange(6, 30).view(2, 12), labels=torch.tensor([0, 1])
+        ).loss.backward()
+        return {
+            name: p.grad
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.grad is not None
+        }
 
     plain, checkpointed = gradients(False), gradients(True)
     assert plain.keys() == checkpointed.keys() != set()
@@ -240,7 +295,9 @@ def test_training_with_gradient_checkpointing_runs(
     assert result["status"] == "ok"
 
 
-def test_conv1d_of_gpt2_is_quantised_and_its_adapter_fits_the_full_precision_model(tmp_path: Path) -> None:
+def test_conv1d_of_gpt2_is_quantised_and_its_adapter_fits_the_full_precision_model(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=64, n_head=2, n_positions=32, n_layer=2)
     GPT2Model(config).save_pretrained(tmp_path / "gpt2")
@@ -249,12 +306,18 @@ def test_conv1d_of_gpt2_is_quantised_and_its_adapter_fits_the_full_precision_mod
     model = al.attach(base, al.methods.lora(2))
     assert set(al.ranks(model)) == set(quantizable(GPT2Model(config)))
     al.save(model, tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):  # PEFT finds the right layout, and says so
-        plain = PeftModel.from_pretrained(GPT2Model.from_pretrained(tmp_path / "gpt2"), tmp_path / "adapter")
+    with pytest.warns(
+        UserWarning, match="fan_in_fan_out"
+    ):  # PEFT finds the right layout, and says so
+        plain = PeftModel.from_pretrained(
+            GPT2Model.from_pretrained(tmp_path / "gpt2"), tmp_path / "adapter"
+        )
     assert al.ranks(plain) == al.ranks(model)
 
 
-def test_what_the_files_lack_is_trained_and_not_quantised(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
+def test_what_the_files_lack_is_trained_and_not_quantised(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
     """A masked-language model has no pooler: transformers would leave it half converted."""
     folder = tmp_path / "masked"
     shutil.copytree(bert_folder, folder)
@@ -277,7 +340,9 @@ def test_dry_run_on_a_quantised_base(bert_folder: str, reviews_file: str, tmp_pa
 # --- what is refused, each with one message ---
 
 
-def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch, command: Command, files: dict[str, str]) -> None:
+def test_bitsandbytes_missing(
+    monkeypatch: pytest.MonkeyPatch, command: Command, files: dict[str, str]
+) -> None:
     def absent(_name: str) -> str:
         raise quantization.PackageNotFoundError
 
@@ -305,7 +370,9 @@ def test_processor_without_support(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_without_linear_modules() -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    )
     with pytest.raises(InputError, match="no linear module that can be quantised"):
         to_quantize(model, "nf4", torch.float32)
 

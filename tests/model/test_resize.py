@@ -88,12 +88,18 @@ def test_survivors_keep_weights_and_all_state_bitwise_and_stay_the_same_objects(
     model, optimizer = trained(OPTIMIZERS[name])
     layer = adapters(model)[QUERY]
     before = [
-        (p, p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)})
+        (
+            p,
+            p.detach().clone(),
+            {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)},
+        )
         for p in weights(layer)
     ]
     keep = [2, 0]
     resize(model, {QUERY: Resize(tuple(keep), grow=3)}, optimizer)
-    for dim, ((parameter, value, state), now) in enumerate(zip(before, weights(layer), strict=True)):
+    for dim, ((parameter, value, state), now) in enumerate(
+        zip(before, weights(layer), strict=True)
+    ):
         assert now is parameter
         index = torch.tensor(keep)
         assert torch.equal(now.detach().narrow(dim, 0, 2), value.index_select(dim, index))
@@ -114,20 +120,27 @@ def test_survivors_keep_weights_and_all_state_bitwise_and_stay_the_same_objects(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_after_a_shrink_equals_training_with_the_dropped_components_dead(name: str) -> None:
-    """The slow twin keeps the full rank, with the dropped components and their state at zero: they stay there."""
+def test_training_after_a_shrink_equals_training_with_the_dropped_components_dead(
+    name: str,
+) -> None:
+    """The slow twin keeps the full rank, with the dropped components and their state at zero: they
+    stay there."""
     model, optimizer = trained(OPTIMIZERS[name])
     twin, twin_optimizer = trained(OPTIMIZERS[name])
     for layer in adapters(twin).values():
         for dim, parameter in enumerate(weights(layer)):
-            tensors = [parameter.data, *(v for v in twin_optimizer.state[parameter].values() if torch.is_tensor(v))]
+            tensors = [
+                parameter.data,
+                *(v for v in twin_optimizer.state[parameter].values() if torch.is_tensor(v)),
+            ]
             for tensor in tensors:
                 if tensor.dim():
                     tensor.index_fill_(dim, torch.tensor([0, 1]), 0.0)
     resize(model, dict.fromkeys(al.ranks(model), Resize((2, 3))), optimizer)
     train(model, optimizer, range(6, 14))
     train(twin, twin_optimizer, range(6, 14))
-    # Eight Adam steps amplify the different order of summation; 1e-4 is far below the 1e-1 that training moves.
+    # Eight Adam steps amplify the different order of summation; 1e-4 is far below the 1e-1 that
+    # training moves.
     torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
 
 
@@ -156,7 +169,9 @@ def test_rank_zero_costs_nothing_and_comes_back(tmp_path: Path) -> None:
     model, optimizer = trained(OPTIMIZERS["adamw fused"])
     resize(model, {QUERY: 0}, optimizer)
     assert al.ranks(model)[QUERY] == 0
-    assert not sum(p.numel() for name, p in model.named_parameters() if QUERY in name and "lora" in name)
+    assert not sum(
+        p.numel() for name, p in model.named_parameters() if QUERY in name and "lora" in name
+    )
     al.save(model, tmp_path)
     reloaded = PeftModel.from_pretrained(make_bert(n_layers=2), str(tmp_path)).eval()
     assert QUERY not in al.ranks(reloaded)
@@ -171,7 +186,9 @@ def test_rank_zero_costs_nothing_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_resize_works_while_an_old_graph_is_alive() -> None:
     model, optimizer = trained(OPTIMIZERS["adamw fused"])
-    alive = train(model, optimizer, range(6, 7))  # its graph still holds the gradient nodes of the old shapes
+    alive = train(
+        model, optimizer, range(6, 7)
+    )  # its graph still holds the gradient nodes of the old shapes
     resize(model, dict.fromkeys(al.ranks(model), 2), optimizer)
     train(model, optimizer, range(7, 9))
     assert alive.requires_grad
@@ -245,7 +262,9 @@ def test_conv1d_grows_without_changing_the_function() -> None:
     with torch.no_grad():
         before = model(ids).logits
         resize(model, dict.fromkeys(al.ranks(model), 5))
-        torch.testing.assert_close(model(ids).logits, before, rtol=1e-6, atol=1e-5)  # logits of size 50
+        torch.testing.assert_close(
+            model(ids).logits, before, rtol=1e-6, atol=1e-5
+        )  # logits of size 50
 
 
 @pytest.mark.parametrize(

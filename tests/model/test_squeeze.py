@@ -1,4 +1,5 @@
-"""`squeeze`: adapters turned to their singular components in mid-training, with the optimizer's state."""
+"""`squeeze`: adapters turned to their singular components in mid-training, with the optimizer's
+state."""
 
 from __future__ import annotations
 
@@ -16,26 +17,44 @@ from adaptive_lora import DivergedError, InputError, Resize, methods
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.adaptation import At
 from adaptive_lora.allocation.history import Decision
-from adaptive_lora.allocation.importance import Importance, Magnitude, Sensitivity, SingularValues, Statistic
+from adaptive_lora.allocation.importance import (
+    Importance,
+    Magnitude,
+    Sensitivity,
+    SingularValues,
+    Statistic,
+)
 from adaptive_lora.allocation.singular import rotation, singular_values
 from adaptive_lora.model.adapters import adapters, all_weights, weights
 from adaptive_lora.model.resize import resize
 
 
 def updates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {n: b.detach() @ a.detach() for n, layer in adapters(model).items() for a, b in [all_weights(layer)]}
+    return {
+        n: b.detach() @ a.detach()
+        for n, layer in adapters(model).items()
+        for a, b in [all_weights(layer)]
+    }
 
 
 def rotated(model: torch.nn.Module, rank: int | None = None, grow: int = 0) -> dict[str, Resize]:
-    return {n: Resize(tuple(range(r if rank is None else rank)), grow, True) for n, r in al.ranks(model).items()}
+    return {
+        n: Resize(tuple(range(r if rank is None else rank)), grow, True)
+        for n, r in al.ranks(model).items()
+    }
 
 
 def test_singular_values_are_those_of_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
     for rank, inputs, outputs in [(1, 5, 3), (3, 7, 5), (4, 4, 9)]:
-        a, b = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+        a, b = (
+            torch.randn(rank, inputs, generator=generator),
+            torch.randn(outputs, rank, generator=generator),
+        )
         expected = torch.linalg.svdvals(b.double() @ a.double())[:rank].float()
-        torch.testing.assert_close(singular_values(a, b)[: len(expected)], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            singular_values(a, b)[: len(expected)], expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -56,9 +75,13 @@ def test_what_is_kept_is_the_best_approximation_and_balanced() -> None:
     resize(model, rotated(model, 2), optimizer)
     for name, update in updates(model).items():
         u, s, vt = torch.linalg.svd(full[name].double())
-        torch.testing.assert_close(update, ((u[:, :2] * s[:2]) @ vt[:2]).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            update, ((u[:, :2] * s[:2]) @ vt[:2]).float(), rtol=1e-4, atol=1e-6
+        )
         a, b = weights(adapters(model)[name])
-        torch.testing.assert_close(a.detach().norm(dim=1), b.detach().norm(dim=0), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            a.detach().norm(dim=1), b.detach().norm(dim=0), rtol=1e-4, atol=0
+        )
         gram = a.detach() @ a.detach().T
         assert float((gram - gram.diag().diag()).abs().max()) < 1e-5 * float(gram.max())
 
@@ -66,8 +89,14 @@ def test_what_is_kept_is_the_best_approximation_and_balanced() -> None:
 def test_state_that_is_a_gradient_becomes_the_gradient_of_the_rotated_adapter() -> None:
     """The law behind the maps: SGD's momentum buffer after one step is the gradient itself."""
     model = make_model()
-    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), range(4))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
+    train(
+        model,
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2),
+        range(4),
+    )
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9
+    )
     train(model, optimizer, range(7, 8))  # lr 0: the weights stay, the buffer is the gradient
     resize(model, rotated(model), optimizer)
     model(**batch(7)).loss.backward()
@@ -75,7 +104,9 @@ def test_state_that_is_a_gradient_becomes_the_gradient_of_the_rotated_adapter() 
         for parameter in weights(layer):
             carried = optimizer.state[parameter]["momentum_buffer"]
             # Relative to the largest entry: two float32 paths through a pseudo-inverse.
-            assert float((carried - parameter.grad).abs().max()) < 1e-4 * float(parameter.grad.abs().max())
+            assert float((carried - parameter.grad).abs().max()) < 1e-4 * float(
+                parameter.grad.abs().max()
+            )
 
 
 def test_second_moments_are_carried_by_the_squares_and_stay_positive() -> None:
@@ -87,8 +118,12 @@ def test_second_moments_are_carried_by_the_squares_and_stay_positive() -> None:
     steps = optimizer.state[a]["step"].clone()
     resize(model, {QUERY: Resize((0, 1), 0, True)}, optimizer)
     for key, (of_a, of_b) in before.items():
-        torch.testing.assert_close(optimizer.state[a][key], (p.square() @ of_a)[:2], rtol=1e-5, atol=0)
-        torch.testing.assert_close(optimizer.state[b][key], (of_b @ n.square())[:, :2], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            optimizer.state[a][key], (p.square() @ of_a)[:2], rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(
+            optimizer.state[b][key], (of_b @ n.square())[:, :2], rtol=1e-5, atol=0
+        )
         assert bool((optimizer.state[a][key] >= 0).all())
     assert torch.equal(optimizer.state[a]["step"], steps)
 
@@ -119,8 +154,12 @@ def test_in_bfloat16_dtypes_stay() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     train(model, optimizer, range(2))
     resize(model, rotated(model, 2), optimizer)
-    assert {p.dtype for layer in adapters(model).values() for p in weights(layer)} == {torch.bfloat16}
-    assert {v.dtype for s in optimizer.state.values() for k, v in s.items() if k != "step"} == {torch.bfloat16}
+    assert {p.dtype for layer in adapters(model).values() for p in weights(layer)} == {
+        torch.bfloat16
+    }
+    assert {v.dtype for s in optimizer.state.values() for k, v in s.items() if k != "step"} == {
+        torch.bfloat16
+    }
 
 
 def test_nothing_changes_when_a_rotation_is_not_finite_or_statistics_would_be_mixed() -> None:
@@ -160,7 +199,13 @@ def test_for_conv1d_too() -> None:
 
 def test_a_row_of_history_remembers_the_rotation_and_old_rows_have_none() -> None:
     fields = {"step": 1, "status": "changed", "reason": None, "budget": 1, "parameters_before": 2}
-    row = Decision(**fields, parameters_after=1, changes={"q": Resize((0,), 0, True)}, pattern={"q": 1}, scores={})
+    row = Decision(
+        **fields,
+        parameters_after=1,
+        changes={"q": Resize((0,), 0, True)},
+        pattern={"q": 1},
+        scores={},
+    )
     text = json.loads(row.to_json())
     assert history.from_json(text) == row
     del text["changes"]["q"]["rotated"]
@@ -171,7 +216,13 @@ def test_a_row_of_history_remembers_the_rotation_and_old_rows_have_none() -> Non
 def test_the_default_cuts_in_four_stages_from_twice_the_budget() -> None:
     method = methods.squeeze()
     assert isinstance(method.adaptation.when, At)
-    assert method.adaptation.when.steps(100) == [30, 40, 50, 60, 70]  # the first is at the start of the fall
+    assert method.adaptation.when.steps(100) == [
+        30,
+        40,
+        50,
+        60,
+        70,
+    ]  # the first is at the start of the fall
     assert method.adaptation.schedule.at(30, 100, 8) == 16
     assert method.adaptation.schedule.at(70, 100, 8) == 8
     with pytest.raises(InputError, match="steps between decisions are 0"):

@@ -1,4 +1,5 @@
-"""Targets are found by introspection: which modules are linear, how deep they sit, and which belong to attention."""
+"""Targets are found by introspection: which modules are linear, how deep they sit, and which belong
+to attention."""
 
 from __future__ import annotations
 
@@ -27,14 +28,33 @@ from transformers import (
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.targets import coverage, find_targets, head_modules
 
-LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 BART_HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-BART_SIZES = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 3}
-T5_SIZES = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 3}
+BART_SIZES = {
+    "d_model": 16,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+}
+T5_SIZES = {
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+}
 
 
 def make(name: str) -> PreTrainedModel:
-    """A random model with 3 layers (encoder-decoders: 2 and 3), width 16, feed-forward 32 (GPT-2: 64)."""
+    """A random model with 3 layers (encoder-decoders: 2 and 3), width 16, feed-forward 32 (GPT-2:
+    64)."""
     vocabulary = {"vocab_size": 64}
     match name:
         case "bert":
@@ -49,12 +69,14 @@ def make(name: str) -> PreTrainedModel:
         case "t5":
             return T5ForConditionalGeneration(T5Config(**vocabulary, **T5_SIZES))
         case "bart":
-            return BartForConditionalGeneration(BartConfig(**vocabulary, **BART_SIZES, **BART_HEADS))
+            return BartForConditionalGeneration(
+                BartConfig(**vocabulary, **BART_SIZES, **BART_HEADS)
+            )
     raise AssertionError(name)
 
 
-# For every model: its layers by stack, and for every kind of target (in every layer of that stack, in module order):
-# attention or not, I, O. Written by hand from the architectures.
+# For every model: its layers by stack, and for every kind of target (in every layer of that stack,
+# in module order): attention or not, I, O. Written by hand from the architectures.
 A, F = True, False
 SELF = dict.fromkeys(("k_proj", "v_proj", "q_proj", "out_proj"), (A, 16, 16))
 CROSS = {f"encoder_attn.{kind}": shape for kind, shape in SELF.items()}
@@ -63,7 +85,11 @@ T5_ATTENTION = dict.fromkeys("qkvo", (A, 16, 16))
 
 
 def t5_layer(*attention: str) -> dict[str, tuple[bool, int, int]]:
-    blocks = {f"layer.{i}.{name}.{k}": v for i, name in enumerate(attention) for k, v in T5_ATTENTION.items()}
+    blocks = {
+        f"layer.{i}.{name}.{k}": v
+        for i, name in enumerate(attention)
+        for k, v in T5_ATTENTION.items()
+    }
     dense = f"layer.{len(attention)}.DenseReluDense"
     return {**blocks, f"{dense}.wi": (F, 16, 32), f"{dense}.wo": (F, 32, 16)}
 
@@ -87,7 +113,10 @@ EXPECTED = {
     },
     "llama": {
         ("model.layers", 3): {
-            **{f"self_attn.{kind}_proj": (A, 16, out) for kind, out in (("q", 16), ("k", 8), ("v", 8), ("o", 16))},
+            **{
+                f"self_attn.{kind}_proj": (A, 16, out)
+                for kind, out in (("q", 16), ("k", 8), ("v", 8), ("o", 16))
+            },
             **{f"mlp.{kind}_proj": (F, 16, 32) for kind in ("gate", "up")},
             "mlp.down_proj": (F, 32, 16),
         }
@@ -104,14 +133,23 @@ EXPECTED = {
         ("decoder.block", 3): t5_layer("SelfAttention", "EncDecAttention"),
     },
     "bart": {
-        ("model.encoder.layers", 2): {**{f"self_attn.{kind}": shape for kind, shape in SELF.items()}, **FC},
-        ("model.decoder.layers", 3): {**{f"self_attn.{kind}": shape for kind, shape in SELF.items()}, **CROSS, **FC},
+        ("model.encoder.layers", 2): {
+            **{f"self_attn.{kind}": shape for kind, shape in SELF.items()},
+            **FC,
+        },
+        ("model.decoder.layers", 3): {
+            **{f"self_attn.{kind}": shape for kind, shape in SELF.items()},
+            **CROSS,
+            **FC,
+        },
     },
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_all_linear_finds_every_linear_of_every_layer_with_its_depth_shape_and_block(name: str) -> None:
+def test_all_linear_finds_every_linear_of_every_layer_with_its_depth_shape_and_block(
+    name: str,
+) -> None:
     found = [
         (t.name, t.kind, t.stack, t.layer, t.n_layers, t.attention, t.in_features, t.out_features)
         for t in find_targets(make(name))
@@ -138,9 +176,15 @@ def test_the_features_of_a_target_are_those_its_module_maps_between(name: str) -
 
 def test_a_pooler_takes_the_depth_of_the_last_layer(tiny_bert: PreTrainedModel) -> None:
     *_, last, pooler = find_targets(tiny_bert)
-    assert (pooler.name, pooler.kind, pooler.attention) == ("bert.pooler.dense", "bert.pooler.dense", False)
+    assert (pooler.name, pooler.kind, pooler.attention) == (
+        "bert.pooler.dense",
+        "bert.pooler.dense",
+        False,
+    )
     assert (
-        (pooler.stack, pooler.layer, pooler.n_layers) == (last.stack, last.layer, last.n_layers) == (last.stack, 2, 3)
+        (pooler.stack, pooler.layer, pooler.n_layers)
+        == (last.stack, last.layer, last.n_layers)
+        == (last.stack, 2, 3)
     )
 
 
@@ -160,17 +204,29 @@ def test_depth_counts_layers_that_carry_targets(tiny_bert: PreTrainedModel) -> N
 
 
 def test_only_what_lies_inside_a_layer_makes_a_target_attention() -> None:
-    """A model may call the stack around its layers attention; its feed-forward stays feed-forward."""
+    """A model may call the stack around its layers attention; its feed-forward stays
+    feed-forward."""
     layer = nn.ModuleDict(
-        {"self_attn": nn.ModuleDict({"q": nn.Linear(4, 4)}), "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)})}
+        {
+            "self_attn": nn.ModuleDict({"q": nn.Linear(4, 4)}),
+            "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)}),
+        }
     )
     model = nn.ModuleDict({"attention_stack": nn.ModuleDict({"layers": nn.ModuleList([layer])})})
-    assert {t.kind: t.attention for t in find_targets(model)} == {"self_attn.q": True, "mlp.up": False}
+    assert {t.kind: t.attention for t in find_targets(model)} == {
+        "self_attn.q": True,
+        "mlp.up": False,
+    }
 
 
 def test_heads_and_output_embeddings_carry_no_adapter() -> None:
     llama = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, **LLAMA, num_hidden_layers=1))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     masked = BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
     heads = {
         make("bert"): ["classifier"],
@@ -195,13 +251,19 @@ def test_heads_and_output_embeddings_carry_no_adapter() -> None:
     [
         (["query", "value"], {"attention.self.query": 3, "attention.self.value": 3}),
         (["attention.output.dense"], {"attention.output.dense": 3}),
-        (["output.dense"], {"attention.output.dense": 3, "output.dense": 3}),  # PEFT's meaning: the last parts
+        (
+            ["output.dense"],
+            {"attention.output.dense": 3, "output.dense": 3},
+        ),  # PEFT's meaning: the last parts
         (["bert.encoder.layer.1.intermediate.dense"], {"intermediate.dense": 1}),
         (["value", "query", "query"], {"attention.self.query": 3, "attention.self.value": 3}),
         (r"bert\.encoder\.layer\.\d\.output\.dense", {"output.dense": 3}),
         (r".*\.(query|key)", {"attention.self.query": 3, "attention.self.key": 3}),
         ("bert.pooler.dense", {"bert.pooler.dense": 1}),
-        ("All-Linear", {**dict.fromkeys(EXPECTED["bert"]["bert.encoder.layer", 3], 3), "bert.pooler.dense": 1}),
+        (
+            "All-Linear",
+            {**dict.fromkeys(EXPECTED["bert"]["bert.encoder.layer", 3], 3), "bert.pooler.dense": 1},
+        ),
     ],
 )
 def test_targets_by_name_ending_or_regular_expression(
@@ -209,22 +271,35 @@ def test_targets_by_name_ending_or_regular_expression(
 ) -> None:
     found = find_targets(tiny_bert, targets)
     assert Counter(t.kind for t in found) == kinds
-    in_module_order = [name for name, _ in tiny_bert.named_modules() if name in {t.name for t in found}]
+    in_module_order = [
+        name for name, _ in tiny_bert.named_modules() if name in {t.name for t in found}
+    ]
     assert [t.name for t in found] == in_module_order
 
 
-def test_a_name_that_occurs_in_attention_and_in_feed_forward_means_both(tiny_gpt2: PreTrainedModel) -> None:
+def test_a_name_that_occurs_in_attention_and_in_feed_forward_means_both(
+    tiny_gpt2: PreTrainedModel,
+) -> None:
     found = find_targets(tiny_gpt2, ["c_proj"])
-    assert Counter((t.kind, t.attention) for t in found) == {("attn.c_proj", True): 3, ("mlp.c_proj", False): 3}
+    assert Counter((t.kind, t.attention) for t in found) == {
+        ("attn.c_proj", True): 3,
+        ("mlp.c_proj", False): 3,
+    }
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         (["quary"], "target 'quary' matches no linear module. Did you mean 'query'?"),
-        (["query", "self.vlaue"], "'self.vlaue' matches no linear module. Did you mean 'self.value'?"),
+        (
+            ["query", "self.vlaue"],
+            "'self.vlaue' matches no linear module. Did you mean 'self.value'?",
+        ),
         ("all-liner", "Did you mean 'all-linear'?"),
-        (["uery"], "'uery' matches no linear module"),  # the end of a word is not the last part of a name
+        (
+            ["uery"],
+            "'uery' matches no linear module",
+        ),  # the end of a word is not the last part of a name
         (["classifier"], "'classifier' matches no linear module"),
         (["LayerNorm"], "'LayerNorm' matches no linear module"),
         ("query", "a string is a regular expression over full names; give a list"),
@@ -239,7 +314,12 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(
     with pytest.raises(InputError, match=re.escape(message)) as error:
         find_targets(tiny_bert, targets)
     if targets != "(":
-        for kind in ("attention.self.query", "attention.output.dense", "intermediate.dense", "bert.pooler.dense"):
+        for kind in (
+            "attention.self.query",
+            "attention.output.dense",
+            "intermediate.dense",
+            "bert.pooler.dense",
+        ):
             assert kind in str(error.value)
         assert "'all-linear'" in str(error.value)
 
@@ -250,7 +330,8 @@ def test_a_model_without_linear_modules_is_refused() -> None:
 
 
 def test_the_output_projection_of_torchs_attention_is_no_target() -> None:
-    """`MultiheadAttention` takes its weight without calling it, so that an adapter on it would never run."""
+    """`MultiheadAttention` takes its weight without calling it, so that an adapter on it would
+    never run."""
     model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16)
     assert [target.name for target in find_targets(model)] == ["linear1", "linear2"]
     with pytest.raises(InputError, match="'out_proj' matches no linear module"):
@@ -261,12 +342,15 @@ def test_all_linear_leaves_out_a_single_input_or_output_which_can_be_named() -> 
     model = nn.ModuleDict({"gate": nn.Linear(4, 1), "up": nn.Linear(4, 8), "time": nn.Linear(1, 4)})
     assert [target.name for target in find_targets(model)] == ["up"]
     assert [target.name for target in find_targets(model, ["gate", "time"])] == ["gate", "time"]
-    with pytest.raises(InputError, match=r"Sequential has no linear module that could carry an adapter$"):
+    with pytest.raises(
+        InputError, match=r"Sequential has no linear module that could carry an adapter$"
+    ):
         find_targets(nn.Sequential(nn.Linear(4, 1)))
 
 
 class Experts(nn.Module):
-    """Two experts in one parameter, beside a token and positions, which have three dimensions too."""
+    """Two experts in one parameter, beside a token and positions, which have three dimensions
+    too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,13 +360,16 @@ class Experts(nn.Module):
 
 
 def test_coverage_tells_weights_no_adapter_reaches_but_not_convolutions_and_positions() -> None:
-    layer = nn.ModuleDict({"attn": nn.Linear(4, 4, bias=False), "mlp": Experts(), "conv": nn.Conv1d(4, 4, 3)})
+    layer = nn.ModuleDict(
+        {"attn": nn.Linear(4, 4, bias=False), "mlp": Experts(), "conv": nn.Conv1d(4, 4, 3)}
+    )
     model = nn.ModuleDict({"layers": nn.ModuleList([layer])})
     nn.utils.parametrizations.weight_norm(layer["conv"])
     (line,) = coverage(model, find_targets(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     assert line == (
-        f"mlp.up_proj hold 24 parameters, {24 / total:.0%} of the base, in 3-D parameters (as fused experts do), which LoRA "
+        f"mlp.up_proj hold 24 parameters, {24 / total:.0%} of the base, in 3-D parameters (as "
+        "fused experts do), which LoRA "
         "on linear modules does not reach; adapted are attn"
     )
     del layer["mlp"]

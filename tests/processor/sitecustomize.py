@@ -1,4 +1,5 @@
-"""With this folder on PYTHONPATH, HAS_AVX512BF16=0 or 1 answers for the processor, in every process that starts.
+"""With this folder on PYTHONPATH, HAS_AVX512BF16=0 or 1 answers for the processor, in every process
+that starts.
 
 bitsandbytes asks `functional.has_avx512bf16()` once, at import, and again for every 4-bit layer.
 """
@@ -25,7 +26,8 @@ class Forced:
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            module.has_avx512bf16 = lambda: int(os.environ["HAS_AVX512BF16"])  # type: ignore[attr-defined]
+            answer = int(os.environ["HAS_AVX512BF16"])
+            module.has_avx512bf16 = lambda: answer  # type: ignore[attr-defined]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

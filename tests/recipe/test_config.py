@@ -1,4 +1,5 @@
-"""Recipes: every mistake is named with its key, and what is resolved can be written down and read back."""
+"""Recipes: every mistake is named with its key, and what is resolved can be written down and read
+back."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_spelling(key: str, nea
     assert f"Did you mean {nearest!r}?" in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["a[0]", "str", "data.str", "data.list[str]", "adapters.function-after"])
+@pytest.mark.parametrize(
+    "key", ["a[0]", "str", "data.str", "data.list[str]", "adapters.function-after"]
+)
 def test_a_key_spelled_like_one_of_pydantics_own_words_is_an_unknown_key(key: str) -> None:
     with pytest.raises(InputError, match="unknown key") as error:
         parse(with_keys(f"{key}=1"))
@@ -77,7 +80,9 @@ def test_yaml_exponents_are_numbers_in_every_float_field_of_training(tmp_path: P
     names = [name for name in FIELDS if hints[name] is float]
     assert {"learning_rate", "weight_decay", "num_train_epochs"} <= set(names)
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(LEAST) + "training:\n" + "".join(f"  {name}: 3e-1\n" for name in names))
+    file.write_text(
+        yaml.safe_dump(LEAST) + "training:\n" + "".join(f"  {name}: 3e-1\n" for name in names)
+    )
     assert isinstance(read_recipe(file)["training"]["learning_rate"], str)
     training = parse(read_recipe(file)).training
     assert {name: training[name] for name in names} == dict.fromkeys(names, 0.3)
@@ -119,14 +124,18 @@ def test_yaml_exponents_are_numbers_in_every_float_field_of_training(tmp_path: P
         ("method={name: custom, file: 3}", "file is 3"),
     ],
 )
-def test_a_value_of_the_wrong_type_or_range_is_named_with_its_key(assignment: str, key: str) -> None:
+def test_a_value_of_the_wrong_type_or_range_is_named_with_its_key(
+    assignment: str, key: str
+) -> None:
     with pytest.raises(InputError) as error:
         parse(with_keys(assignment))
     assert key in str(error.value)
 
 
 def test_every_missing_key_is_named_at_once() -> None:
-    with pytest.raises(InputError, match=r"model is missing; .*data\.train is missing; output is missing"):
+    with pytest.raises(
+        InputError, match=r"model is missing; .*data\.train is missing; output is missing"
+    ):
         parse({"task": "causal_lm", "data": {}})
 
 
@@ -141,7 +150,9 @@ def test_every_missing_key_is_named_at_once() -> None:
         (b"- model\n", "list; expected a mapping"),
     ],
 )
-def test_a_recipe_that_is_no_yaml_mapping_is_named_with_the_place(tmp_path: Path, text: bytes, message: str) -> None:
+def test_a_recipe_that_is_no_yaml_mapping_is_named_with_the_place(
+    tmp_path: Path, text: bytes, message: str
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(text)
     with pytest.raises(InputError) as error:
@@ -151,7 +162,9 @@ def test_a_recipe_that_is_no_yaml_mapping_is_named_with_the_place(tmp_path: Path
 
 
 def test_every_field_of_training_arguments_can_be_set() -> None:
-    defaults = {name: default(field) for name, field in FIELDS.items() if name not in TRAINING_RESERVED}
+    defaults = {
+        name: default(field) for name, field in FIELDS.items() if name not in TRAINING_RESERVED
+    }
     training = parse({**LEAST, "training": defaults}).training
     assert training == defaults
     plain = (bool, int, float, str, list, dict, type(None))
@@ -159,7 +172,9 @@ def test_every_field_of_training_arguments_can_be_set() -> None:
 
 
 @pytest.mark.parametrize(("field", "instead"), TRAINING_RESERVED.items())
-def test_a_training_field_the_run_decides_is_refused_with_the_key_to_use(field: str, instead: str) -> None:
+def test_a_training_field_the_run_decides_is_refused_with_the_key_to_use(
+    field: str, instead: str
+) -> None:
     with pytest.raises(InputError, match=rf"training\.{field} cannot be set; use {instead}$"):
         parse({**LEAST, "training": {field: default(FIELDS[field])}})
 
@@ -180,7 +195,11 @@ VALUES = {
     "adapters.scale": st.floats(1e-9, 1e9),
     "adapters.targets": st.text() | st.lists(st.text(), max_size=3),
     "method": st.sampled_from(
-        [{"name": "lora"}, {"name": "empirical", "rank": 3}, {"name": "custom", "pattern": {".*": 2}}]
+        [
+            {"name": "lora"},
+            {"name": "empirical", "rank": 3},
+            {"name": "custom", "pattern": {".*": 2}},
+        ]
     ),
     "training.learning_rate": st.floats(1e-300, 1e300),
     "training.report_to": st.lists(st.text()) | st.text(),
@@ -202,7 +221,14 @@ def test_writing_a_resolved_recipe_and_parsing_it_is_the_identity(chosen: dict[s
 
 
 def test_the_home_folder_may_be_written_as_a_tilde() -> None:
-    config = parse({**LEAST, "model": "~/m", "data": {"train": "~/x.csv", "eval": "~/y.csv"}, "output": "~/out"})
+    config = parse(
+        {
+            **LEAST,
+            "model": "~/m",
+            "data": {"train": "~/x.csv", "eval": "~/y.csv"},
+            "output": "~/out",
+        }
+    )
     home = str(Path.home())
     assert [config.model, config.data.train, config.data.eval, config.output] == [
         f"{home}/{name}" for name in ("m", "x.csv", "y.csv", "out")
@@ -221,14 +247,17 @@ def test_the_home_folder_may_be_written_as_a_tilde() -> None:
         ("data.label=", {"data": {"label": None}}),
     ],
 )
-def test_set_puts_a_yaml_value_at_its_key_and_touches_nothing_else(assignment: str, expected: dict[str, Any]) -> None:
+def test_set_puts_a_yaml_value_at_its_key_and_touches_nothing_else(
+    assignment: str, expected: dict[str, Any]
+) -> None:
     values: dict[str, Any] = {"training": {"max_steps": 3}}
     set_key(values, assignment)
     assert values == {"training": {"max_steps": 3}} | expected
 
 
 @pytest.mark.parametrize(
-    "assignment", ["seed", "=3", "a..b=1", ".=1", "training.max_steps.x=1", "seed={", "seed=!!int x"]
+    "assignment",
+    ["seed", "=3", "a..b=1", ".=1", "training.max_steps.x=1", "seed={", "seed=!!int x"],
 )
 def test_a_malformed_set_is_refused_with_its_text(assignment: str) -> None:
     with pytest.raises(InputError) as error:
@@ -239,12 +268,24 @@ def test_a_malformed_set_is_refused_with_its_text(assignment: str) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from(
-        ["", "seed", "data", "data.text", "data.rows", "method", "training.optim", "adapters.scale", "output"]
+        [
+            "",
+            "seed",
+            "data",
+            "data.text",
+            "data.rows",
+            "method",
+            "training.optim",
+            "adapters.scale",
+            "output",
+        ]
     )
     | st.text(max_size=8),
     st.sampled_from(["=", "=!!int ", "=!!timestamp ", "=[", "={a: ", "=&a [*a, ", ""]),
     st.text(max_size=12),
 )
-def test_no_text_after_set_gives_anything_but_a_config_or_an_input_error(key: str, middle: str, value: str) -> None:
+def test_no_text_after_set_gives_anything_but_a_config_or_an_input_error(
+    key: str, middle: str, value: str
+) -> None:
     with contextlib.suppress(InputError):
         assert isinstance(parse(with_keys(f"{key}{middle}{value}")), RunConfig)

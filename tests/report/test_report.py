@@ -62,8 +62,14 @@ def add_target(tensors: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (cut_query, "rank 1 for 'bert.encoder.layer.1.attention.self.query', result.json says 2"),
-        (lambda tensors: tensors.pop(KEY.format("A")), "rank 0 for 'bert.encoder.layer.1.attention.self.query'"),
-        (add_target, "rank 2 for 'bert.encoder.layer.7.attention.self.query', result.json says None"),
+        (
+            lambda tensors: tensors.pop(KEY.format("A")),
+            "rank 0 for 'bert.encoder.layer.1.attention.self.query'",
+        ),
+        (
+            add_target,
+            "rank 2 for 'bert.encoder.layer.7.attention.self.query', result.json says None",
+        ),
     ],
 )
 def test_an_adapter_of_other_ranks_than_the_result_states_is_refused(
@@ -77,16 +83,23 @@ def test_an_adapter_of_other_ranks_than_the_result_states_is_refused(
 
 
 def test_ranks_are_those_of_the_tensors_whatever_config_and_result_agree_on(folder: Path) -> None:
-    """The tensors and the result are changed alike, the PEFT config is not: the record follows the tensors."""
+    """The tensors and the result are changed alike, the PEFT config is not: the record follows the
+    tensors."""
     change_tensors(folder, cut_query)
     target = "bert.encoder.layer.1.attention.self.query"
-    change_result(folder, ranks=json.loads((folder / "result.json").read_text())["ranks"] | {target: 1})
+    change_result(
+        folder, ranks=json.loads((folder / "result.json").read_text())["ranks"] | {target: 1}
+    )
     assert read_run(folder).ranks[target] == 1
 
 
-def test_a_target_without_tensors_has_rank_0(bert_folder: str, reviews_file: str, tmp_path: Path) -> None:
+def test_a_target_without_tensors_has_rank_0(
+    bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
     method = {"name": "custom", "pattern": {".*query": 2, ".*": 0}}
-    values = recipe(bert_folder, reviews_file, tmp_path / "run", training={"max_steps": 2}) | {"method": method}
+    values = recipe(bert_folder, reviews_file, tmp_path / "run", training={"max_steps": 2}) | {
+        "method": method
+    }
     run(parse(values))
     assert sorted(read_run(tmp_path / "run").ranks.values()) == [0] * 11 + [2] * 2
     assert len(report(tmp_path / "run")) == 2
@@ -96,7 +109,13 @@ def test_a_failed_run_is_reported_as_failed(
     bert_folder: str, reviews_file: str, tmp_path: Path, command: Command
 ) -> None:
     with pytest.raises(DivergedError):
-        run(parse(recipe(bert_folder, reviews_file, tmp_path / "run", training={"learning_rate": 1e30})))
+        run(
+            parse(
+                recipe(
+                    bert_folder, reviews_file, tmp_path / "run", training={"learning_rate": 1e30}
+                )
+            )
+        )
     ended = command("report", tmp_path / "run")
     assert ended.code == 0
     shown = " ".join(ended.out.replace("│", " ").split())
@@ -120,13 +139,16 @@ def test_the_figures_show_something(folder: Path) -> None:
 
 
 def test_the_heatmap_shows_every_rank_by_colour_and_number(folder: Path) -> None:
-    """Another rank changes its whole cell, not a number's few pixels, and the cell is not of one colour."""
+    """Another rank changes its whole cell, not a number's few pixels, and the cell is not of one
+    colour."""
     ranks = read_run(folder).ranks
     before = pixels(rank_heatmap({"a": ranks}, folder / "a.png"))
     for number, name in enumerate(ranks):
         after = pixels(rank_heatmap({"a": ranks | {name: 3}}, folder / f"{number}.png"))
         rows, columns = np.nonzero((after != before).any(axis=2))
-        cell = after[rows.min() + 2 : rows.max() - 1, columns.min() + 2 : columns.max() - 1].reshape(-1, 3)
+        cell = after[
+            rows.min() + 2 : rows.max() - 1, columns.min() + 2 : columns.max() - 1
+        ].reshape(-1, 3)
         assert len(rows) > 0.5 * len(cell) > 200, name
         assert len(np.unique(cell, axis=0)) > 2, name
 
@@ -140,11 +162,16 @@ def test_the_two_stacks_of_an_encoder_decoder_are_told_apart(
     monkeypatch.setenv("COLUMNS", "100")
     show(rank_table(ranks))
     lines = [line for line in capsys.readouterr().out.splitlines() if "SelfAttention.q" in line]
-    assert [("encoder." in line, "decoder." in line, " 3  3 " in line, " 5  5 " in line) for line in lines] == [
+    assert [
+        ("encoder." in line, "decoder." in line, " 3  3 " in line, " 5  5 " in line)
+        for line in lines
+    ] == [
         (True, False, True, False),
         (False, True, False, True),
     ]
-    assert pixels(rank_heatmap({"t5": ranks}, tmp_path / "t5.png")).shape[0] > 500  # 18 kinds, not 10
+    assert (
+        pixels(rank_heatmap({"t5": ranks}, tmp_path / "t5.png")).shape[0] > 500
+    )  # 18 kinds, not 10
 
 
 @pytest.mark.parametrize("columns", ["60", "100", "300"])
@@ -160,7 +187,9 @@ def test_tables_are_at_most_100_columns_wide_and_lose_nothing(
 
 
 def test_brackets_in_a_name_are_no_markup(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_result(folder, status="failed", reason="expected [a, b] or [/c]", model="models/[red]bert")
+    change_result(
+        folder, status="failed", reason="expected [a, b] or [/c]", model="models/[red]bert"
+    )
     renamed = folder.rename(folder.parent / "a[bold]b")
     report(renamed)
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -1,4 +1,5 @@
-"""Reports of studies as files: what they say, that they say it twice alike, and what they make of damage."""
+"""Reports of studies as files: what they say, that they say it twice alike, and what they make of
+damage."""
 
 from __future__ import annotations
 
@@ -27,7 +28,14 @@ from adaptive_lora.report.study_text import csv_text, markdown
 from adaptive_lora.study import records
 
 pytest_plugins = ("model_folders",)
-SMALL = Shape(methods=("lora", "adalora", "grad_delta"), tasks=("sst2",), ranks=(4,), seeds=3, layers=2, points=150)
+SMALL = Shape(
+    methods=("lora", "adalora", "grad_delta"),
+    tasks=("sst2",),
+    ranks=(4,),
+    seeds=3,
+    layers=2,
+    points=150,
+)
 REPORTS = ["report.html", "report.md", "results.csv"]
 
 
@@ -52,12 +60,17 @@ def change(folder: Path, edit: Callable[[Any], object]) -> None:
 
 
 def embedded(page: str) -> Any:
-    return json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[0])
+    return json.loads(
+        re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["Comparison", "TableRow", "NoiseFloor", "Selection", "Costs"])
 def test_what_is_read_is_what_is_written(name: str) -> None:
-    assert getattr(study_read, name).model_fields.keys() == get_type_hints(getattr(records, name)).keys()
+    assert (
+        getattr(study_read, name).model_fields.keys()
+        == get_type_hints(getattr(records, name)).keys()
+    )
     assert study_read.Run.model_fields.keys() == get_type_hints(records.RunRow).keys()
     assert study_read.Head.model_fields.keys() == get_type_hints(records.StudyHead).keys()
 
@@ -80,9 +93,24 @@ def test_the_command_writes_every_report_and_the_same_again(
         assert (row.comparison.verdict if row.comparison else "baseline") in line.split()
     for words in ("best_mean", "trials a row: 2", "Noise floor", "failed: ", "the loss is nan"):
         assert words in " ".join(ended.out.split())
-    named = [Path(line.split(": ", 1)[1]) for line in ended.out.splitlines() if line.startswith(("file: ", "figure: "))]
-    figures = ["quality", "pareto", "loss", "cost", "ranks-0-lora", "ranks-1-adalora", "ranks-2-grad-delta"]
-    assert named == [*(folder / name for name in REPORTS), *(folder / "figures" / f"{name}.png" for name in figures)]
+    named = [
+        Path(line.split(": ", 1)[1])
+        for line in ended.out.splitlines()
+        if line.startswith(("file: ", "figure: "))
+    ]
+    figures = [
+        "quality",
+        "pareto",
+        "loss",
+        "cost",
+        "ranks-0-lora",
+        "ranks-1-adalora",
+        "ranks-2-grad-delta",
+    ]
+    assert named == [
+        *(folder / name for name in REPORTS),
+        *(folder / "figures" / f"{name}.png" for name in figures),
+    ]
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     new = after.keys() - before.keys()
     assert new == {*named, *(folder / "figures" / f"{name}.svg" for name in figures)}
@@ -98,7 +126,10 @@ def test_the_command_writes_every_report_and_the_same_again(
 
 def test_the_csv_has_every_run_and_nothing_a_spreadsheet_would_run(folder: Path) -> None:
     change(
-        folder, lambda record: record["runs"][0].update(status="failed", reason='=HYPERLINK("http://x";"y")\nline, two')
+        folder,
+        lambda record: record["runs"][0].update(
+            status="failed", reason='=HYPERLINK("http://x";"y")\nline, two'
+        ),
     )
     study = read_study(folder)
     text = csv_text(study)
@@ -106,12 +137,18 @@ def test_the_csv_has_every_run_and_nothing_a_spreadsheet_would_run(folder: Path)
     assert [row["id"] for row in rows] == [run.id for run in study.runs]
     assert rows[0]["reason"] == '\'=HYPERLINK("http://x";"y")\nline, two'
     for row, run in zip(rows[1:], study.runs[1:], strict=True):
-        assert (row["status"], row["method"], row["seed"]) == (run.status, run.method, str(run.seed))
+        assert (row["status"], row["method"], row["seed"]) == (
+            run.status,
+            run.method,
+            str(run.seed),
+        )
         assert float(row["learning_rate"]) == run.learning_rate
         value = row["metric:eval_test_accuracy"]
         assert value == ("" if run.status != "ok" else str(run.metrics["eval_test_accuracy"]))
         assert row["in_table"] == str(run.id in study.in_table)
-        assert row["train_seconds"] == ("" if run.status != "ok" else str(study.costs[run.id].train_seconds))
+        assert row["train_seconds"] == (
+            "" if run.status != "ok" else str(study.costs[run.id].train_seconds)
+        )
 
 
 def test_the_markdown_has_table_rule_noise_failures_and_figures(made: Path) -> None:
@@ -120,7 +157,9 @@ def test_the_markdown_has_table_rule_noise_failures_and_figures(made: Path) -> N
     places = digits(study)["sst2"]
     for row in study.table:
         line = next(
-            line for line in text.splitlines() if line.startswith(f"| {row.method.replace('_', chr(92) + '_')} |")
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {row.method.replace('_', chr(92) + '_')} |")
         )
         assert row.ci95 is not None
         assert f"| {row.mean:.{places}f} |" in line
@@ -149,7 +188,14 @@ def test_hostile_text_is_text_everywhere(folder: Path) -> None:
     file = folder / "results.json"
     text = file.read_text()
     tame = html.render("tame", page_data(read_study(folder)))
-    for word in ("adalora", "sst2", "rank 4", "the loss is nan", "Four ways to spend a budget", "eval_accuracy"):
+    for word in (
+        "adalora",
+        "sst2",
+        "rank 4",
+        "the loss is nan",
+        "Four ways to spend a budget",
+        "eval_accuracy",
+    ):
         text = text.replace(word, json.dumps(bad)[1:-1])
     file.write_text(text)
     study = read_study(folder)
@@ -164,11 +210,19 @@ def test_hostile_text_is_text_everywhere(folder: Path) -> None:
     assert "<" not in shown
     assert not re.search(r"(?<!\\)[`\[$]", shown.replace("[report.html](report.html)", ""))
     header = next(line for line in shown.splitlines() if line.startswith("| method"))
-    rows = [line for line in shown.splitlines() if line.startswith("|") and "0.0" in line and "trials" not in line]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} <= {len(re.findall(r"(?<!\\)\|", header)), 9}
+    rows = [
+        line
+        for line in shown.splitlines()
+        if line.startswith("|") and "0.0" in line and "trials" not in line
+    ]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} <= {
+        len(re.findall(r"(?<!\\)\|", header)),
+        9,
+    }
     drawn = study_figures.draw_figures(study, folder / "figures")  # neither a formula nor a path
     assert all(
-        re.fullmatch(r"[a-z0-9-]+\.png", figure.name) and figure.parent == folder / "figures" for figure in drawn
+        re.fullmatch(r"[a-z0-9-]+\.png", figure.name) and figure.parent == folder / "figures"
+        for figure in drawn
     )
 
 
@@ -182,29 +236,47 @@ def test_the_page_runs_only_its_own_script(made: Path) -> None:
     assert not re.search(r"(?:src|href)=\"(?!#|data:,)", page.split("<script>")[0])
     own = page.rsplit("<script>", 1)[1]
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|https?://(?!www\.w3\.org)", own
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|"
+        r"https?://(?!www\.w3\.org)",
+        own,
     )
     with pytest.raises(ValueError, match="JSON"):
         html.render("x", {"value": float("nan")})
 
 
 def test_what_is_not_finite_is_null_and_long_series_are_thinned(folder: Path) -> None:
-    run = next(run for run in read_study(folder).runs if run.status == "ok" and run.method == "lora")
+    run = next(
+        run for run in read_study(folder).runs if run.status == "ok" and run.method == "lora"
+    )
     lines = [{"step": step, "loss": None if step == 3 else 1e-9 * step} for step in range(1, 5001)]
-    (folder / "runs" / run.id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "runs" / run.id / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     data = page_data(read_study(folder))
     steps, values = next(one for one in data["runs"] if one["id"] == run.id)["curves"]["loss"]
     assert len(steps) == len(values) == CURVE_POINTS
     assert (steps[0], steps[-1]) == (1, 5000)
     assert np.ptp(np.diff(steps)) <= 1
     assert "120 points" in data["footer"][-1]
-    short = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.25}, {"step": 4}]
-    (folder / "runs" / run.id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
+    short = [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 0.25},
+        {"step": 4},
+    ]
+    (folder / "runs" / run.id / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in short)
+    )
     data = page_data(read_study(folder))
-    assert next(one for one in data["runs"] if one["id"] == run.id)["curves"]["loss"] == [[1, 2, 3], [0.5, None, 0.25]]
+    assert next(one for one in data["runs"] if one["id"] == run.id)["curves"]["loss"] == [
+        [1, 2, 3],
+        [0.5, None, 0.25],
+    ]
 
 
-def test_decisions_are_thinned_when_all_together_are_too_many(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_are_thinned_when_all_together_are_too_many(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("adaptive_lora.report.page_data.CELLS", 1)
     data = page_data(read_study(made))
     for run in data["runs"]:
@@ -223,10 +295,15 @@ def test_the_front_is_what_nobody_beats() -> None:
             rows = [_row(int(100 + x), float(y)) for x, y in points]
             sign = 1 if greater else -1
             beaten = [
-                any(x2 <= x and sign * y2 >= sign * y and (x2, sign * y2) != (x, sign * y) for x2, y2 in points)
+                any(
+                    x2 <= x and sign * y2 >= sign * y and (x2, sign * y2) != (x, sign * y)
+                    for x2, y2 in points
+                )
                 for x, y in points
             ]
-            expected = {(100 + x, y) for (x, y), lost in zip(points, beaten, strict=True) if not lost}
+            expected = {
+                (100 + x, y) for (x, y), lost in zip(points, beaten, strict=True) if not lost
+            }
             front = pareto_front(rows, greater_is_better=greater)
             assert {(row.lora_parameters, row.mean) for row in front} == expected
             assert len(front) == len(expected)
@@ -234,20 +311,28 @@ def test_the_front_is_what_nobody_beats() -> None:
 
 def _row(parameters: int, mean: float) -> TableRow:
     return TableRow(
-        method="m", task="t", model="", budget="", settings={}, chosen={}, learning_rate=None, trials=1, runs=[], seeds=1,
-        failed=0, mean=mean, sd=None, ci95=None, lora_parameters=parameters, parameters_equal=None, note=None, comparison=None,
+        method="m", task="t", model="", budget="", settings={}, chosen={}, learning_rate=None,
+        trials=1, runs=[], seeds=1,
+        failed=0, mean=mean, sd=None, ci95=None, lora_parameters=parameters, parameters_equal=None,
+        note=None, comparison=None,
     )  # fmt: skip
 
 
 def test_colours_are_those_of_the_page_and_can_be_read() -> None:
-    """Text has a contrast of 4.5 to its ground in both themes, marks of methods have 2.7 (WCAG asks 4.5 and 3)."""
+    """Text has a contrast of 4.5 to its ground in both themes, marks of methods have 2.7 (WCAG asks
+    4.5 and 3)."""
     style = (Path(html.__file__).parent / "page" / "page.css").read_text()
-    pairs = {name: (a, b) for name, a, b in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)}
+    pairs = {
+        name: (a, b)
+        for name, a, b in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
+    }
     assert tuple(pairs[f"m{i}"][0] for i in range(9)) == study_figures.COLOURS
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
     def contrast(a: str, b: str) -> float:
@@ -257,7 +342,11 @@ def test_colours_are_those_of_the_page_and_can_be_read() -> None:
     for theme in (0, 1):
         for text in ("ink", "soft", "accent", "good", "bad"):
             for ground in ("ground", "panel", "tint"):
-                assert contrast(pairs[text][theme], pairs[ground][theme]) >= 4.5, (text, ground, theme)
+                assert contrast(pairs[text][theme], pairs[ground][theme]) >= 4.5, (
+                    text,
+                    ground,
+                    theme,
+                )
         for i in range(9):
             assert contrast(pairs[f"m{i}"][theme], pairs["panel"][theme]) >= 2.7, (i, theme)
 
@@ -283,7 +372,9 @@ def test_a_row_edited_by_hand_is_named_and_the_rest_unharmed(
     whole = read_study(folder)
     change(folder, edit)
     study = read_study(folder)
-    assert any(words in problem and "results.json" in problem for problem in study.problems), study.problems
+    assert any(words in problem and "results.json" in problem for problem in study.problems), (
+        study.problems
+    )
     assert len(study.problems) == 1
     assert len(study.runs) == len(whole.runs) - lost
     assert [run for run in whole.runs if run in study.runs] == study.runs
@@ -301,7 +392,9 @@ def test_a_row_edited_by_hand_is_named_and_the_rest_unharmed(
         ("adapter/adapter_model.safetensors", "x", "missing or damaged"),
     ],
 )
-def test_a_damaged_run_is_named_and_its_other_files_are_used(name: str, content: str, words: str, folder: Path) -> None:
+def test_a_damaged_run_is_named_and_its_other_files_are_used(
+    name: str, content: str, words: str, folder: Path
+) -> None:
     run = read_study(folder).representative("adalora")
     assert run is not None
     file = folder / "runs" / run.id / name
@@ -321,7 +414,9 @@ def test_without_costs_there_is_a_report_without_costs(costs: str | None, folder
     if costs is not None:
         (folder / "costs.json").write_text(costs)
     study = read_study(folder)
-    assert ["costs.json is not used" in problem for problem in study.problems] == [True] * (costs is not None)
+    assert ["costs.json is not used" in problem for problem in study.problems] == [True] * (
+        costs is not None
+    )
     assert study_figures.cost(study) is None
     assert ",," in csv_text(study)
 
@@ -361,7 +456,9 @@ def test_an_empty_study_has_reports_that_say_so(folder: Path) -> None:
     assert len((folder / "results.csv").read_text().splitlines()) == 1
 
 
-def test_figures_of_a_study_that_had_more_are_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_a_study_that_had_more_are_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only ours: a figure that somebody put beside them stays."""
     monkeypatch.setattr("adaptive_lora.report.study_write.draw_figures", lambda study, target: [])
     figures = folder / "figures"
@@ -376,8 +473,14 @@ def test_a_study_that_was_run_is_read_as_it_was_recorded(tmp_path: Path) -> None
     record = finished(tmp_path)
     study = read_study(tmp_path)
     assert study.problems == []
-    for kind, rows in (("runs", study.runs), ("table", study.table), ("noise_floor", study.noise_floor)):
-        assert [row.model_dump(mode="json", exclude_unset=True) for row in rows] == json.loads(json.dumps(record[kind]))  # type: ignore[literal-required]
+    for kind, rows in (
+        ("runs", study.runs),
+        ("table", study.table),
+        ("noise_floor", study.noise_floor),
+    ):
+        assert [row.model_dump(mode="json", exclude_unset=True) for row in rows] == json.loads(
+            json.dumps(record[kind])
+        )  # type: ignore[literal-required]
     assert {run: costs.model_dump() for run, costs in study.costs.items()} == record["costs"]
     assert study.methods[0] == "lora"
     assert all(study.details[run.id].metrics for run in study.runs)

@@ -1,4 +1,5 @@
-"""Recipes: each runs as it is, on a narrow model of its architecture; the budgets of the README are those at full size."""
+"""Recipes: each runs as it is, on a narrow model of its architecture; the budgets of the README are
+those at full size."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adaptive_lora.recipe.config import RunConfig, parse
-from adaptive_lora.methods import Method, build
 from adaptive_lora.files import read_recipe
-from adaptive_lora.runs.run import run
+from adaptive_lora.methods import Method, build
 from adaptive_lora.model.targets import Target, find_targets, head_modules
+from adaptive_lora.recipe.config import RunConfig, parse
+from adaptive_lora.runs.run import run
 
 pytest_plugins = ("model_folders",)
 
@@ -45,14 +46,16 @@ BERT_SIZES = {
     "intermediate_size": INNER,
 }
 NARROW: dict[str, dict[str, Any]] = {
-    "distilbert/distilbert-base-uncased": {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER},
+    "distilbert/distilbert-base-uncased": {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS,
+                                           "hidden_dim": INNER},
     "google-bert/bert-base-uncased": BERT_SIZES,
     "google/vit-base-patch16-224-in21k": BERT_SIZES | {"image_size": 32},
     "microsoft/DialoGPT-medium": {
         "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "bos_token_id": 0, "eos_token_id": 0,
     },
     "facebook/bart-large": {
-        "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": HEADS,
+        "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
+        "encoder_attention_heads": HEADS,
         "decoder_attention_heads": HEADS, "encoder_ffn_dim": INNER, "decoder_ffn_dim": INNER,
     },
     "microsoft/deberta-v3-base": BERT_SIZES,
@@ -76,11 +79,15 @@ def test_the_recipes_name_hub_models_and_each_writes_to_a_folder_of_its_own_name
 
 
 @each
-def test_a_recipe_is_dry_run_on_a_narrow_model_and_stock_peft_loads_the_adapter(file: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_dry_run_on_a_narrow_model_and_stock_peft_loads_the_adapter(
+    file: Path, tmp_path: Path
+) -> None:
     name = read_recipe(file)["model"]
     vocabulary = {} if "vit" in name else {"vocab_size": VOCABULARY}
     narrow = BENCHMARK["model_config"](name, **NARROW[name], **vocabulary)
-    config = BENCHMARK["stand_in"](file, tmp_path, narrow, per_device_train_batch_size=4, per_device_eval_batch_size=3)
+    config = BENCHMARK["stand_in"](
+        file, tmp_path, narrow, per_device_train_batch_size=4, per_device_eval_batch_size=3
+    )
     result = run(config, dry_run=True)
     assert (result["status"], result["steps"], result["task"]) == ("ok", 2, config.task)
     assert result_of(tmp_path / "run")["metrics"] == result["metrics"]
@@ -98,7 +105,9 @@ def test_a_recipe_is_dry_run_on_a_narrow_model_and_stock_peft_loads_the_adapter(
 
 
 def _narrow_base(config: RunConfig, num_labels: int) -> PreTrainedModel:
-    return HEAD[config.task].from_config(AutoConfig.from_pretrained(config.model, num_labels=num_labels))
+    return HEAD[config.task].from_config(
+        AutoConfig.from_pretrained(config.model, num_labels=num_labels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +127,10 @@ def test_a_dry_run_decides_whatever_the_times_of_the_whole_training_are(
     values = recipe(bert_folder, reviews_file, tmp_path / "run")
     result = run(parse(values | {"method": method}), dry_run=True)
     assert (result["status"], result["steps"]) == ("ok", 2)
-    assert result["budget_parameters"] is None or result["lora_parameters"] <= result["budget_parameters"]
+    assert (
+        result["budget_parameters"] is None
+        or result["lora_parameters"] <= result["budget_parameters"]
+    )
 
 
 @cache
@@ -141,7 +153,9 @@ def parameters(method: Method, targets: list[Target]) -> tuple[int, int]:
         return start, budget
     if method.adaptation is None:
         return start, start
-    return start, sum((method.adaptation.max_rank or target.full_rank) * target.cost for target in targets)
+    return start, sum(
+        (method.adaptation.max_rank or target.full_rank) * target.cost for target in targets
+    )
 
 
 ROWS = {
@@ -162,7 +176,10 @@ def test_the_table_has_a_row_for_each_recipe() -> None:
 def test_the_table_gives_method_and_parameters_of_the_full_size_model(file: Path) -> None:
     _, method, targets = at_full_size(file)
     start, end = parameters(method, targets)
-    assert ROWS[file.stem][1:] == (method.name, f"{start:,}" if start == end else f"{start:,} → {end:,}")
+    assert ROWS[file.stem][1:] == (
+        method.name,
+        f"{start:,}" if start == end else f"{start:,} → {end:,}",
+    )
 
 
 def test_the_parameters_are_those_of_the_published_tables() -> None:
@@ -173,7 +190,8 @@ def test_the_parameters_are_those_of_the_published_tables() -> None:
     for task in ("mnli", "sst2", "cola", "qnli"):
         assert ends[f"deberta-v3-base-{task}-small"] == 331_776 == 333_314 - classifier
         assert ends[f"deberta-v3-base-{task}-large"] == 4 * 331_776
-    assert ends["deberta-v3-base-mnli-small"] + classifier // 2 * 3 == 334_083  # MNLI has three classes
+    # MNLI has three classes
+    assert ends["deberta-v3-base-mnli-small"] + classifier // 2 * 3 == 334_083
     assert head_modules(deberta) == ["pooler", "classifier"]
     assert sum(p.numel() for p in deberta.pooler.parameters()) == 590_592
     assert ends["dialogpt-medium-alpaca-baseline-r8"] == 3_145_728
@@ -185,7 +203,8 @@ def test_the_targets_of_deberta_are_six_kinds_in_each_layer_and_not_the_pooler()
     _, _, targets = at_full_size(ROOT / "recipes" / "deberta-v3-base-cola-small.yaml")
     kinds = {target.kind for target in targets}
     assert kinds == {
-        "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj", "attention.output.dense",
+        "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
+        "attention.output.dense",
         "intermediate.dense", "output.dense",
     }  # fmt: skip
     assert len(targets) == 6 * 12
@@ -193,12 +212,18 @@ def test_the_targets_of_deberta_are_six_kinds_in_each_layer_and_not_the_pooler()
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in RECIPES if read_recipe(file)["method"]["name"] == "adalora"], ids=lambda path: path.stem
+    "file",
+    [file for file in RECIPES if read_recipe(file)["method"]["name"] == "adalora"],
+    ids=lambda path: path.stem,
 )
-def test_the_flag_in_the_recipe_gives_the_lora_column_at_the_same_budget(file: Path, command: Command) -> None:
+def test_the_flag_in_the_recipe_gives_the_lora_column_at_the_same_budget(
+    file: Path, command: Command
+) -> None:
     flag = re.search(r"`(--\w+ [^`]+)` gives the LoRA column at the same budget", file.read_text())
     assert flag is not None
-    outcome = command("train", "--config", file, *shlex.split(flag[1]), "--output", "runs/other", "--print-config")
+    outcome = command(
+        "train", "--config", file, *shlex.split(flag[1]), "--output", "runs/other", "--print-config"
+    )
     assert outcome.code == 0, outcome.err
     printed = parse(yaml.safe_load(outcome.out))
     assert printed.method.name == "lora"

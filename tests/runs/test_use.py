@@ -1,4 +1,5 @@
-"""A finished run at work: what it gives comes from the saved adapter and agrees with what the run reported."""
+"""A finished run at work: what it gives comes from the saved adapter and agrees with what the run
+reported."""
 
 from __future__ import annotations
 
@@ -31,15 +32,19 @@ from model_folders import (
 )
 from safetensors.torch import load_file, save_file
 
-from adaptive_lora.runs import use
-from adaptive_lora.recipe.config import parse
-from adaptive_lora.tasks.data import read_table
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.recipe.config import parse
+from adaptive_lora.runs import use
 from adaptive_lora.runs.run import run
+from adaptive_lora.tasks.data import read_table
 
 pytest_plugins = ("model_folders",)
 
-SHORT: dict[str, Any] = {"num_train_epochs": 1, "save_strategy": "no", "per_device_train_batch_size": 8}
+SHORT: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 8,
+}
 
 
 def trained(folder: Path, model: str, task: str, file: str, **sections: Any) -> Path:
@@ -51,7 +56,9 @@ def trained(folder: Path, model: str, task: str, file: str, **sections: Any) -> 
 def regression_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str) -> Path:
     folder = tmp_path_factory.mktemp("regression")
     file = write_jsonl(folder / "x.jsonl", ratings(40))
-    return trained(folder, bert_folder, "regression", file, data={"text": ["sentence1", "sentence2"]})
+    return trained(
+        folder, bert_folder, "regression", file, data={"text": ["sentence1", "sentence2"]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,9 @@ def question_run(tmp_path_factory: pytest.TempPathFactory, bert_folder: str) -> 
     folder = tmp_path_factory.mktemp("questions")
     none = {"question": "the sum", "context": "a day", "answers": {"text": [], "answer_start": []}}
     file = write_jsonl(folder / "x.jsonl", [*questions(40), none])
-    return trained(folder, bert_folder, "question_answering", file, data={"max_length": 20, "stride": 4})
+    return trained(
+        folder, bert_folder, "question_answering", file, data={"max_length": 20, "stride": 4}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +84,28 @@ def image_run(tmp_path_factory: pytest.TempPathFactory, vit_folder: str) -> Path
     return trained(folder, vit_folder, "image_classification", pictures(folder / "images", 24))
 
 
-RUNS = ["classification_run", "causal_run", "regression_run", "question_run", "summary_run", "image_run"]
+RUNS = [
+    "classification_run",
+    "causal_run",
+    "regression_run",
+    "question_run",
+    "summary_run",
+    "image_run",
+]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_evaluating_the_saved_adapter_gives_the_metrics_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
+def test_evaluating_the_saved_adapter_gives_the_metrics_of_the_run(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(name)
     reported = result_of(folder)["metrics"]
     found = use.evaluate(use.open_run(folder))
     assert found.pop("records") == 8
     assert len(found) >= 3
-    assert found == {metric: pytest.approx(reported[metric], rel=1e-6, abs=1e-6) for metric in found}
+    assert found == {
+        metric: pytest.approx(reported[metric], rel=1e-6, abs=1e-6) for metric in found
+    }
     assert next(iter(found)) == result_of(folder)["metric"]
 
 
@@ -109,10 +129,14 @@ def test_a_record_has_its_prediction_beside_it_in_the_order_of_the_file(
         alone = strict_json((tmp_path / f"{i}-out.jsonl").read_text())
         for column in added & set(alone):
             expected = rows[i][column]
-            assert alone[column] == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+            assert alone[column] == (
+                pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected
+            )
 
 
-def test_predictions_agree_with_the_reported_accuracy(classification_run: Path, tmp_path: Path) -> None:
+def test_predictions_agree_with_the_reported_accuracy(
+    classification_run: Path, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", reviews(40))
     opened = use.open_run(classification_run)
     accuracy = use.evaluate(opened, file)["eval_accuracy"]
@@ -123,7 +147,9 @@ def test_predictions_agree_with_the_reported_accuracy(classification_run: Path, 
     assert all(0.5 <= row["probability"] <= 1 for row in rows)
 
 
-def test_the_three_formats_hold_the_same_and_labels_are_not_needed(classification_run: Path, tmp_path: Path) -> None:
+def test_the_three_formats_hold_the_same_and_labels_are_not_needed(
+    classification_run: Path, tmp_path: Path
+) -> None:
     records = [{"text": f"{record['text']}, é", "n": i} for i, record in enumerate(reviews(9))]
     file = write_jsonl(tmp_path / "in.jsonl", records)
     opened = use.open_run(classification_run)
@@ -140,16 +166,33 @@ def test_the_three_formats_hold_the_same_and_labels_are_not_needed(classificatio
     ("record", "output", "message"),
     [
         ({"text": "a day"}, "there.jsonl", "there.jsonl exists"),
-        ({"text": "a day"}, "out.txt", "has the ending '.txt'; expected one of .jsonl, .csv, .parquet"),
+        (
+            {"text": "a day"},
+            "out.txt",
+            "has the ending '.txt'; expected one of .jsonl, .csv, .parquet",
+        ),
         ({"text": "a day"}, "no/out.csv", "the folder of output .*no/out.csv does not exist"),
-        ({"text": "a day", "prediction": 1}, "out.csv", "has a column 'prediction' already; rename it"),
-        ({"text": "a day", "probability": 1}, "out.csv", "has a column 'probability' already; rename it"),
+        (
+            {"text": "a day", "prediction": 1},
+            "out.csv",
+            "has a column 'prediction' already; rename it",
+        ),
+        (
+            {"text": "a day", "probability": 1},
+            "out.csv",
+            "has a column 'probability' already; rename it",
+        ),
         ({"txt": "a day"}, "out.csv", r"in.jsonl has no column 'text'\. Did you mean 'txt'\?"),
         ({"text": ""}, "out.csv", "in.jsonl, record 1: column 'text' is ''; expected text"),
     ],
 )
 def test_what_cannot_be_predicted_or_written_is_refused(
-    record: dict[str, Any], output: str, message: str, classification_run: Path, tmp_path: Path, command: Command
+    record: dict[str, Any],
+    output: str,
+    message: str,
+    classification_run: Path,
+    tmp_path: Path,
+    command: Command,
 ) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [record])
     (tmp_path / "there.jsonl").write_text("mine")
@@ -174,7 +217,16 @@ def test_a_model_writes_on_from_a_prompt_in_the_form_of_its_training(
     opened = use.open_run(causal_run, max_new_tokens=5)
     use.predict(opened, file, tmp_path / "out.jsonl")
     assert strict_json((tmp_path / "out.jsonl").read_text())["prediction"] == written[0]
-    line = ["generate", causal_run, "--prompt", instruction, "--prompt", "a good day", "--max-new-tokens", 5]
+    line = [
+        "generate",
+        causal_run,
+        "--prompt",
+        instruction,
+        "--prompt",
+        "a good day",
+        "--max-new-tokens",
+        5,
+    ]
     ended = command(*line)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.splitlines() == ["--- prompt 1", written[0], "--- prompt 2", written[1]]
@@ -184,7 +236,11 @@ def test_a_model_writes_on_from_a_prompt_in_the_form_of_its_training(
 @pytest.mark.parametrize(
     ("name", "prompt", "message"),
     [
-        ("classification_run", "a day", "the run's task is classification, which writes no text; use predict"),
+        (
+            "classification_run",
+            "a day",
+            "the run's task is classification, which writes no text; use predict",
+        ),
         ("causal_run", " ", "prompt ' ' is empty"),
         ("causal_run", "day " * 60, "leaves no room in the model's 48 positions"),
     ],
@@ -224,7 +280,9 @@ def test_cuts_and_drops_are_printed_and_only_scored_records_counted(
     causal_run: Path, tmp_path: Path, command: Command
 ) -> None:
     """Outputs without text teach nothing; a prediction is made for every record."""
-    records = [record | {"output": record["output"] * (i > 2)} for i, record in enumerate(instructions(10))]
+    records = [
+        record | {"output": record["output"] * (i > 2)} for i, record in enumerate(instructions(10))
+    ]
     file = write_jsonl(tmp_path / "x.jsonl", records)
     ended = command("evaluate", causal_run, "--data", file)
     assert (ended.code, ended.err) == (0, "")
@@ -232,7 +290,16 @@ def test_cuts_and_drops_are_printed_and_only_scored_records_counted(
     assert "3 records dropped" in ended.out
     assert re.search(r"^records +7$", ended.out, re.MULTILINE)
     assert max(map(len, ended.out.splitlines())) <= 100
-    line = ["predict", causal_run, "--input", file, "--output", tmp_path / "o.csv", "--max-new-tokens", 1]
+    line = [
+        "predict",
+        causal_run,
+        "--input",
+        file,
+        "--output",
+        tmp_path / "o.csv",
+        "--max-new-tokens",
+        1,
+    ]
     ended = command(*line)
     assert (ended.code, ended.err) == (0, "")
     assert re.search(r"^input: 10 records of ", ended.out, re.MULTILINE)
@@ -250,7 +317,11 @@ def test_a_hub_set_is_read_as_the_recipe_reads_it_for_evaluation(
 
     monkeypatch.setattr("adaptive_lora.tasks.tables.reachable", lambda: True)
     monkeypatch.setattr("adaptive_lora.tasks.tables.load_dataset", load)
-    folder = Path(shutil.copytree(classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    folder = Path(
+        shutil.copytree(
+            classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+        )
+    )
     values = yaml.safe_load((folder / "config.yaml").read_text())
     values["data"] |= {"config": "sst2", "eval_split": "validation"}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
@@ -282,7 +353,12 @@ def test_values_that_json_does_not_know_are_written_as_text_and_parquet_keeps_ty
     opened = use.open_run(classification_run)
     for suffix in ("jsonl", "csv", "parquet"):
         use.predict(opened, str(tmp_path / "in.parquet"), tmp_path / f"out.{suffix}")
-    assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.jsonl", "out.csv", "out.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.parquet",
+        "out.jsonl",
+        "out.csv",
+        "out.parquet",
+    }
     written = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert written.column_names == [*ODD.column_names, "prediction", "probability"]
     assert written.select(ODD.column_names).schema.remove_metadata() == ODD.schema
@@ -309,9 +385,18 @@ def test_values_that_json_does_not_know_are_written_as_text_and_parquet_keeps_ty
     assert strict_json(row["struct"]) == expected["struct"]
 
 
-def test_dates_of_a_csv_come_through(classification_run: Path, tmp_path: Path, command: Command) -> None:
+def test_dates_of_a_csv_come_through(
+    classification_run: Path, tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "in.csv").write_text("text,day\na good day,2024-01-02\n")
-    ended = command("predict", classification_run, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
+    ended = command(
+        "predict",
+        classification_run,
+        "--input",
+        tmp_path / "in.csv",
+        "--output",
+        tmp_path / "out.jsonl",
+    )
     assert (ended.code, ended.err) == (0, "")
     assert strict_json((tmp_path / "out.jsonl").read_text())["day"] == "2024-01-02"
 
@@ -340,7 +425,8 @@ def test_labels_outside_the_classes_of_the_training_are_refused(
     assert ended.code == 2
     assert "x.jsonl, record 4: label 'neutral'" in ended.err
     only = write_jsonl(tmp_path / "one.jsonl", [r for r in reviews(8) if r["label"] == "positive"])
-    assert use.evaluate(use.open_run(classification_run), only)["records"] == 4  # one class is enough to be scored
+    # one class is enough to be scored
+    assert use.evaluate(use.open_run(classification_run), only)["records"] == 4
 
 
 def test_a_base_model_that_was_moved_is_found_where_one_says(
@@ -396,12 +482,25 @@ def failed(folder: Path, name: str) -> None:
     ],
 )
 def test_a_run_that_failed_or_is_damaged_is_refused_in_one_line(
-    do: Any, name: str, code: int, message: str, classification_run: Path, tmp_path: Path, command: Command
+    do: Any,
+    name: str,
+    code: int,
+    message: str,
+    classification_run: Path,
+    tmp_path: Path,
+    command: Command,
 ) -> None:
-    folder = Path(shutil.copytree(classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    folder = Path(
+        shutil.copytree(
+            classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+        )
+    )
     do(folder, name)
     file = write_jsonl(tmp_path / "in.jsonl", reviews(3))
-    for line in (["evaluate", folder], ["predict", folder, "--input", file, "--output", tmp_path / "out.csv"]):
+    for line in (
+        ["evaluate", folder],
+        ["predict", folder, "--input", file, "--output", tmp_path / "out.csv"],
+    ):
         ended = command(*line)
         assert (ended.code, ended.out) == (code, "")
         assert ended.err.startswith("error: ")
@@ -412,8 +511,14 @@ def test_a_run_that_failed_or_is_damaged_is_refused_in_one_line(
         use.open_run(folder)
 
 
-def test_a_damaged_recipe_of_a_run_is_damage(classification_run: Path, tmp_path: Path, command: Command) -> None:
-    folder = Path(shutil.copytree(classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+def test_a_damaged_recipe_of_a_run_is_damage(
+    classification_run: Path, tmp_path: Path, command: Command
+) -> None:
+    folder = Path(
+        shutil.copytree(
+            classification_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+        )
+    )
     (folder / "config.yaml").write_text("model: [")
     ended = command("evaluate", folder)
     assert (ended.code, "cannot be read" in ended.err) == (4, True)

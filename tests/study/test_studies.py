@@ -16,14 +16,20 @@ ACCURACIES = {"lora": [0.85, 0.86, 0.84], "plateau": [0.86, 0.865, 0.87]}
 
 def _run(method: str, seed: int, accuracy: float, end: int = BUDGET) -> object:
     return STUDY["Figures"](
-        method=method, seed=seed, status="ok", accuracy=accuracy, eval_loss=0.4, parameters_start=36_864,
+        method=method, seed=seed, status="ok", accuracy=accuracy, eval_loss=0.4,
+        parameters_start=36_864,
         parameters_end=end, rank_min=2, rank_max=8, steps=90, parameters_untrained=0, seconds=1.0,
     )  # fmt: skip
 
 
 def _runs() -> list[object]:
-    runs = [_run(method, seed, a) for method, row in ACCURACIES.items() for seed, a in enumerate(row)]
-    return [*runs, STUDY["Figures"](method="adalora", seed=0, status="failed", reason="the loss is nan")]
+    runs = [
+        _run(method, seed, a) for method, row in ACCURACIES.items() for seed, a in enumerate(row)
+    ]
+    return [
+        *runs,
+        STUDY["Figures"](method="adalora", seed=0, status="failed", reason="the loss is nan"),
+    ]
 
 
 def test_the_interval_is_that_of_a_paired_t_test() -> None:
@@ -36,7 +42,12 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
 
 
 def test_pairs_are_made_by_seed_and_a_run_without_a_partner_is_in_no_pair() -> None:
-    runs = [_run("lora", 1, 0.80), _run("lora", 0, 0.90), _run("plateau", 0, 0.91), _run("plateau", 7, 0.50)]
+    runs = [
+        _run("lora", 1, 0.80),
+        _run("lora", 0, 0.90),
+        _run("plateau", 0, 0.91),
+        _run("plateau", 7, 0.50),
+    ]
     assert STUDY["rows"](runs)[1][4] == "+1.00 (one pair)"
 
 
@@ -58,17 +69,23 @@ def test_a_failed_run_is_shown_and_a_missed_budget_is_said(tmp_path: Path) -> No
 def test_the_study_of_compression_pairs_by_seed_and_draws(tmp_path: Path) -> None:
     study = runpy.run_path(str(Path(__file__).parent.parent.parent / "studies" / "compress.py"))
     rows = [
-        study["row_of"](kind, seed, rank, 100 * rank, {"eval_accuracy": base + seed / 100, "eval_loss": 0.4})
+        study["row_of"](kind, seed, rank, 100 * rank,
+                        {"eval_accuracy": base + seed / 100, "eval_loss": 0.4})
         for seed in (0, 1, 2)
         for kind, rank, base in (
-            ("whole", 8, 0.80), (study["GLOBAL"], 2, 0.79), (study["PER_LAYER"], 2, 0.78), (study["TRAINED"], 2, 0.70),
+            ("whole", 8, 0.80), (study["GLOBAL"], 2, 0.79), (study["PER_LAYER"], 2, 0.78),
+            (study["TRAINED"], 2, 0.70),
         )
     ]  # fmt: skip
-    columns, cells, notes = study["table"]([row for row in rows if (row["kind"], row["seed"]) != ("PEFT per layer", 2)])
+    columns, cells, notes = study["table"](
+        [row for row in rows if (row["kind"], row["seed"]) != ("PEFT per layer", 2)]
+    )
     assert [row[0] for row in cells] == ["800 (whole)", "200"]
     by_name = dict(zip(columns, cells[1], strict=True))
     assert by_name["compress"] == "80.00"
-    assert by_name["compress - PEFT"] == "+1.00 [+1.00, +1.00]"  # of two pairs: the third has no partner
+    assert (
+        by_name["compress - PEFT"] == "+1.00 [+1.00, +1.00]"
+    )  # of two pairs: the third has no partner
     assert by_name["compress - whole"] == "-1.00 [-1.00, -1.00]"
     assert "rank 2 0.4000 / 0.4000" in notes[1]
     study["draw"](rows, tmp_path / "figure.png")

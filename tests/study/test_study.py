@@ -1,4 +1,5 @@
-"""Studies: plans, hashes, claims, workers, and records that do not depend on who did the work or what was killed."""
+"""Studies: plans, hashes, claims, workers, and records that do not depend on who did the work or
+what was killed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _workers_find_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptive_lora.study.worker.WAIT", 0.02)
 
 
-# ---------------------------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------------------------
+# the plan
 
 
 def test_the_grid_is_the_product_and_a_hash_is_of_what_decides_the_result() -> None:
@@ -61,7 +63,10 @@ def test_the_grid_is_the_product_and_a_hash_is_of_what_decides_the_result() -> N
 def test_settings_that_belong_together_are_one_axis() -> None:
     grid = {
         "method.rank": [2, 4],  # set after `method`, whatever the order
-        "data": [{"label": "a", "data.train": "a.csv", "data.text": "t"}, {"label": "b", "data.train": "b.csv"}],
+        "data": [
+            {"label": "a", "data.train": "a.csv", "data.text": "t"},
+            {"label": "b", "data.train": "b.csv"},
+        ],
         "method": [{"name": "lora"}],
     }
     base = study().base
@@ -74,22 +79,38 @@ def test_settings_that_belong_together_are_one_axis() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown axis": ({"grid": {"method": METHODS, "sede": [0]}}, "unknown axis 'sede'. Did you mean 'seed'"),
+    "unknown axis": (
+        {"grid": {"method": METHODS, "sede": [0]}},
+        "unknown axis 'sede'. Did you mean 'seed'",
+    ),
     "unqualified": ({"grid": {"learning_rate": [1e-3]}}, "Did you mean 'training.learning_rate'"),
-    "unknown training key": ({"grid": {"training.lerning_rate": [1]}}, "Did you mean 'training.learning_rate'"),
+    "unknown training key": (
+        {"grid": {"training.lerning_rate": [1]}},
+        "Did you mean 'training.learning_rate'",
+    ),
     "no list": ({"grid": {"seed": 3}}, r"axis seed is 3; expected a list, such as \[3\]"),
     "no values": ({"grid": {"method": METHODS, "seed": []}}, "axis seed has no values"),
     "empty": ({"grid": {}}, "the study is empty"),
     "twice": ({"grid": {"method": METHODS, "seed": [0, 0]}}, "axis seed has the value 0 twice"),
     "one hash": (
         {"grid": {"method": METHODS, "training.learning_rate": [1e-3, "1e-3"]}},
-        "two runs have one configuration .* method lora, training.learning_rate 0.001 and method lora",
+        "two runs have one configuration .* method lora, training.learning_rate 0.001 and method "
+        "lora",
     ),
     "baseline": ({"baseline": "lorra"}, "baseline is 'lorra'. Did you mean 'lora'"),
-    "a value the recipe refuses": ({"grid": {"method": METHODS, "seed": [-1]}}, "run method lora, seed -1: seed is -1"),
+    "a value the recipe refuses": (
+        {"grid": {"method": METHODS, "seed": [-1]}},
+        "run method lora, seed -1: seed is -1",
+    ),
     "unknown method": ({"grid": {"method": [{"name": "adalorra"}]}}, "Did you mean 'adalora'"),
-    "rule": ({"select": {"rule": "best_men"}}, "select.rule is 'best_men'. Did you mean 'best_mean'"),
-    "selected axis": ({"select": {"axes": ["seeds"]}}, "select.axes names 'seeds'. Did you mean 'seed'"),
+    "rule": (
+        {"select": {"rule": "best_men"}},
+        "select.rule is 'best_men'. Did you mean 'best_mean'",
+    ),
+    "selected axis": (
+        {"select": {"axes": ["seeds"]}},
+        "select.axes names 'seeds'. Did you mean 'seed'",
+    ),
     "no metric": ({"report": {}}, "report.metric is missing"),
     "unknown key": ({"wokers": 2}, "unknown key wokers"),
     "threads": ({"threads": 0}, "threads is 0"),
@@ -111,8 +132,14 @@ def test_set_changes_any_key_and_axes_keep_their_dots(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(study().base))
     file.write_text(yaml.safe_dump({**study().to_mapping(), "base": "recipe.yaml"}))
-    read = read_study(file, ["base.model=elsewhere", "grid.training.learning_rate=[0.5]", "threads=2"])
-    assert (read.base["model"], read.grid["training.learning_rate"], read.threads) == ("elsewhere", [0.5], 2)
+    read = read_study(
+        file, ["base.model=elsewhere", "grid.training.learning_rate=[0.5]", "threads=2"]
+    )
+    assert (read.base["model"], read.grid["training.learning_rate"], read.threads) == (
+        "elsewhere",
+        [0.5],
+        2,
+    )
     assert parse_study(read.to_mapping()).to_mapping() == read.to_mapping()
 
 
@@ -125,14 +152,18 @@ def test_paths_are_put_for_their_names(tmp_path: Path) -> None:
     read = read_study(file, ["paths.data=/elsewhere"])
     assert read.base["model"] == "hub/name"
     assert read.grid["data"] == [{"label": "a", "data.train": "/elsewhere/a.csv"}]
-    with pytest.raises(InputError, match=r"\$encodr in '\$encodr' is not among paths. Did you mean 'encoder'"):
+    with pytest.raises(
+        InputError, match=r"\$encodr in '\$encodr' is not among paths. Did you mean 'encoder'"
+    ):
         read_study(file, ["base.model=$encodr"])
 
 
 def test_a_function_makes_recipes_and_their_differences_are_the_axes(tmp_path: Path) -> None:
     base = {**study().base, "training": {"learning_rate": 1e-3}}
     recipes = [
-        {**base, "method": m, "seed": s} for m in [*METHODS, {"name": "adalora", "rank": 4, "every": 2}] for s in (0, 1)
+        {**base, "method": m, "seed": s}
+        for m in [*METHODS, {"name": "adalora", "rank": 4, "every": 2}]
+        for s in (0, 1)
     ]
     plan = plan_of(study(), recipes)
     assert [one["settings"] for one in plan[::2]] == [
@@ -140,29 +171,38 @@ def test_a_function_makes_recipes_and_their_differences_are_the_axes(tmp_path: P
         {"method": "adalora", "seed": 0},
         {"method": "adalora every 2", "seed": 0},
     ]
-    record = run_study(study(), tmp_path / "s", recipes=lambda: recipes[:4], executor=Forked, train=INSTANT)
+    record = run_study(
+        study(), tmp_path / "s", recipes=lambda: recipes[:4], executor=Forked, train=INSTANT
+    )
     assert [row["method"] for row in record["table"]] == ["lora", "adalora"]
     with pytest.raises(InputError, match="nothing to run"):
         run_study(study(), tmp_path / "t", recipes=list)
 
 
-# ---------------------------------------------------------------------------------------------------- claims
+# -------------------------------------------------------------------------------------------------
+# claims
 
 
 def test_of_many_claimants_one_succeeds(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for run in map(str, range(20)):
-            taken = [c for c in pool.map(lambda _, run=run: claims.take(tmp_path, run), range(8)) if c]
+            taken = [
+                c for c in pool.map(lambda _, run=run: claims.take(tmp_path, run), range(8)) if c
+            ]
             assert len(taken) == 1
             assert taken[0].number == 0
 
 
-def test_a_claim_of_a_living_process_holds_and_of_a_dead_one_is_taken_over_once(tmp_path: Path) -> None:
+def test_a_claim_of_a_living_process_holds_and_of_a_dead_one_is_taken_over_once(
+    tmp_path: Path,
+) -> None:
     assert claims.take(tmp_path, "r") is not None
     assert claims.take(tmp_path, "r") is None  # this process lives
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    _own(tmp_path / "r" / "0", pid=dead.pid, started=1.0)  # that number, if anybody's now, is not of that time
+    _own(
+        tmp_path / "r" / "0", pid=dead.pid, started=1.0
+    )  # that number, if anybody's now, is not of that time
     again = claims.take(tmp_path, "r")
     assert again is not None
     assert again.number == 1
@@ -209,13 +249,21 @@ def _until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-# ---------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------
+# records
 
 
-def test_a_study_finds_the_planted_difference_at_the_rate_chosen_on_validation(tmp_path: Path) -> None:
+def test_a_study_finds_the_planted_difference_at_the_rate_chosen_on_validation(
+    tmp_path: Path,
+) -> None:
     record = finished(tmp_path / "s")
     lora, adalora = record["table"]
-    assert (lora["method"], lora["comparison"], lora["trials"], lora["seeds"]) == ("lora", None, 2, 3)
+    assert (lora["method"], lora["comparison"], lora["trials"], lora["seeds"]) == (
+        "lora",
+        None,
+        2,
+        3,
+    )
     assert adalora["learning_rate"] == 1e-3
     assert adalora["chosen"] == {"training.learning_rate": 1e-3}
     comparison = adalora["comparison"]
@@ -226,11 +274,14 @@ def test_a_study_finds_the_planted_difference_at_the_rate_chosen_on_validation(t
     assert adalora["parameters_equal"] is True
     assert record["wins"] == {"adalora": {"win": 1, "tie": 0, "loss": 0}}
     assert (
-        "the best mean over seeds of eval_accuracy (best_mean), of 2 tried; reported: eval_test_accuracy"
-        in record["notes"][0]
+        "the best mean over seeds of eval_accuracy (best_mean), of 2 tried; reported: "
+        "eval_test_accuracy" in record["notes"][0]
     )
     assert all("eval_runtime" not in run["metrics"] for run in record["runs"])
-    assert record["runs"][0]["metrics"]["eval_test_main"] == record["runs"][0]["metrics"]["eval_test_accuracy"]
+    assert (
+        record["runs"][0]["metrics"]["eval_test_main"]
+        == record["runs"][0]["metrics"]["eval_test_accuracy"]
+    )
 
 
 def test_a_planted_tie_is_a_tie_and_one_metric_for_both_purposes_is_said(tmp_path: Path) -> None:
@@ -238,12 +289,15 @@ def test_a_planted_tie_is_a_tie_and_one_metric_for_both_purposes_is_said(tmp_pat
     record = finished(tmp_path / "s", study(grid=grid, select_metric=None))
     assert record["table"][1]["comparison"]["verdict"] == "tie"
     assert any(
-        "both chose the settings and is reported: the figures are optimistic" in note for note in record["notes"]
+        "both chose the settings and is reported: the figures are optimistic" in note
+        for note in record["notes"]
     )
 
 
 def test_a_falling_metric_is_better_when_lower(tmp_path: Path) -> None:
-    falling = study(metric="eval_test_accuracy", greater_is_better=False, select_metric="eval_accuracy")
+    falling = study(
+        metric="eval_test_accuracy", greater_is_better=False, select_metric="eval_accuracy"
+    )
     assert finished(tmp_path / "s", falling)["table"][1]["comparison"]["verdict"] == "worse"
     assert study(metric="eval_test_perplexity").rises is False
 
@@ -265,8 +319,10 @@ def test_one_component_more_is_equal_and_two_are_not() -> None:
     for more, equal in ((0, True), (768, True), (-768, True), (769, False)):
         runs = [
             {
-                "id": f"{method}{seed}", "status": "ok", "method": method, "task": "t", "model": "m", "budget": "b",
-                "seed": seed, "learning_rate": 1.0, "settings": {}, "metrics": {"m": 0.5 + seed}, "steps": 9,
+                "id": f"{method}{seed}", "status": "ok", "method": method, "task": "t",
+                "model": "m", "budget": "b",
+                "seed": seed, "learning_rate": 1.0, "settings": {},
+                "metrics": {"m": 0.5 + seed}, "steps": 9,
                 "lora_parameters": 10_000 + extra,
             }
             for method, extra in (("lora", 0), ("other", more)) for seed in (0, 1)
@@ -280,17 +336,22 @@ def test_a_difference_between_unlike_settings_is_said_at_equal_ones() -> None:
 
     head = {
         "name": "s", "axes": {}, "baseline": "lora", "metric": "test", "greater_is_better": True,
-        "selection": {"rule": "best_mean", "metric": "eval_accuracy", "axes": ["rate"], "description": ""},
+        "selection": {"rule": "best_mean", "metric": "eval_accuracy", "axes": ["rate"],
+                      "description": ""},
     }  # fmt: skip
 
     def note(validation: dict[tuple[str, int], float], gain: float) -> str | None:
         runs = [
             {
-                "id": f"{method}{rate}{seed}", "status": "ok", "method": method, "task": "t", "model": "m", "budget": "b",
-                "seed": seed, "learning_rate": rate, "settings": {"rate": rate}, "steps": 9, "lora_parameters": 9,
+                "id": f"{method}{rate}{seed}", "status": "ok", "method": method, "task": "t",
+                "model": "m", "budget": "b",
+                "seed": seed, "learning_rate": rate, "settings": {"rate": rate}, "steps": 9,
+                "lora_parameters": 9,
                 "metrics": {
                     "eval_accuracy": validation[method, rate],
-                    "test": seed / 100 + 0.4 * rate + (gain + seed / 1000 if method == "other" else 0.0),
+                    "test": seed / 100
+                    + 0.4 * rate
+                    + (gain + seed / 1000 if method == "other" else 0.0),
                 },
             }
             for method in ("lora", "other") for rate in (1, 2) for seed in (0, 1, 2)
@@ -301,7 +362,8 @@ def test_a_difference_between_unlike_settings_is_said_at_equal_ones() -> None:
     alike = {("lora", 1): 0.8, ("lora", 2): 0.7, ("other", 1): 0.8, ("other", 2): 0.7}
     assert (
         note(apart, 0.0)
-        == "chosen at another setting than lora; differences at equal ones: +0.001 at rate 1; +0.001 at rate 2"
+        == "chosen at another setting than lora; differences at equal ones: +0.001 at rate 1; "
+        "+0.001 at rate 2"
     )
     assert note(alike, 0.0) is None
     assert note(alike, 0.5) is None
@@ -312,9 +374,15 @@ def test_failed_runs_are_rows_with_their_reason_and_fail_nobody_else(tmp_path: P
     record = finished(tmp_path / "s", study(grid=grid))
     failed = [run for run in record["runs"] if run["status"] == "failed"]
     assert len(failed) == 6
-    assert failed[0]["reason"] == f"diverged in runs/{failed[0]['id']}"  # without the place of the study
-    assert [(row["learning_rate"], row["seeds"], row["failed"]) for row in record["table"]] == [(1e-3, 3, 0)] * 2
-    record = finished(tmp_path / "t", study(grid={**study().grid, "data.train": ["refused.csv", "good.csv"]}))
+    assert (
+        failed[0]["reason"] == f"diverged in runs/{failed[0]['id']}"
+    )  # without the place of the study
+    assert [(row["learning_rate"], row["seeds"], row["failed"]) for row in record["table"]] == [
+        (1e-3, 3, 0)
+    ] * 2
+    record = finished(
+        tmp_path / "t", study(grid={**study().grid, "data.train": ["refused.csv", "good.csv"]})
+    )
     refused = [run for run in record["runs"] if run["status"] == "failed"]
     assert [run["reason"] for run in refused] == ["refused.csv has no column 'text'"] * 12
     assert [row["mean"] is None for row in record["table"]] == [True, True, False, False]
@@ -340,15 +408,27 @@ def _edit(text: str) -> str:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[str], str], str]] = {
-    "truncated": ("runs/{}/result.json", lambda text: text[:100], "result.json is not as the run left it"),
-    "edited by hand": ("runs/{}/result.json", _edit, "result.json is not as the run left it: it was changed"),
+    "truncated": (
+        "runs/{}/result.json",
+        lambda text: text[:100],
+        "result.json is not as the run left it",
+    ),
+    "edited by hand": (
+        "runs/{}/result.json",
+        _edit,
+        "result.json is not as the run left it: it was changed",
+    ),
     "another version": (
         "outcomes/{}.json",
         lambda text: text.replace('"version": 1', '"version": 99'),
         "is of format 99; this version reads format 1",
     ),
     "broken outcome": ("outcomes/{}.json", lambda text: text[:20], "outcomes/.* is damaged"),
-    "edited config": ("runs/{}/config.yaml", lambda text: text + "\n", "config.yaml is not as the run left it"),
+    "edited config": (
+        "runs/{}/config.yaml",
+        lambda text: text + "\n",
+        "config.yaml is not as the run left it",
+    ),
 }
 
 
@@ -364,7 +444,9 @@ def test_damage_is_named_and_skipped_and_the_rest_is_unharmed(case: str, tmp_pat
     assert rows[victim]["status"] == "skipped"
     assert any(victim in note and "skipped" in note for note in record["notes"])
     assert re.search(message, str(rows[victim]["reason"]))
-    assert [run for run in record["runs"] if run["id"] != victim] == [r for r in whole["runs"] if r["id"] != victim]
+    assert [run for run in record["runs"] if run["id"] != victim] == [
+        r for r in whole["runs"] if r["id"] != victim
+    ]
     assert record["table"][0] == whole["table"][0]
     assert record["table"][1]["seeds"] == 2
 
@@ -407,7 +489,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         analyse(tmp_path / "nowhere")
 
 
-def test_a_larger_grid_does_only_what_is_missing_and_failures_wait_to_be_retried(tmp_path: Path) -> None:
+def test_a_larger_grid_does_only_what_is_missing_and_failures_wait_to_be_retried(
+    tmp_path: Path,
+) -> None:
     finished(tmp_path / "s")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "runs").rglob("*")}
     grid = {**study().grid, "seed": [0, 1, 2, 3], "training.learning_rate": [1e-3, 1e-4, 2.0]}
@@ -448,7 +532,8 @@ def test_a_run_whose_workers_keep_dying_is_given_up(tmp_path: Path) -> None:
     assert [row["status"] for row in rows[1:]] == ["ok"] * 11
 
 
-# ---------------------------------------------------------------------------------------------------- workers
+# -------------------------------------------------------------------------------------------------
+# workers
 
 
 def results(folder: Path) -> str:
@@ -464,7 +549,8 @@ def test_one_two_and_four_workers_give_one_result(tmp_path: Path) -> None:
 
 def test_workers_that_cannot_work_are_an_error_with_their_words(tmp_path: Path) -> None:
     with pytest.raises(
-        AdaptiveLoraError, match=r"all workers ended and 12 runs are not over.*No module named 'nowhere'"
+        AdaptiveLoraError,
+        match=r"all workers ended and 12 runs are not over.*No module named 'nowhere'",
     ):
         run_study(study(), tmp_path / "s", train="nowhere:train")
 

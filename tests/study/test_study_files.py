@@ -1,4 +1,5 @@
-"""Every study that is shipped, and every one in the documentation, resolves to its runs; the commands on them."""
+"""Every study that is shipped, and every one in the documentation, resolves to its runs; the
+commands on them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from adaptive_lora.study.tune import Tuning
 
 pytest_plugins = ("model_folders",)
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted(path for path in (ROOT / "studies").rglob("*.yaml") if "grid:" in path.read_text(encoding="utf-8"))
+FILES = sorted(
+    path
+    for path in (ROOT / "studies").rglob("*.yaml")
+    if "grid:" in path.read_text(encoding="utf-8")
+)
 PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 
 
@@ -50,12 +55,19 @@ def test_the_files_of_the_page_are_right() -> None:
 
 
 def test_study_and_tune_as_commands(
-    bert_folder: str, reviews_file: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    bert_folder: str,
+    reviews_file: str,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Real training, through the worker's own process; then nothing is left to do."""
     monkeypatch.setenv("OMP_NUM_THREADS", "4")  # the study's count of threads wins
     base = recipe(
-        bert_folder, reviews_file, "", training={"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"}
+        bert_folder,
+        reviews_file,
+        "",
+        training={"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"},
     )
     del base["output"]
     values = {
@@ -64,28 +76,43 @@ def test_study_and_tune_as_commands(
         "select": {"by": "eval_accuracy"},
         "report": {"metric": "eval_accuracy"},
     }
-    values["grid"] = {"method": [{"name": "lora", "rank": 2}, {"name": "linear_decay", "rank": 2}], "seed": [0, 1]}
+    values["grid"] = {
+        "method": [{"name": "lora", "rank": 2}, {"name": "linear_decay", "rank": 2}],
+        "seed": [0, 1],
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
     for _ in range(2):
         ended = command(
-            "study", tmp_path / "study.yaml", "--output", tmp_path / "out", "--set", "base.adapters.dropout=0.1"
+            "study",
+            tmp_path / "study.yaml",
+            "--output",
+            tmp_path / "out",
+            "--set",
+            "base.adapters.dropout=0.1",
         )
         assert ended.code == 0, ended.err
         assert "linear_decay" in ended.out
         assert "results.json" in ended.out
-        assert max(map(len, ended.out.splitlines())) <= max(100, len(str(tmp_path)) + 60)  # paths aside
+        assert max(map(len, ended.out.splitlines())) <= max(
+            100, len(str(tmp_path)) + 60
+        )  # paths aside
     costs = json.loads((tmp_path / "out" / "costs.json").read_text())
     assert all(
-        cost["attempts"] == 1 and cost["train_seconds"] > 0 and cost["peak_memory_bytes"] > 0 for cost in costs.values()
+        cost["attempts"] == 1 and cost["train_seconds"] > 0 and cost["peak_memory_bytes"] > 0
+        for cost in costs.values()
     )
-    ended = command("study", tmp_path / "study.yaml", "--output", tmp_path / "out", "--executor", "slrum")
+    ended = command(
+        "study", tmp_path / "study.yaml", "--output", tmp_path / "out", "--executor", "slrum"
+    )
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith("error: unknown executor 'slrum'. Did you mean 'slurm'?")
     assert command("study", tmp_path / "nowhere.yaml", "--output", tmp_path / "new").code == 2
     assert not (tmp_path / "new").exists()
     pytest.importorskip("optuna", reason="the extra `tune` is not installed")
     search = {"name": "t", "base": base, "search": {"method.rank": [1, 2]}, "trials": 2}
-    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({**search, "objectives": ["eval_accuracy", "lora_parameters"]}))
+    (tmp_path / "tune.yaml").write_text(
+        yaml.safe_dump({**search, "objectives": ["eval_accuracy", "lora_parameters"]})
+    )
     ended = command("tune", tmp_path / "tune.yaml", "--output", tmp_path / "tuned")
     assert ended.code == 0, ended.err
     assert "2 trials" in ended.out

@@ -1,7 +1,9 @@
-"""kill -9 to a study and its workers, all at once, at random moments: the results are those of a clean run, byte for byte.
+"""kill -9 to a study and its workers, all at once, at random moments: the results are those of a
+clean run, byte for byte.
 
-Two workers that really train (a tiny BERT, dropout on, a checkpoint every second step); the study is started again
-after each kill. `benchmarks/kill_study.py` kills twenty times, and through the command line.
+Two workers that really train (a tiny BERT, dropout on, a checkpoint every second step); the study
+is started again after each kill. `benchmarks/kill_study.py` kills twenty times, and through the
+command line.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def test_a_study_killed_at_random_moments_ends_as_a_clean_one(
                 {"name": "lora", "rank": 2},
                 {"name": "adalora", "rank": 2, "initial": 2, "final": 2, "every": 2},
             ],
-            "training.learning_rate": [1e-2, 1e30],  # the second diverges: a failed run is a row in both
+            "training.learning_rate": [
+                1e-2,
+                1e30,
+            ],  # the second diverges: a failed run is a row in both
             "seed": [0, 1],
         },
         baseline="lora",
@@ -83,14 +88,18 @@ def test_a_study_killed_at_random_moments_ends_as_a_clean_one(
     assert any(cost["attempts"] > 1 for cost in read(folder)["costs"].values())
 
 
-@pytest.mark.parametrize(("save", "evaluate"), [("steps", "epoch"), ("epoch", "epoch"), ("steps", "no")])
+@pytest.mark.parametrize(
+    ("save", "evaluate"), [("steps", "epoch"), ("epoch", "epoch"), ("steps", "no")]
+)
 def test_a_run_goes_on_from_the_checkpoint_at_the_end_of_an_epoch(
     save: str, evaluate: str, bert_folder: str, reviews_file: str, tmp_path: Path
 ) -> None:
     training = {"save_strategy": save, "save_steps": 4, "eval_strategy": evaluate}
     base = recipe(bert_folder, reviews_file, "", adapters={"dropout": 0.1}, training=training)
     del base["output"]
-    made = Study(name="cut", base=base, grid={"seed": [0]}, baseline="linear_decay", metric="eval_accuracy")
+    made = Study(
+        name="cut", base=base, grid={"seed": [0]}, baseline="linear_decay", metric="eval_accuracy"
+    )
     for folder in (tmp_path / "clean", tmp_path / "cut"):
         write_plan(folder, made, make_plan(made))
     work(tmp_path / "clean", run)

@@ -1,6 +1,7 @@
 """The statistics of studies: equal to scipy's where scipy has them, and honest by simulation.
 
-Simulations are vectorised twins of `statistics` (checked against it below): 1,000 repetitions of a whole study each.
+Simulations are vectorised twins of `statistics` (checked against it below): 1,000 repetitions of a
+whole study each.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ REPETITIONS = 1_000
 RNG = np.random.default_rng(0)
 Array = NDArray[np.float64]
 
-# One figure a seed, as studies see them: bell-shaped, heavy tails, skewed, now and then a run that falls to chance, and an
-# accuracy on so few records that it moves in steps of half a standard deviation.
+# One figure a seed, as studies see them: bell-shaped, heavy tails, skewed, now and then a run that
+# falls to chance, and an accuracy on so few records that it moves in steps of half a standard
+# deviation.
 NOISE = {
     "normal": lambda rng, size: rng.normal(size=size),
     "heavy tails": lambda rng, size: rng.standard_t(3, size=size),
     "skewed": lambda rng, size: rng.exponential(size=size),
-    "one run in ten collapses": lambda rng, size: rng.normal(size=size) - 20.0 * (rng.random(size) < 0.1),
+    "one run in ten collapses": lambda rng, size: (
+        rng.normal(size=size) - 20.0 * (rng.random(size) < 0.1)
+    ),
     "coarse": lambda rng, size: np.round(2 * rng.normal(size=size)) / 2,
 }
 
 
 def verdicts(x: Array) -> Array:
-    """Return +1, 0, -1 for better, tie, worse: x is (repetitions, 1 + methods, seeds), the baseline first."""
+    """Return +1, 0, -1 for better, tie, worse: x is (repetitions, 1 + methods, seeds), the baseline
+    first."""
     n = x.shape[2]
     d = x[:, 1:] - x[:, :1]
     mean, sd = d.mean(2), d.std(2, ddof=1)
@@ -67,17 +72,19 @@ def test_the_simulated_rule_is_the_rule() -> None:
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 @pytest.mark.parametrize("noise", list(NOISE))
 def test_a_planted_tie_is_called_a_tie(noise: str, seeds: int) -> None:
-    """At most 5 % of studies of four methods that are all the baseline call any of them better or worse.
+    """At most 5 % of studies of four methods that are all the baseline call any of them better or
+    worse.
 
-    The rate itself is below 4 % (20,000 repetitions: 3.5 % at worst, ten seeds); 1,000 repetitions of 4 % stay below 6 % with
-    probability 0.999, and these draws are fixed.
+    The rate itself is below 4 % (20,000 repetitions: 3.5 % at worst, ten seeds); 1,000 repetitions
+    of 4 % stay below 6 % with probability 0.999, and these draws are fixed.
     """
     x = NOISE[noise](np.random.default_rng(seeds), (REPETITIONS, 5, seeds))
     assert (verdicts(x) != 0).any(1).mean() <= 0.05
 
 
-# Share of studies that find a difference of so many standard deviations, among four methods of which one has it, seeds drawn
-# apart (no gain from pairing): the power to be expected. Three seeds find only what is plain to see.
+# Share of studies that find a difference of so many standard deviations, among four methods of
+# which one has it, seeds drawn apart (no gain from pairing): the power to be expected. Three seeds
+# find only what is plain to see.
 POWER = {(3, 4): 0.25, (3, 8): 0.69, (5, 2): 0.29, (5, 4): 0.90, (10, 1): 0.26, (10, 2): 0.87}
 
 
@@ -88,15 +95,20 @@ def test_a_planted_difference_is_found_and_its_sign_is_right(seeds: int, differe
     found = verdicts(x)
     # Within four standard errors of the stated power; the wrong sign never.
     power = POWER[seeds, difference]
-    assert (found[:, 0] == 1).mean() == pytest.approx(power, abs=4 * math.sqrt(power * (1 - power) / REPETITIONS))
+    assert (found[:, 0] == 1).mean() == pytest.approx(
+        power, abs=4 * math.sqrt(power * (1 - power) / REPETITIONS)
+    )
     assert (found[:, 0] == -1).sum() == 0
     assert (found[:, 1:] != 0).any(1).mean() <= 0.05
 
 
 def test_the_percentile_bootstrap_is_too_bold_for_three_seeds() -> None:
-    """Why it does not decide: with three pairs it calls a quarter of ties a difference, whenever all have one sign."""
+    """Why it does not decide: with three pairs it calls a quarter of ties a difference, whenever
+    all have one sign."""
     d = RNG.normal(size=(400, 3))
-    assert np.mean([ours.paired_bootstrap(row) <= 0.05 for row in d]) == pytest.approx(0.25, abs=0.09)
+    assert np.mean([ours.paired_bootstrap(row) <= 0.05 for row in d]) == pytest.approx(
+        0.25, abs=0.09
+    )
     assert ours.paired_bootstrap([1.0, 2.0, 3.0]) == 0.0
 
 
@@ -110,17 +122,22 @@ def test_the_paired_t_test_and_the_interval_are_scipys() -> None:
         assert found.ci95 == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
         mean, sd, interval = ours.summary(a)
         assert (mean, sd) == pytest.approx((a.mean(), a.std(ddof=1)))
-        assert interval == pytest.approx(stats.t.interval(0.95, n - 1, loc=a.mean(), scale=stats.sem(a)))
+        assert interval == pytest.approx(
+            stats.t.interval(0.95, n - 1, loc=a.mean(), scale=stats.sem(a))
+        )
 
 
 def test_wilcoxon_is_scipys_and_equals_the_enumeration_with_ties() -> None:
     for n in (3, 6, 12):
         d = RNG.normal(size=n) + 0.4
-        assert ours.wilcoxon(d) == pytest.approx(stats.wilcoxon(d, method="exact").pvalue, rel=1e-12)
+        assert ours.wilcoxon(d) == pytest.approx(
+            stats.wilcoxon(d, method="exact").pvalue, rel=1e-12
+        )
     d = np.array([1.0, 1.0, -1.0, 2.0, 3.0, 0.0])
     ranks = stats.rankdata(abs(d[d != 0]))
     sums = [
-        sum(r for r, sign in zip(ranks, signs, strict=True) if sign) for signs in itertools.product((0, 1), repeat=5)
+        sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
+        for signs in itertools.product((0, 1), repeat=5)
     ]
     observed = sum(ranks[d[d != 0] > 0])
     low, high = np.mean(np.array(sums) <= observed), np.mean(np.array(sums) >= observed)
@@ -136,7 +153,9 @@ def test_the_bootstrap_with_five_pairs_is_the_enumeration_and_with_more_close_to
     d = [0.3, -0.1, 0.5, 0.2, -0.4]
     means = [sum(draw) / 5 for draw in itertools.product(d, repeat=5)]
     low, high = np.mean(np.array(means) <= 1e-15), np.mean(np.array(means) >= -1e-15)
-    assert ours.paired_bootstrap(d) == pytest.approx(2 * min(low, high), abs=2e-3)  # sums of 0 but for rounding
+    assert ours.paired_bootstrap(d) == pytest.approx(
+        2 * min(low, high), abs=2e-3
+    )  # sums of 0 but for rounding
     six = [*d, 0.1]
     exact = np.array([sum(draw) / 6 for draw in itertools.product(six, repeat=6)])
     # 10,000 draws: the standard error of 2 p is below 0.01.
@@ -152,7 +171,8 @@ def test_holm_is_holms_example_and_never_below_the_raw_p() -> None:
 
 
 def test_equal_differences_are_no_proof() -> None:
-    """One record more in each of three seeds: no spread to measure by, so the sign test's p, and a tie."""
+    """One record more in each of three seeds: no spread to measure by, so the sign test's p, and a
+    tie."""
     found = ours.compare([0.51, 0.61, 0.71], [0.50, 0.60, 0.70])
     assert found.p_t == 0.25
 
@@ -163,7 +183,9 @@ def test_the_noise_floor_holds_95_percent_of_the_baseline_against_itself() -> No
         floors = stats.t.ppf(0.975, n - 1) * x[:, 0].std(1, ddof=1) * math.sqrt(2 / n)
         assert ours.noise_floor(x[0, 0]) == pytest.approx(floors[0])
         # A binomial share of 4,000: standard error 0.0034.
-        assert (abs(x[:, 0].mean(1) - x[:, 1].mean(1)) <= floors).mean() == pytest.approx(0.95, abs=0.014)
+        assert (abs(x[:, 0].mean(1) - x[:, 1].mean(1)) <= floors).mean() == pytest.approx(
+            0.95, abs=0.014
+        )
 
 
 def test_what_is_no_observation_is_refused() -> None:
@@ -184,7 +206,9 @@ def test_selection_rules() -> None:
     assert BestMedian().choose(figures, greater_is_better=True) == "high"
     assert BestWorst().choose(figures, greater_is_better=True) == "even"
     assert BestMean().choose(figures, greater_is_better=False) == "even"
-    for rule in RULES.values():  # a setting with a failed run only where there is no other; the first of equals
+    for rule in (
+        RULES.values()
+    ):  # a setting with a failed run only where there is no other; the first of equals
         assert rule().choose({"a": [None, None], "b": [None, 0.1]}, greater_is_better=True) == "b"
         assert rule().choose({"a": [0.5], "b": [0.5]}, greater_is_better=True) == "a"
         assert rule().choose({"a": [None], "b": [None]}, greater_is_better=True) == "a"

@@ -26,7 +26,14 @@ def tuning(**changes: Any) -> Tuning:
     base = {**study_data.study().base, "method": {"name": "lora", "rank": 4}}
     objectives = ["eval_accuracy", "lora_parameters"]
     return Tuning(
-        **{"name": "search", "base": base, "search": SEARCH, "objectives": objectives, "trials": 8, **changes}
+        **{
+            "name": "search",
+            "base": base,
+            "search": SEARCH,
+            "objectives": objectives,
+            "trials": 8,
+            **changes,
+        }
     )
 
 
@@ -51,10 +58,14 @@ def test_the_front_is_what_nothing_beats_and_the_seed_decides(tmp_path: Path) ->
     assert all(parameters == 128 * rank * 16 for rank, parameters in ranks.items())
     tune(tuning(), tmp_path / "b", train=INSTANT)
     assert tried(tmp_path / "a") == tried(tmp_path / "b")
-    assert {trial.run for trial in trials} == {path.name for path in (tmp_path / "a" / "runs").iterdir()}
+    assert {trial.run for trial in trials} == {
+        path.name for path in (tmp_path / "a" / "runs").iterdir()
+    }
 
 
-def test_a_search_cut_off_goes_on_and_proposes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_cut_off_goes_on_and_proposes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
 
     def dying(config: Any, *, resume: bool = False) -> None:
@@ -76,7 +87,9 @@ def test_a_search_cut_off_goes_on_and_proposes_the_same(tmp_path: Path, monkeypa
 
 def test_a_failed_run_is_a_failed_trial(tmp_path: Path) -> None:
     search = {"training.learning_rate": [1e-3, 2.0]}
-    trials = tune(tuning(search=search, objectives=["eval_accuracy"], trials=6), tmp_path, train=INSTANT)
+    trials = tune(
+        tuning(search=search, objectives=["eval_accuracy"], trials=6), tmp_path, train=INSTANT
+    )
     assert {trial.figures is None for trial in trials} == {True, False}
     for trial in trials:
         assert (trial.figures is None) == (trial.values["training.learning_rate"] == 2.0)
@@ -86,13 +99,22 @@ def test_a_failed_run_is_a_failed_trial(tmp_path: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no search": ({"search": {}}, "search is empty"),
     "no objective": ({"objectives": []}, "objectives is empty"),
-    "unknown key": ({"search": {"training.lerning_rate": [1]}}, "Did you mean 'training.learning_rate'"),
+    "unknown key": (
+        {"search": {"training.lerning_rate": [1]}},
+        "Did you mean 'training.learning_rate'",
+    ),
     "range": ({"search": {"seed": {"low": 3, "high": 1}}}, "low below high"),
     "range key": ({"search": {"seed": {"low": 3, "hihg": 1}}}, "Did you mean 'high'"),
     "no range": ({"search": {"seed": 3}}, "search.seed is 3; expected a list of choices"),
-    "log of 0": ({"search": {"training.learning_rate": {"low": 0, "high": 1, "log": True}}}, "low must be above 0"),
+    "log of 0": (
+        {"search": {"training.learning_rate": {"low": 0, "high": 1, "log": True}}},
+        "low must be above 0",
+    ),
     "trials": ({"trials": 0}, "trials is 0"),
-    "metric": ({"objectives": ["eval_acuracy"]}, "no metric 'eval_acuracy'. Did you mean 'eval_accuracy'"),
+    "metric": (
+        {"objectives": ["eval_acuracy"]},
+        "no metric 'eval_acuracy'. Did you mean 'eval_accuracy'",
+    ),
     "misspelt": ({"serach": {}}, "unknown key serach. Did you mean 'search'"),
 }
 

@@ -1,4 +1,5 @@
-"""Data that cannot be trained on is refused with file and record before anything is written; what can be, trains."""
+"""Data that cannot be trained on is refused with file and record before anything is written; what
+can be, trains."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from adaptive_lora.runs.run import run
 
 pytest_plugins = ("model_folders",)
 
-QUICK = "--epochs 1 --batch-size 16 --rank 2 --set training.warmup_steps=0 --set training.dataloader_pin_memory=false"
+QUICK = "--epochs 1 --batch-size 16 --rank 2 --set training.warmup_steps=0 "
+QUICK += "--set training.dataloader_pin_memory=false"
 
 
 def changed(records: list[dict[str, Any]], row: int, **change: Any) -> list[dict[str, Any]]:
@@ -44,7 +46,8 @@ def no_output(records: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 GOOD = instructions(20)
-# Name -> (task, training records, evaluation records or None, further arguments, words of the message).
+# Name -> (task, training records, evaluation records or None, further arguments, words of the
+# message).
 BAD: dict[str, tuple[str, list[Any], list[Any] | None, str, list[str]]] = {
     "nothing bears loss": (
         "causal_lm",
@@ -111,7 +114,13 @@ BAD: dict[str, tuple[str, list[Any], list[Any] | None, str, list[str]]] = {
         "--set metric=acuracy",
         ["metric is 'acuracy'. Did you mean 'accuracy'?", "matthews"],
     ),
-    "metric of another task": ("causal_lm", GOOD, None, "--set metric=accuracy", ["'accuracy'", "perplexity"]),
+    "metric of another task": (
+        "causal_lm",
+        GOOD,
+        None,
+        "--set metric=accuracy",
+        ["'accuracy'", "perplexity"],
+    ),
     "unknown metric for the best model": (
         "causal_lm",
         GOOD,
@@ -145,12 +154,16 @@ def test_bad_records_are_one_line_with_file_and_record_and_leave_nothing(
     assert ended.code == 2
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
-    assert [word.format_map(files) for word in words if word.format_map(files) not in ended.err] == []
+    assert [
+        word.format_map(files) for word in words if word.format_map(files) not in ended.err
+    ] == []
     assert digests(tmp) == before
     assert not Path(files["out"]).exists()
 
 
-def test_a_token_id_outside_the_vocabulary_of_the_model_is_named(files: dict[str, str], command: Command) -> None:
+def test_a_token_id_outside_the_vocabulary_of_the_model_is_named(
+    files: dict[str, str], command: Command
+) -> None:
     """On a GPU it would be an assertion deep in a kernel."""
     tmp, size = Path(files["tmp"]), VOCABULARY["night"]
     model = Path(shutil.copytree(files["model"], tmp / "model"))
@@ -162,19 +175,34 @@ def test_a_token_id_outside_the_vocabulary_of_the_model_is_named(files: dict[str
     ended = command(*arguments(f"{TRAIN} --eval-data {{eval}}", files | {"model": str(model)}))
     assert ended.code == 2
     place = f"{files['data']}, record 5: token id {size} ('night')"
-    assert f"{place} is outside the model's vocabulary of {size}; the tokenizer belongs to another model" in ended.err
+    assert (
+        f"{place} is outside the model's vocabulary of {size}; the tokenizer belongs to another "
+        "model" in ended.err
+    )
     assert not Path(files["out"]).exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.csv", "text,label\na good day,yes\nein schöner Tag,no\n".encode("latin-1"), ["x.csv, line 3: not UTF-8"]),
-        ("x.jsonl", '{"text": "a"}\n{"text": "ä"}\n'.encode("utf-16"), ["x.jsonl, line 1: not UTF-8"]),
+        (
+            "x.csv",
+            "text,label\na good day,yes\nein schöner Tag,no\n".encode("latin-1"),
+            ["x.csv, line 3: not UTF-8"],
+        ),
+        (
+            "x.jsonl",
+            '{"text": "a"}\n{"text": "ä"}\n'.encode("utf-16"),
+            ["x.jsonl, line 1: not UTF-8"],
+        ),
         ("x.csv", b"text,label\n", ["x.csv has no records"]),
         ("x.jsonl", b"\n", ["x.jsonl has no records"]),
         ("x.parquet", b"PAR1", ["cannot read", "x.parquet"]),
-        ("x.py", b"raise SystemExit('this ran')", ["x.py has the ending '.py'; expected one of .csv"]),
+        (
+            "x.py",
+            b"raise SystemExit('this ran')",
+            ["x.py has the ending '.py'; expected one of .csv"],
+        ),
         ("x.pkl", b"cos\nsystem\n(S'true'\ntR.", ["x.pkl has the ending '.pkl'"]),
     ],
 )
@@ -194,11 +222,15 @@ def test_records_of_one_id_are_kept_when_asked_and_missing_ids_are_no_duplicates
     files: dict[str, str], command: Command
 ) -> None:
     tmp = Path(files["tmp"])
-    files["data"] = write_jsonl(tmp / "same.jsonl", [record | {"id": "k"} for record in reviews(20)])
+    files["data"] = write_jsonl(
+        tmp / "same.jsonl", [record | {"id": "k"} for record in reviews(20)]
+    )
     kept = command(*arguments(f"{TRAIN} {QUICK} --set data.duplicate_ids=keep", files))
     assert (kept.code, kept.err) == (0, "")
     for missing in (None, ""):
-        files["data"] = write_jsonl(tmp / "none.jsonl", [record | {"id": missing} for record in reviews(20)])
+        files["data"] = write_jsonl(
+            tmp / "none.jsonl", [record | {"id": missing} for record in reviews(20)]
+        )
         assert command(*arguments("data check --model {model} --data {data}", files)).code == 0
 
 
@@ -216,7 +248,10 @@ def test_a_record_of_100_000_characters_trains_cut_and_counted(
             writer.writerows(records)
     else:
         write_jsonl(file, records)
-    files["data"], files["eval"] = str(file), write_jsonl(Path(files["tmp"]) / "eval.jsonl", reviews(8))
+    files["data"], files["eval"] = (
+        str(file),
+        write_jsonl(Path(files["tmp"]) / "eval.jsonl", reviews(8)),
+    )
     started = time.monotonic()
     ended = command(*arguments(f"{TRAIN} --eval-data {{eval}} {QUICK}", files))
     assert time.monotonic() - started < 20
@@ -235,7 +270,10 @@ def test_inputs_beyond_the_positions_are_noted(files: dict[str, str], command: C
 def test_a_csv_of_ones_own_trains_with_three_flags(files: dict[str, str], command: Command) -> None:
     """Other column names, string labels, a column that is not read."""
     file = Path(files["tmp"]) / "mine.csv"
-    rows = [f'{i},2024-01-0{1 + i % 9},"{r["text"]}, said",{r["label"].upper()}' for i, r in enumerate(reviews(40))]
+    rows = [
+        f'{i},2024-01-0{1 + i % 9},"{r["text"]}, said",{r["label"].upper()}'
+        for i, r in enumerate(reviews(40))
+    ]
     file.write_text("n,when,what was said,verdict\n" + "\n".join(rows) + "\n", encoding="utf-8")
     flags = ["--data", file, "--text", "what was said", "--label", "verdict"]
     ended = command("train", "--model", files["model"], "--output", files["out"], *flags)
@@ -243,7 +281,9 @@ def test_a_csv_of_ones_own_trains_with_three_flags(files: dict[str, str], comman
     result = result_of(Path(files["out"]))
     assert result["data"]["classes"] == ["NEGATIVE", "POSITIVE"]
     assert 0 <= result["metrics"]["eval_accuracy"] <= 1
-    found = command("predict", files["out"], "--input", file, "--output", Path(files["tmp"]) / "out.csv")
+    found = command(
+        "predict", files["out"], "--input", file, "--output", Path(files["tmp"]) / "out.csv"
+    )
     assert (found.code, found.err) == (0, "")
 
 
@@ -284,7 +324,11 @@ def resumed(folder: Path) -> None:
 
 @pytest.mark.parametrize("what", ["the folder", "a file"])
 def test_a_checkpoint_that_is_a_link_is_passed_over_or_refused(
-    what: str, two_checkpoints: Path, classification_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str,
+    two_checkpoints: Path,
+    classification_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whoever can place a link would choose what is loaded."""
     elsewhere = tmp_path / "elsewhere"
@@ -302,7 +346,8 @@ def test_a_checkpoint_that_is_a_link_is_passed_over_or_refused(
     first = capsys.readouterr().out.splitlines()[0]
     assert str(last) in first
     assert first.endswith(
-        "is a symbolic link; a checkpoint is resumed only from files of its own; resuming from checkpoint-4"
+        "is a symbolic link; a checkpoint is resumed only from files of its own; resuming from "
+        "checkpoint-4"
     )
     assert rows_of(two_checkpoints) == rows_of(classification_run)
     assert weights_of(two_checkpoints) == weights_of(classification_run)
@@ -314,12 +359,19 @@ def test_a_checkpoint_that_is_a_link_is_passed_over_or_refused(
         resumed(alone)
 
 
-def test_a_run_whose_validation_labels_are_all_ignored_says_so(llama_folder: str, tmp_path: Path) -> None:
+def test_a_run_whose_validation_labels_are_all_ignored_says_so(
+    llama_folder: str, tmp_path: Path
+) -> None:
     """One record with an answer among many without: the rest is dropped and counted."""
     records = [*no_output(instructions(19)), instructions(20)[19]]
     file = write_jsonl(tmp_path / "x.jsonl", records)
     values = recipe(llama_folder, file, tmp_path / "run", task="causal_lm", data={"eval": file})
-    values["training"] |= {"num_train_epochs": 3, "eval_strategy": "no", "save_strategy": "no", "warmup_steps": 0}
+    values["training"] |= {
+        "num_train_epochs": 3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "warmup_steps": 0,
+    }
     result = run(parse(values))
     assert result["steps"] == 3  # one record, one step an epoch
     assert result["metrics"]["eval_token_loss"] > 0

@@ -1,4 +1,5 @@
-"""Labels and classes: a label is a class by its text, by its number only where that is said, and never by accident."""
+"""Labels and classes: a label is a class by its text, by its number only where that is said, and
+never by accident."""
 
 from __future__ import annotations
 
@@ -47,12 +48,18 @@ def test_the_number_of_a_class_label_is_a_number_whatever_the_classes_are_called
 
 @pytest.mark.parametrize(
     ("train", "held_out"),
-    [([1.0, 2.0, 3.0], [1, 2, 3]), ([1, 2, 3], ["1", "2", "3"]), (["1", "2", "3"], [1.0, 2.0, 3.0])],
+    [
+        ([1.0, 2.0, 3.0], [1, 2, 3]),
+        ([1, 2, 3], ["1", "2", "3"]),
+        (["1", "2", "3"], [1.0, 2.0, 3.0]),
+    ],
 )
 def test_a_number_is_one_class_however_it_is_written(
     train: list[Any], held_out: list[Any], bert_folder: str, tmp_path: Path
 ) -> None:
-    files = [table(tmp_path / f"{i}.parquet", labels * 3) for i, labels in enumerate((train, held_out))]
+    files = [
+        table(tmp_path / f"{i}.parquet", labels * 3) for i, labels in enumerate((train, held_out))
+    ]
     assert trained_on(bert_folder, *files) == (["1", "2", "3"] * 3,) * 2
 
 
@@ -65,15 +72,24 @@ def test_where_the_recipe_names_classes_a_label_may_be_the_number_of_one(
 
 
 def test_classes_read_off_the_records_have_no_numbers(bert_folder: str, tmp_path: Path) -> None:
-    train, held_out = table(tmp_path / "a.parquet", ["p", "n"] * 4), table(tmp_path / "b.parquet", [0, 1] * 4)
+    train, held_out = (
+        table(tmp_path / "a.parquet", ["p", "n"] * 4),
+        table(tmp_path / "b.parquet", [0, 1] * 4),
+    )
     with pytest.raises(
-        InputError, match=r"b.parquet, record 1: label 0 .* outside the classes \['n', 'p'\] of the training"
+        InputError,
+        match=r"b.parquet, record 1: label 0 .* outside the classes \['n', 'p'\] of the training",
     ):
         prepare(bert_folder, train, eval=held_out)
 
 
-def test_a_recipe_may_say_that_labels_are_numbers_of_classes(bert_folder: str, tmp_path: Path) -> None:
-    train, held_out = table(tmp_path / "a.parquet", ["p", "n"] * 4), table(tmp_path / "b.parquet", [0, 1] * 4)
+def test_a_recipe_may_say_that_labels_are_numbers_of_classes(
+    bert_folder: str, tmp_path: Path
+) -> None:
+    train, held_out = (
+        table(tmp_path / "a.parquet", ["p", "n"] * 4),
+        table(tmp_path / "b.parquet", [0, 1] * 4),
+    )
     assert trained_on(bert_folder, train, held_out, class_numbers=True)[1] == ["n", "p"] * 4
 
 
@@ -84,12 +100,18 @@ def test_numbers_outside_the_classes_are_refused(bert_folder: str, tmp_path: Pat
             prepare(bert_folder, file, classes=["neg", "pos"], eval_size=1)
 
 
-@pytest.mark.parametrize(("bad", "kind"), [("", None), (" ", None), (float("nan"), pa.float64()), (None, None)])
+@pytest.mark.parametrize(
+    ("bad", "kind"), [("", None), (" ", None), (float("nan"), pa.float64()), (None, None)]
+)
 @pytest.mark.parametrize("given", [None, ["0", "1"]])
-def test_no_label_is_no_class(bad: Any, kind: Any, given: list[str] | None, bert_folder: str, tmp_path: Path) -> None:
+def test_no_label_is_no_class(
+    bad: Any, kind: Any, given: list[str] | None, bert_folder: str, tmp_path: Path
+) -> None:
     good = [0.0, 1.0] if kind is not None else ["0", "1"]
     file = table(tmp_path / "x.parquet", [*good * 3, bad], kind)
-    with pytest.raises(InputError, match=r"record 7: column 'label' is .*; expected a text or a number"):
+    with pytest.raises(
+        InputError, match=r"record 7: column 'label' is .*; expected a text or a number"
+    ):
         prepare(bert_folder, file, classes=given, eval_size=1)
 
 
@@ -108,15 +130,27 @@ def test_a_folder_of_images_is_no_text(bert_folder: str, tmp_path: Path, command
     assert "use --task image_classification" in ended.err
 
 
-def test_further_sets_are_scored_on_their_own_records_with_persistent_workers(bert_folder: str, tmp_path: Path) -> None:
+def test_further_sets_are_scored_on_their_own_records_with_persistent_workers(
+    bert_folder: str, tmp_path: Path
+) -> None:
     """The Trainer keeps the loader of an evaluation set under one name for all."""
     records = reviews(24)
-    swapped = [{**r, "label": "positive" if r["label"] == "negative" else "negative"} for r in records]
+    swapped = [
+        {**r, "label": "positive" if r["label"] == "negative" else "negative"} for r in records
+    ]
     train = write_jsonl(tmp_path / "train.jsonl", records)
     other = write_jsonl(tmp_path / "other.jsonl", swapped)
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "num_train_epochs": 1}
+    workers = {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "num_train_epochs": 1,
+    }
     values = recipe(
-        bert_folder, train, tmp_path / "out", data={"eval": train, "extra_eval": {"other": other}}, training=workers
+        bert_folder,
+        train,
+        tmp_path / "out",
+        data={"eval": train, "extra_eval": {"other": other}},
+        training=workers,
     )
     metrics = run(parse(values))["metrics"]
     assert metrics["eval_other_accuracy"] == pytest.approx(1 - metrics["eval_accuracy"])

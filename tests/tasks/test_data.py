@@ -1,4 +1,5 @@
-"""Data: every format gives the same records, every bad record is named, and the loss falls on the answer alone."""
+"""Data: every format gives the same records, every bad record is named, and the loss falls on the
+answer alone."""
 
 from __future__ import annotations
 
@@ -38,12 +39,15 @@ def encode(suffix: str, records: list[dict[str, str]]) -> bytes:
         pyarrow.parquet.write_table(pa.Table.from_pylist(records), sink)
         return sink.getvalue().to_pybytes()
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    return ("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\r\n".join(lines) + "\n\n").encode()
+    return (
+        "[" + ",\n".join(lines) + "]" if suffix == ".json" else "\r\n".join(lines) + "\n\n"
+    ).encode()
 
 
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_format_gives_the_same_records(suffix: str, tmp_path: Path) -> None:
-    """Quotes, separators, line breaks, accents, and U+2028 and U+0085, at which Python's splitlines() splits."""
+    """Quotes, separators, line breaks, accents, and U+2028 and U+0085, at which Python's
+    splitlines() splits."""
     odd = {"text": 'he said "a, b"\tand\nleft \u2028 naïve \x85 ok', "label": "negative"}
     records = [odd, *reviews(5), {"text": "", "label": "positive"}]
     file = tmp_path / f"records{suffix.upper()}"
@@ -60,7 +64,10 @@ def test_a_byte_order_mark_is_no_part_of_the_data(suffix: str, tmp_path: Path) -
 
 def test_a_key_that_only_later_json_records_have_is_a_column(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [{"output": "a"}, {"output": "b", "input": "c"}])
-    assert read_table(file).to_list() == [{"output": "a", "input": None}, {"output": "b", "input": "c"}]
+    assert read_table(file).to_list() == [
+        {"output": "a", "input": None},
+        {"output": "b", "input": "c"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,15 +75,31 @@ def test_a_key_that_only_later_json_records_have_is_a_column(tmp_path: Path) -> 
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text":\n', "a.jsonl, line 3, column 9: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "a.jsonl, record 2: expected an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "a.jsonl, record 2: the values of 'text' do not fit one type"),
-        ("a.jsonl", b'{"text": 1%s}\n' % (b"0" * 30), "a.jsonl, record 1: the values of 'text' do not fit one type"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": 3}\n',
+            "a.jsonl, record 2: the values of 'text' do not fit one type",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": 1%s}\n' % (b"0" * 30),
+            "a.jsonl, record 1: the values of 'text' do not fit one type",
+        ),
         ("a.json", b'[{"text": "a"},\n{]', "a.json, line 2, column 2: not valid JSON"),
         ("a.json", b'{"text": "a"}', "a.json holds a dict; expected a list of records"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "ä"}\n'.encode("latin-1"), "a.jsonl, line 2: not UTF-8"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "ä"}\n'.encode("latin-1"),
+            "a.jsonl, line 2: not UTF-8",
+        ),
         ("a.csv", "text,label\na,b\nä,b\n".encode("latin-1"), "a.csv, line 3: not UTF-8"),
         ("a.csv", "täxt,label\na,b\n".encode("latin-1"), "a.csv, line 1: not UTF-8"),
         ("a.csv", "text,label\na,b\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
-        ("a.csv", b"text,label\na,b,c\n", "a.csv, record 1 (line 2): 3 values where the header names 2 columns"),
+        (
+            "a.csv",
+            b"text,label\na,b,c\n",
+            "a.csv, record 1 (line 2): 3 values where the header names 2 columns",
+        ),
         ("a.csv", b"text,text\na,b\n", "a.csv has two columns of one name"),
         ("a.parquet", b"hello", "cannot read"),
         ("a.txt", b"hello", "a.txt has the ending '.txt'; expected one of .csv"),
@@ -96,7 +119,11 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("no.csv", "does not exist"), ("a/b/c", "does not exist"), (".", "is a folder without images")],
+    [
+        ("no.csv", "does not exist"),
+        ("a/b/c", "does not exist"),
+        (".", "is a folder without images"),
+    ],
 )
 def test_a_missing_file_and_a_folder_are_told_apart(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +138,12 @@ def test_an_unknown_hub_name_offline_says_what_was_tried_at_once() -> None:
     with pytest.raises(InputError) as error:
         read_table("nobody/nothing-of-this-name")
     assert time.monotonic() - started < 5
-    for part in ("nobody/nothing-of-this-name", "local file", "local cache", "HF_HUB_OFFLINE is set"):
+    for part in (
+        "nobody/nothing-of-this-name",
+        "local file",
+        "local cache",
+        "HF_HUB_OFFLINE is set",
+    ):
         assert part in str(error.value)
 
 
@@ -139,7 +171,9 @@ def test_200_rows_with_an_eval_size_of_20_are_180_and_20_disjoint_records(tmp_pa
         ({"rows": 41}, "data.rows asks for 41 records; .* has 40"),
     ],
 )
-def test_a_split_without_records_is_refused(data: dict[str, Any], message: str, reviews_file: str) -> None:
+def test_a_split_without_records_is_refused(
+    data: dict[str, Any], message: str, reviews_file: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_splits(DataConfig(train=reviews_file, **data))
 
@@ -148,10 +182,22 @@ def test_a_split_without_records_is_refused(data: dict[str, Any], message: str, 
     ("change", "data", "message"),
     [
         ({}, {"text": "txt"}, "has no column 'txt'. Did you mean 'text'? Its columns: text, label"),
-        ({}, {"label": "lable"}, "has no column 'lable'. Did you mean 'label'? Its columns: text, label"),
-        ({}, {"classes": ["negative", "neutral"]}, "label 'positive' in column 'label' is outside the classes"),
+        (
+            {},
+            {"label": "lable"},
+            "has no column 'lable'. Did you mean 'label'? Its columns: text, label",
+        ),
+        (
+            {},
+            {"classes": ["negative", "neutral"]},
+            "label 'positive' in column 'label' is outside the classes",
+        ),
         ({}, {"classes": ["positive", "negative", "positive"]}, "data.classes names a class twice"),
-        ({"label": ""}, {"classes": ["negative", "positive"]}, ", record 38: column 'label' is ''; expected a text"),
+        (
+            {"label": ""},
+            {"classes": ["negative", "positive"]},
+            ", record 38: column 'label' is ''; expected a text",
+        ),
         ({"label": None}, {}, ", record 38: column 'label' is None"),
         ({"text": " "}, {}, ", record 38: column 'text' is ' '; expected text"),
         ({"text": None}, {}, ", record 38: column 'text' is None; expected text"),
@@ -169,7 +215,9 @@ def test_a_column_or_record_that_cannot_be_classified_is_named_as_the_file_count
     assert message in str(error.value)
 
 
-def test_labels_of_one_class_or_of_no_plain_type_are_refused(bert_folder: str, tmp_path: Path) -> None:
+def test_labels_of_one_class_or_of_no_plain_type_are_refused(
+    bert_folder: str, tmp_path: Path
+) -> None:
     file = tmp_path / "x.jsonl"
     write_jsonl(file, [record | {"label": "positive"} for record in reviews(20)])
     with pytest.raises(InputError, match=r"'label' holds one class only, \['positive'\]"):
@@ -182,13 +230,19 @@ def test_labels_of_one_class_or_of_no_plain_type_are_refused(bert_folder: str, t
 def test_a_label_of_the_evaluation_file_outside_the_classes_is_named_there(
     bert_folder: str, reviews_file: str, tmp_path: Path
 ) -> None:
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", [*reviews(6), {"text": "a day", "label": "neutral"}])
-    with pytest.raises(InputError, match=r"held_out.jsonl, record 7: label 'neutral' .* \['negative', 'positive'\]"):
+    held_out = write_jsonl(
+        tmp_path / "held_out.jsonl", [*reviews(6), {"text": "a day", "label": "neutral"}]
+    )
+    with pytest.raises(
+        InputError, match=r"held_out.jsonl, record 7: label 'neutral' .* \['negative', 'positive'\]"
+    ):
         prepare(bert_folder, reviews_file, eval=held_out)
 
 
 def test_integer_classes_sort_as_numbers(bert_folder: str, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "a day", "label": i % 11} for i in range(99)])
+    file = write_jsonl(
+        tmp_path / "x.jsonl", [{"text": "a day", "label": i % 11} for i in range(99)]
+    )
     prepared = prepare(bert_folder, file)
     names = prepared.task.model_arguments()["id2label"]
     assert list(names.values()) == [str(i) for i in range(11)]
@@ -197,21 +251,30 @@ def test_integer_classes_sort_as_numbers(bert_folder: str, tmp_path: Path) -> No
 
 
 def test_inputs_longer_than_the_limit_are_cut_and_counted(bert_folder: str, tmp_path: Path) -> None:
-    records = [record | {"text": "good day " * (10 if i < 5 else 1)} for i, record in enumerate(reviews(40))]
+    records = [
+        record | {"text": "good day " * (10 if i < 5 else 1)}
+        for i, record in enumerate(reviews(40))
+    ]
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", records), longest=8)
-    assert max(len(ids) for part in (prepared.train, prepared.eval) for ids in part["input_ids"]) == 8
+    assert (
+        max(len(ids) for part in (prepared.train, prepared.eval) for ids in part["input_ids"]) == 8
+    )
     cut = [re.search(r"; (\d+) longer than 8 and cut$", note) for note in prepared.task.notes]
     assert sum(int(found[1]) for found in cut if found) == 5
 
 
 def test_only_the_output_and_its_end_bear_loss(llama_folder: str, tmp_path: Path) -> None:
     records = instructions(12)
-    prepared = prepare(llama_folder, write_jsonl(tmp_path / "x.jsonl", records), task="causal_lm", eval_size=4)
+    prepared = prepare(
+        llama_folder, write_jsonl(tmp_path / "x.jsonl", records), task="causal_lm", eval_size=4
+    )
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     found = {}
     for item in [*prepared.train, *prepared.eval]:
         length = sum(label == IGNORED for label in item["labels"])
-        assert item["labels"][length:] == item["input_ids"][length:]  # one masked stretch, at the start
+        assert (
+            item["labels"][length:] == item["input_ids"][length:]
+        )  # one masked stretch, at the start
         found[tuple(item["input_ids"][:length])] = item["input_ids"][length:]
     expected = {
         tuple(tokenizer(prompt_of(r["instruction"], r["input"]))["input_ids"]): [
@@ -221,37 +284,53 @@ def test_only_the_output_and_its_end_bear_loss(llama_folder: str, tmp_path: Path
         for r in records
     }
     assert found == expected
-    assert tokenizer.unk_token_id not in {i for prompt in found for i in prompt}  # the vocabulary knows the headings
+    assert tokenizer.unk_token_id not in {
+        i for prompt in found for i in prompt
+    }  # the vocabulary knows the headings
     assert all(prompt[0] == tokenizer.bos_token_id for prompt in found)
     assert [heading in prompt_of("a", "b") for heading in HEADINGS] == [True, True, True]
     assert [heading in prompt_of("a", "") for heading in HEADINGS] == [True, False, True]
 
 
-def test_a_prompt_that_fills_the_limit_is_dropped_and_counted(llama_folder: str, tmp_path: Path) -> None:
-    """Prompts with an input have 25 tokens here, those without 17: at 25 tokens only the latter reach their answer."""
+def test_a_prompt_that_fills_the_limit_is_dropped_and_counted(
+    llama_folder: str, tmp_path: Path
+) -> None:
+    """Prompts with an input have 25 tokens here, those without 17: at 25 tokens only the latter
+    reach their answer."""
     file = write_jsonl(tmp_path / "x.jsonl", instructions(40))
     prepared = prepare(llama_folder, file, task="causal_lm", longest=25)
-    found = [re.search(r"(\d+) records dropped \(no token to learn from\)$", note) for note in prepared.task.notes]
+    found = [
+        re.search(r"(\d+) records dropped \(no token to learn from\)$", note)
+        for note in prepared.task.notes
+    ]
     dropped = [int(match[1]) for match in found if match]
     assert len(prepared.train) + len(prepared.eval) == 20
     assert sum(dropped) == 20
-    assert all(item["labels"][-1] != IGNORED for part in (prepared.train, prepared.eval) for item in part)
-    with pytest.raises(InputError, match="no training record has a token to learn from within 17 tokens"):
+    assert all(
+        item["labels"][-1] != IGNORED for part in (prepared.train, prepared.eval) for item in part
+    )
+    with pytest.raises(
+        InputError, match="no training record has a token to learn from within 17 tokens"
+    ):
         prepare(llama_folder, file, task="causal_lm", longest=17)
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("output", None), ("instruction", None), ("instruction", ""), ("input", None)]
+    ("column", "value"),
+    [("output", None), ("instruction", None), ("instruction", ""), ("input", None)],
 )
 def test_an_instruction_record_needs_text_to_ask_and_to_learn(
     column: str, value: str | None, llama_folder: str, tmp_path: Path
 ) -> None:
-    """A missing input is no input; a missing instruction or output is an error at its record; never the word None."""
+    """A missing input is no input; a missing instruction or output is an error at its record; never
+    the word None."""
     records = instructions(40)
     records[37][column] = value
     file = write_jsonl(tmp_path / "x.jsonl", records)
     if value is None and column != "input":
-        with pytest.raises(InputError, match=rf"record 38: column {column!r} is None; expected text"):
+        with pytest.raises(
+            InputError, match=rf"record 38: column {column!r} is None; expected text"
+        ):
             prepare(llama_folder, file, task="causal_lm")
     else:
         prepared = prepare(llama_folder, file, task="causal_lm")

@@ -1,4 +1,5 @@
-"""The metrics against the libraries they come from, against slow twins written from the definitions, and by hand."""
+"""The metrics against the libraries they come from, against slow twins written from the
+definitions, and by hand."""
 
 from __future__ import annotations
 
@@ -18,9 +19,17 @@ from sklearn import metrics as sklearn_metrics
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.metrics import classification, language_model, normalize_answer, regression, rouge, squad
+from adaptive_lora.tasks.metrics import (
+    classification,
+    language_model,
+    normalize_answer,
+    regression,
+    rouge,
+    squad,
+)
 
-# --- classification ---------------------------------------------------------------------------------------------------
+# --- classification
+# -------------------------------------------------------------------------------------------------
 
 
 def one_hot(predicted: list[int], classes: int) -> np.ndarray:
@@ -40,7 +49,9 @@ def classification_twin(predicted: list[int], labels: list[int], classes: int) -
     called = [sum(matrix[row][c] for row in every) for c in every]
 
     def f1(c: int) -> Fraction:
-        return Fraction(2 * matrix[c][c], true[c] + called[c]) if true[c] + called[c] else Fraction(0)
+        return (
+            Fraction(2 * matrix[c][c], true[c] + called[c]) if true[c] + called[c] else Fraction(0)
+        )
 
     seen = [c for c in every if true[c] + called[c]]
     covariance = right * records - sum(true[c] * called[c] for c in every)
@@ -64,14 +75,20 @@ def guesses(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 @example(([0, 0, 0], [0, 0, 0], 2))
 @example(([1, 1, 1], [0, 1, 0], 2))
 @example((list(range(30)), list(range(30))[::-1], 30))
-def test_classification_is_its_twin_and_scikit_learn(case: tuple[list[int], list[int], int]) -> None:
+def test_classification_is_its_twin_and_scikit_learn(
+    case: tuple[list[int], list[int], int],
+) -> None:
     predicted, labels, classes = case
     values = classification(one_hot(predicted, classes), labels)
     assert values == pytest.approx(classification_twin(*case), abs=1e-12)
     assert values["accuracy"] == sklearn_metrics.accuracy_score(labels, predicted)
-    assert values["f1_macro"] == sklearn_metrics.f1_score(labels, predicted, average="macro", zero_division=0)
+    assert values["f1_macro"] == sklearn_metrics.f1_score(
+        labels, predicted, average="macro", zero_division=0
+    )
     if len({*labels, *predicted}) > 1:
-        assert values["matthews"] == pytest.approx(sklearn_metrics.matthews_corrcoef(labels, predicted), abs=1e-12)
+        assert values["matthews"] == pytest.approx(
+            sklearn_metrics.matthews_corrcoef(labels, predicted), abs=1e-12
+        )
     if classes == 2:
         assert values["f1"] == sklearn_metrics.f1_score(labels, predicted, zero_division=0)
     assert all(type(value) is float for value in values.values())
@@ -89,7 +106,9 @@ def test_classification_of_random_logits(classes: int, dtype: type) -> None:
 
 
 @given(guesses(), st.floats(0.1, 10), st.floats(-5, 5))
-def test_only_the_order_within_a_row_counts(case: tuple[list[int], list[int], int], scale: float, shift: float) -> None:
+def test_only_the_order_within_a_row_counts(
+    case: tuple[list[int], list[int], int], scale: float, shift: float
+) -> None:
     predicted, labels, classes = case
     logits = one_hot(predicted, classes)
     assert classification(scale * logits + shift, labels) == classification(logits, labels)
@@ -102,7 +121,9 @@ def test_renaming_the_classes_changes_nothing_but_the_positive_one(
     predicted, labels, classes = case
     names = list(range(classes))
     source.shuffle(names)
-    renamed = classification(one_hot([names[c] for c in predicted], classes), [names[c] for c in labels])
+    renamed = classification(
+        one_hot([names[c] for c in predicted], classes), [names[c] for c in labels]
+    )
     values = classification(one_hot(predicted, classes), labels)
     for name in ("accuracy", "f1_macro", "matthews"):
         assert renamed[name] == pytest.approx(values[name], abs=1e-12)
@@ -113,7 +134,12 @@ def test_classification_by_hand() -> None:
     labels = [1] * 5 + [0] * 5
     predicted = [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
     assert classification(one_hot(predicted, 2), labels) == pytest.approx(
-        {"accuracy": 0.7, "f1_macro": (6 / 9 + 8 / 11) / 2, "matthews": 10 / math.sqrt(600), "f1": 6 / 9}
+        {
+            "accuracy": 0.7,
+            "f1_macro": (6 / 9 + 8 / 11) / 2,
+            "matthews": 10 / math.sqrt(600),
+            "f1": 6 / 9,
+        }
     )
 
 
@@ -124,7 +150,9 @@ def test_only_two_classes_have_a_positive_one() -> None:
 
 def test_a_constant_guess_earns_no_matthews_correlation() -> None:
     assert classification(one_hot([1, 1, 1], 2), [0, 1, 1])["matthews"] == 0.0
-    assert classification(one_hot([1, 1, 1], 2), [1, 1, 1])["matthews"] == 0.0  # right, and still nothing told apart
+    assert (
+        classification(one_hot([1, 1, 1], 2), [1, 1, 1])["matthews"] == 0.0
+    )  # right, and still nothing told apart
 
 
 def test_a_nan_logit_spoils_every_metric_and_a_masked_class_none() -> None:
@@ -152,13 +180,16 @@ def test_classification_refuses(logits: np.ndarray, labels: object, message: str
         classification(logits, labels)  # type: ignore[arg-type]
 
 
-# --- regression -------------------------------------------------------------------------------------------------------
+# --- regression
+# -------------------------------------------------------------------------------------------------
 
 
 def exact_correlation(x: list[Fraction], y: list[Fraction]) -> float:
     mean_x, mean_y = sum(x, Fraction(0)) / len(x), sum(y, Fraction(0)) / len(y)
     together = sum(((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)), Fraction(0))
-    alone = sum(((a - mean_x) ** 2 for a in x), Fraction(0)) * sum(((b - mean_y) ** 2 for b in y), Fraction(0))
+    alone = sum(((a - mean_x) ** 2 for a in x), Fraction(0)) * sum(
+        ((b - mean_y) ** 2 for b in y), Fraction(0)
+    )
     if alone == 0:
         return 0.0
     return math.copysign(math.sqrt(together * together / alone), together)
@@ -167,7 +198,9 @@ def exact_correlation(x: list[Fraction], y: list[Fraction]) -> float:
 def mean_ranks(values: list[float]) -> list[Fraction]:
     """1 + the number below + half the number of others that tie."""
     return [
-        1 + sum(other < value for other in values) + Fraction(sum(other == value for other in values) - 1, 2)
+        1
+        + sum(other < value for other in values)
+        + Fraction(sum(other == value for other in values) - 1, 2)
         for value in values
     ]
 
@@ -209,7 +242,9 @@ def test_regression_of_single_precision_outputs() -> None:
 
 
 @given(rating_pairs, st.integers(1, 8), st.integers(-8, 8))
-def test_what_correlations_do_not_see(pairs: list[tuple[float, float]], scale: int, shift: int) -> None:
+def test_what_correlations_do_not_see(
+    pairs: list[tuple[float, float]], scale: int, shift: int
+) -> None:
     x, y = np.array(pairs).T
     values = regression(x, y)
     assert regression(y, x) == pytest.approx(values, abs=1e-12)
@@ -222,7 +257,13 @@ def test_what_correlations_do_not_see(pairs: list[tuple[float, float]], scale: i
     assert regression(x, x)["mse"] == 0.0
 
 
-@given(st.lists(st.tuples(*[st.floats(allow_nan=False, allow_infinity=False, width=32)] * 2), min_size=1, max_size=10))
+@given(
+    st.lists(
+        st.tuples(*[st.floats(allow_nan=False, allow_infinity=False, width=32)] * 2),
+        min_size=1,
+        max_size=10,
+    )
+)
 @example([(1.0, 1.0), (1.0 + 2**-52, 2.0), (1.0, 3.0)])  # constant up to rounding
 @example([(0.0, 1.0), (2.0**-149, 2.0)])
 def test_every_finite_model_output_has_finite_metrics(pairs: list[tuple[float, float]]) -> None:
@@ -233,7 +274,8 @@ def test_every_finite_model_output_has_finite_metrics(pairs: list[tuple[float, f
 
 
 @pytest.mark.parametrize(
-    ("predicted", "target"), [([3.0, 3.0, 3.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.5, 0.5]), ([1.0], [2.0])]
+    ("predicted", "target"),
+    [([3.0, 3.0, 3.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.5, 0.5]), ([1.0], [2.0])],
 )
 def test_a_constant_side_has_no_correlation(predicted: list[float], target: list[float]) -> None:
     values = regression(predicted, target)
@@ -251,13 +293,16 @@ def test_an_overflow_is_infinite_and_quiet() -> None:
     assert regression([1e200, -1e200], [0.0, 1.0])["mse"] == math.inf
 
 
-@pytest.mark.parametrize(("predicted", "target"), [([], []), ([1.0, 2.0], [1.0]), ([[1.0], [2.0]], [1.0, 2.0])])
+@pytest.mark.parametrize(
+    ("predicted", "target"), [([], []), ([1.0, 2.0], [1.0]), ([[1.0], [2.0]], [1.0, 2.0])]
+)
 def test_regression_refuses(predicted: list, target: list) -> None:
     with pytest.raises(InputError, match=r"expected \(N,\) and \(N,\)"):
         regression(predicted, target)
 
 
-# --- ROUGE ------------------------------------------------------------------------------------------------------------
+# --- ROUGE
+# -------------------------------------------------------------------------------------------------
 
 
 def f_measure(hits: int, found: int, wanted: int) -> float:
@@ -294,7 +339,9 @@ words = st.lists(st.sampled_from(["cat", "dog", "ox", "a", "ran", "7"]), max_siz
 @example([(["a", "a", "a"], ["a", "a"])])
 @example([([], ["a"]), ([], [])])
 def test_rouge_is_its_twin(records: list[tuple[list[str], list[str]]]) -> None:
-    values = rouge([" ".join(found) for found, _ in records], [" ".join(wanted) for _, wanted in records])
+    values = rouge(
+        [" ".join(found) for found, _ in records], [" ".join(wanted) for _, wanted in records]
+    )
     twin = {
         "rouge1": [rouge_n_twin(found, wanted, 1) for found, wanted in records],
         "rouge2": [rouge_n_twin(found, wanted, 2) for found, wanted in records],
@@ -306,9 +353,10 @@ def test_rouge_is_its_twin(records: list[tuple[list[str], list[str]]]) -> None:
 
 
 sentences = st.lists(
-    st.lists(st.sampled_from(["Cats", "running", "Dr", "3.5", "relational", "été", "U.S", "ponies"]), min_size=1).map(
-        " ".join
-    ),
+    st.lists(
+        st.sampled_from(["Cats", "running", "Dr", "3.5", "relational", "été", "U.S", "ponies"]),
+        min_size=1,
+    ).map(" ".join),
     min_size=2,
     max_size=4,
 )
@@ -316,16 +364,24 @@ sentences = st.lists(
 
 @given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=3))
 def test_rouge_is_rouge_score(records: list[tuple[list[str], list[str]]]) -> None:
-    predictions, references = (["\n".join(sentences) for sentences in side] for side in zip(*records, strict=True))
+    predictions, references = (
+        ["\n".join(sentences) for sentences in side] for side in zip(*records, strict=True)
+    )
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(wanted, found) for found, wanted in zip(predictions, references, strict=True)]
+    scores = [
+        scorer.score(wanted, found) for found, wanted in zip(predictions, references, strict=True)
+    ]
     values = rouge(predictions, references)
     assert list(values) == names
     for name in names:
-        assert values[name] == pytest.approx(100 * sum(score[name].fmeasure for score in scores) / len(scores))
+        assert values[name] == pytest.approx(
+            100 * sum(score[name].fmeasure for score in scores) / len(scores)
+        )
     # Ends of sentences in one line are as good as lines.
-    in_line = rouge(*([text.replace("\n", ".  ") + "." for text in side] for side in (predictions, references)))
+    in_line = rouge(
+        *([text.replace("\n", ".  ") + "." for text in side] for side in (predictions, references))
+    )
     assert in_line == pytest.approx(values)
 
 
@@ -343,7 +399,8 @@ def test_laws_of_rouge(found: list[str], wanted: list[str]) -> None:
 
 
 def test_rouge_by_hand() -> None:
-    """The example of Lin 2004, section 3.2: the union of w1 w2 and w1 w3 w5 has 4 of the 5 words of the reference."""
+    """The example of Lin 2004, section 3.2: the union of w1 w2 and w1 w3 w5 has 4 of the 5 words of
+    the reference."""
     values = rouge(["w1 w3 w8 w9 w5\nw1 w2 w6 w7 w8"], ["w1 w2 w3 w4 w5"])
     assert values["rougeLsum"] == pytest.approx(100 * f_measure(4, 10, 5))
     assert values["rougeL"] == pytest.approx(100 * f_measure(3, 10, 5))
@@ -364,24 +421,32 @@ def test_rouge_by_hand() -> None:
     ],
 )
 def test_where_sentences_end(text: str, count: int) -> None:
-    """Backwards, a sentence of different words has one word in common with itself: ROUGE-Lsum counts sentences."""
+    """Backwards, a sentence of different words has one word in common with itself: ROUGE-Lsum
+    counts sentences."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text).split()
     values = rouge([text], [" ".join(words[::-1])])
     assert values["rougeLsum"] == pytest.approx(100 * count / len(words))
-    assert rouge([" ".join(words[::-1])], [text])["rougeLsum"] == pytest.approx(values["rougeLsum"])  # references too
+    assert rouge([" ".join(words[::-1])], [text])["rougeLsum"] == pytest.approx(
+        values["rougeLsum"]
+    )  # references too
 
 
 def test_other_scripts_score_nothing() -> None:
     assert rouge(["кошка"], ["кошка"])["rouge1"] == 0.0
 
 
-@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], []), (["a"], ["a", "b"])])
+@pytest.mark.parametrize(
+    ("predictions", "references"), [([], []), (["a"], []), (["a"], ["a", "b"])]
+)
 def test_rouge_refuses(predictions: list[str], references: list[str]) -> None:
-    with pytest.raises(InputError, match=f"{len(predictions)} predictions and {len(references)} references"):
+    with pytest.raises(
+        InputError, match=f"{len(predictions)} predictions and {len(references)} references"
+    ):
         rouge(predictions, references)
 
 
-# --- SQuAD ------------------------------------------------------------------------------------------------------------
+# --- SQuAD
+# -------------------------------------------------------------------------------------------------
 
 
 def squad_tokens(text: str) -> list[str]:
@@ -426,7 +491,22 @@ def squad_twin(predictions: list[str], answers: list[list[str]]) -> dict[str, fl
 
 phrases = st.lists(
     st.sampled_from(
-        ["the", "A", "an", "cat", "Cat.", "theatre", "U.S.", "1,000", "the–cat", "is", "'s", "!", "  ", "é"]
+        [
+            "the",
+            "A",
+            "an",
+            "cat",
+            "Cat.",
+            "theatre",
+            "U.S.",
+            "1,000",
+            "the–cat",
+            "is",
+            "'s",
+            "!",
+            "  ",
+            "é",
+        ]
     ),
     max_size=6,
 ).map(" ".join)
@@ -458,7 +538,12 @@ def test_normalising_is_the_twins_and_settles(text: str) -> None:
 def test_what_squad_does_not_see(records: list[tuple[str, list[str]]]) -> None:
     predictions, answers = [found for found, _ in records], [wanted for _, wanted in records]
     values = squad(predictions, answers)
-    for same in (str.upper, lambda text: f"the {text}", lambda text: f"({text} )!", lambda text: f"\t{text}\n"):
+    for same in (
+        str.upper,
+        lambda text: f"the {text}",
+        lambda text: f"({text} )!",
+        lambda text: f"\t{text}\n",
+    ):
         assert squad([same(text) for text in predictions], answers) == pytest.approx(values)
     assert squad(predictions, [wanted[::-1] for wanted in answers]) == pytest.approx(values)
     more = squad(predictions, [[*wanted, "cat"] if wanted else [] for wanted in answers])
@@ -495,13 +580,18 @@ def test_normalising_by_hand() -> None:
     assert normalize_answer("“the”") == "“ ”"  # and only ASCII punctuation goes
 
 
-@pytest.mark.parametrize(("predictions", "answers"), [([], []), (["a"], []), (["a"], [["a"], ["b"]])])
+@pytest.mark.parametrize(
+    ("predictions", "answers"), [([], []), (["a"], []), (["a"], [["a"], ["b"]])]
+)
 def test_squad_refuses(predictions: list[str], answers: list[list[str]]) -> None:
-    with pytest.raises(InputError, match=f"{len(predictions)} predictions and {len(answers)} answers"):
+    with pytest.raises(
+        InputError, match=f"{len(predictions)} predictions and {len(answers)} answers"
+    ):
         squad(predictions, answers)
 
 
-# --- language modelling -----------------------------------------------------------------------------------------------
+# --- language modelling
+# -------------------------------------------------------------------------------------------------
 
 counts = st.integers(1, 10**9)
 
@@ -518,7 +608,10 @@ def test_a_uniform_model_over_bytes_needs_eight_bits_per_byte(size: int) -> None
 def test_merging_tokens_changes_perplexity_and_not_bits_per_byte(
     nll: float, tokens: int, byte_count: int, merged: int
 ) -> None:
-    fine, coarse = language_model(nll, tokens * merged, byte_count), language_model(nll, tokens, byte_count)
+    fine, coarse = (
+        language_model(nll, tokens * merged, byte_count),
+        language_model(nll, tokens, byte_count),
+    )
     assert fine["bits_per_byte"] == coarse["bits_per_byte"]
     assert coarse["token_loss"] == pytest.approx(merged * fine["token_loss"])
     if coarse["token_loss"] < 100:
@@ -530,17 +623,27 @@ def test_merging_tokens_changes_perplexity_and_not_bits_per_byte(
 
 
 @given(st.lists(st.lists(st.floats(2**-20, 1), min_size=1, max_size=6), min_size=1, max_size=6))
-def test_perplexity_is_the_inverse_geometric_mean_of_the_probabilities(records: list[list[float]]) -> None:
+def test_perplexity_is_the_inverse_geometric_mean_of_the_probabilities(
+    records: list[list[float]],
+) -> None:
     """Over all the tokens at once: a short record weighs less than a long one."""
     tokens = sum(map(len, records))
     product = math.prod(Fraction(p) for record in records for p in record)
-    values = language_model(sum(-math.log(p) for record in records for p in record), tokens, 3 * tokens)
+    values = language_model(
+        sum(-math.log(p) for record in records for p in record), tokens, 3 * tokens
+    )
     assert values["perplexity"] == pytest.approx(float(1 / product) ** (1 / tokens))
-    assert values["bits_per_byte"] == pytest.approx(math.log2(1 / product) / (3 * tokens), abs=1e-12)
+    assert values["bits_per_byte"] == pytest.approx(
+        math.log2(1 / product) / (3 * tokens), abs=1e-12
+    )
 
 
 def test_a_hopeless_model_has_a_finite_perplexity() -> None:
-    assert language_model(1e6, 1, 1)["perplexity"] == language_model(700.0, 1, 1)["perplexity"] == math.exp(700)
+    assert (
+        language_model(1e6, 1, 1)["perplexity"]
+        == language_model(700.0, 1, 1)["perplexity"]
+        == math.exp(700)
+    )
     assert language_model(1e6, 1, 1)["token_loss"] == 1e6
 
 
@@ -565,7 +668,8 @@ def test_language_model_refuses(tokens: int, byte_count: int) -> None:
         language_model(1.0, tokens, byte_count)
 
 
-# --- the module -------------------------------------------------------------------------------------------------------
+# --- the module
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_module_waits_for_neither_torch_nor_nltk() -> None:
@@ -576,5 +680,7 @@ def test_the_module_waits_for_neither_torch_nor_nltk() -> None:
         "spec.loader.exec_module(util.module_from_spec(spec))\n"
         "print(sorted({'nltk', 'rouge_score', 'torch', 'transformers'} & set(sys.modules)))"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert ended.stdout == "[]\n"

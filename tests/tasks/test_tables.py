@@ -1,4 +1,5 @@
-"""Tables: what a file holds that makes no table is named with its place; text in a CSV stays text."""
+"""Tables: what a file holds that makes no table is named with its place; text in a CSV stays
+text."""
 
 from __future__ import annotations
 
@@ -33,28 +34,45 @@ def map_column(path: Path) -> None:
 
 # Name of the file -> (its content, or what makes it; words of the message).
 ODD: list[tuple[str, Any, list[str]]] = [
-    ("map.parquet", map_column, ["map.parquet: column 'pairs' is of the type map<string, int64", "leave the column out"]),
-    ("half.jsonl", '{"text": "a"}\n\n{"text": "b \\ud800"}\n', ["half.jsonl, record 2: ", "b \\ud800' ends in half", "remove"]),
-    ("half.json", '[{"text": "a"}, {"t\\uDC00": 1}]', ["half.json, record 2: ", "t\\udc00' ends in half"]),
-    ("half.jsonl", '{"text": [{"deep": "\\ud800"}]}\n', ["half.jsonl, record 1: ", "half of a surrogate pair"]),
-    ("deep.jsonl", '{"text": []}\n{"text": ' + nested(300) + '}\n', ["deep.jsonl, record 2: the values of 'text'"]),
-    ("deep.jsonl", '{"text": "a"}\n{"text": ' + nested(100_000) + '}\n', ["deep.jsonl, line 2: ", "too deep"]),
+    ("map.parquet", map_column,
+     ["map.parquet: column 'pairs' is of the type map<string, int64", "leave the column out"]),
+    ("half.jsonl", '{"text": "a"}\n\n{"text": "b \\ud800"}\n',
+     ["half.jsonl, record 2: ", "b \\ud800' ends in half", "remove"]),
+    ("half.json", '[{"text": "a"}, {"t\\uDC00": 1}]',
+     ["half.json, record 2: ", "t\\udc00' ends in half"]),
+    ("half.jsonl", '{"text": [{"deep": "\\ud800"}]}\n',
+     ["half.jsonl, record 1: ", "half of a surrogate pair"]),
+    ("deep.jsonl", '{"text": []}\n{"text": ' + nested(300) + '}\n',
+     ["deep.jsonl, record 2: the values of 'text'"]),
+    ("deep.jsonl", '{"text": "a"}\n{"text": ' + nested(100_000) + '}\n',
+     ["deep.jsonl, line 2: ", "too deep"]),
     ("deep.json", '[{"text": ' + nested(100_000) + '}]', ["deep.json: ", "too deep"]),
-    ("long.jsonl", '{"text": 1}\n{"text": ' + "1" * 5000 + '}\n', ["long.jsonl, line 2: ", "4300 digits"]),
-    ("kept.csv", "(record),text,label\n1,a day,x\n", ["kept.csv has a column '(record)'", "rename it"]),
+    ("long.jsonl", '{"text": 1}\n{"text": ' + "1" * 5000 + '}\n',
+     ["long.jsonl, line 2: ", "4300 digits"]),
+    ("kept.csv", "(record),text,label\n1,a day,x\n",
+     ["kept.csv has a column '(record)'", "rename it"]),
     ("mixed.jsonl", '{"label": null}\n{"label": "a"}\n{"label": "b"}\n{"label": 3}\n{"label": 4}\n',
-     ["mixed.jsonl, record 4: the values of 'label' do not fit one type: 3, and a record before it has 'a'", "make them"]),
-    ("mixed.json", '[{"x": [1]}, {}, {"x": {"a": 1}}]', ["mixed.json, record 3: the values of 'x'", "{'a': 1}", "has [1]"]),
-    ("semi.csv", "text;label\na good day, really;yes\n", ["semi.csv seems to have semicolons", "save it with commas"]),
-    ("semi.csv", "text;label\na good day;yes\n", ["semi.csv seems to have semicolons", "'text;label'"]),
-    ("tab.csv", "\r\ntext\tlabel\r\na\tb\r\n", ["tab.csv seems to have tabs", "save it with commas, or name it .tsv"]),
+     ["mixed.jsonl, record 4: the values of 'label' do not fit one type: 3, and a record "
+      "before it has 'a'", "make them"]),
+    ("mixed.json", '[{"x": [1]}, {}, {"x": {"a": 1}}]',
+     ["mixed.json, record 3: the values of 'x'", "{'a': 1}", "has [1]"]),
+    ("semi.csv", "text;label\na good day, really;yes\n",
+     ["semi.csv seems to have semicolons", "save it with commas"]),
+    ("semi.csv", "text;label\na good day;yes\n",
+     ["semi.csv seems to have semicolons", "'text;label'"]),
+    ("tab.csv", "\r\ntext\tlabel\r\na\tb\r\n",
+     ["tab.csv seems to have tabs", "save it with commas, or name it .tsv"]),
     ("ragged.csv", 'text,label\n"a\nb",c\n\na,b,c\nx,y\nz\n',
-     ["ragged.csv, record 2 (line 5): 3 values where the header names 2 columns: 'a,b,c'", "put quotes"]),
-    ("ragged.tsv", "text\tlabel\r\na\tb\r\na.c\r\n", ["ragged.tsv, record 2 (line 3): 1 values", "'a.c'"]),
+     ["ragged.csv, record 2 (line 5): 3 values where the header names 2 columns: 'a,b,c'",
+      "put quotes"]),
+    ("ragged.tsv", "text\tlabel\r\na\tb\r\na.c\r\n",
+     ["ragged.tsv, record 2 (line 3): 1 values", "'a.c'"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "words"), ODD, ids=[f"{i} {name}" for i, (name, _, _) in enumerate(ODD)])
+@pytest.mark.parametrize(
+    ("name", "content", "words"), ODD, ids=[f"{i} {name}" for i, (name, _, _) in enumerate(ODD)]
+)
 def test_what_makes_no_table_is_one_line_with_its_place(
     name: str, content: Any, words: list[str], files: dict[str, str], command: Command
 ) -> None:
@@ -72,7 +90,9 @@ def test_what_makes_no_table_is_one_line_with_its_place(
     assert not Path(files["out"]).exists()
 
 
-def test_a_whole_surrogate_pair_is_a_character_and_an_escaped_backslash_is_none(tmp_path: Path) -> None:
+def test_a_whole_surrogate_pair_is_a_character_and_an_escaped_backslash_is_none(
+    tmp_path: Path,
+) -> None:
     records = [{"text": "a \U0001f600"}, {"text": "the letters \\ud800"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert "\\ud83d" in (tmp_path / "x.jsonl").read_text()
@@ -97,9 +117,13 @@ def test_a_one_column_file_is_read(suffix: str, tmp_path: Path) -> None:
     assert read_table(str(file)).to_list() == [{"text": "a day; a night"}]
 
 
-def test_columns_read_as_text_are_text_though_they_look_like_numbers_or_dates(tmp_path: Path) -> None:
+def test_columns_read_as_text_are_text_though_they_look_like_numbers_or_dates(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "x.csv"
-    file.write_text("output,when,label,n\n" + "".join(f"0{i},2024-01-0{i},{i % 2},{i}\n" for i in range(1, 9)))
+    file.write_text(
+        "output,when,label,n\n" + "".join(f"0{i},2024-01-0{i},{i % 2},{i}\n" for i in range(1, 9))
+    )
     splits = load_splits(DataConfig(train=str(file), text="when", eval_size=2))
     for record in [*splits.train.records, *splits.eval.records]:
         number = record["n"]
@@ -133,7 +157,8 @@ def test_a_csv_of_numbers_to_write_trains_and_predicts(
 def test_the_number_of_each_record_is_ours_on_the_hub_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptive_lora.tasks.tables.reachable", lambda: True)
     monkeypatch.setattr(
-        "adaptive_lora.tasks.tables.load_dataset", lambda *_, **__: Dataset.from_list([{"(record)": 1}])
+        "adaptive_lora.tasks.tables.load_dataset",
+        lambda *_, **__: Dataset.from_list([{"(record)": 1}]),
     )
     with pytest.raises(InputError, match=r"some/set has a column '\(record\)'"):
         load_splits(DataConfig(train="some/set"))

@@ -1,4 +1,5 @@
-"""Tasks: what becomes of records, labels, lengths and batches. Text that is written and questions have their own files."""
+"""Tasks: what becomes of records, labels, lengths and batches. Text that is written and questions
+have their own files."""
 
 from __future__ import annotations
 
@@ -47,10 +48,17 @@ from adaptive_lora.tasks.base import LENGTH, ROW, by_record, positions
 pytest_plugins = ("model_folders",)
 
 PAIR = {"text": ["sentence1", "sentence2"]}
-SMALL: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 8,
+}
 
 
-def test_a_regression_label_is_the_number_itself_and_the_head_has_one_output(bert_folder: str, tmp_path: Path) -> None:
+def test_a_regression_label_is_the_number_itself_and_the_head_has_one_output(
+    bert_folder: str, tmp_path: Path
+) -> None:
     records = ratings(40)
     records[3]["label"] = "2.25"  # numbers written as text, as in a CSV with a stray quote
     file = write_jsonl(tmp_path / "x.jsonl", [r | {"label": str(r["label"])} for r in records])
@@ -58,7 +66,9 @@ def test_a_regression_label_is_the_number_itself_and_the_head_has_one_output(ber
     assert prepared.task.model_arguments() == {"num_labels": 1, "problem_type": "regression"}
     found = [*prepared.train["labels"], *prepared.eval["labels"]]
     assert sorted(found) == sorted(float(record["label"]) for record in records)
-    scored = prepared.task.score(np.array([[0.0], [1.0], [2.0]]), np.array([0.0, 2.0, 4.0]), prepared.eval, None)
+    scored = prepared.task.score(
+        np.array([[0.0], [1.0], [2.0]]), np.array([0.0, 2.0, 4.0]), prepared.eval, None
+    )
     assert scored == pytest.approx({"pearson": 1.0, "spearman": 1.0, "mse": 5 / 3})
 
 
@@ -70,7 +80,9 @@ def test_a_regression_label_is_the_number_itself_and_the_head_has_one_output(ber
         (None, r"x.jsonl, record 1: column 'label' is None; expected a finite number"),
     ],
 )
-def test_a_column_that_is_no_measure_is_refused(label: Any, message: str, bert_folder: str, tmp_path: Path) -> None:
+def test_a_column_that_is_no_measure_is_refused(
+    label: Any, message: str, bert_folder: str, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [record | {"label": label} for record in ratings(20)])
     with pytest.raises(InputError, match=message):
         prepare(bert_folder, file, task="regression", eval=file, **PAIR)
@@ -80,28 +92,43 @@ def test_an_infinite_number_is_named(bert_folder: str, tmp_path: Path) -> None:
     records = ratings(20)
     records[6]["label"] = math.inf
     file = write_jsonl(tmp_path / "x.jsonl", records)
-    with pytest.raises(InputError, match="record 7: column 'label' is inf; expected a finite number"):
+    with pytest.raises(
+        InputError, match="record 7: column 'label' is inf; expected a finite number"
+    ):
         prepare(bert_folder, file, task="regression", eval=file, **PAIR)
 
 
-def test_the_two_texts_of_a_pair_are_read_as_the_tokenizer_reads_pairs(bert_folder: str, tmp_path: Path) -> None:
+def test_the_two_texts_of_a_pair_are_read_as_the_tokenizer_reads_pairs(
+    bert_folder: str, tmp_path: Path
+) -> None:
     records = [record | {"label": "ab"[i % 2]} for i, record in enumerate(ratings(20))]
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", records), **PAIR)
     tokenizer = AutoTokenizer.from_pretrained(bert_folder)
     pairs = [tokenizer(record["sentence1"], record["sentence2"])["input_ids"] for record in records]
     assert sorted([*prepared.train["input_ids"], *prepared.eval["input_ids"]]) == sorted(pairs)
     assert all(ids.count(tokenizer.sep_token_id) == 2 for ids in pairs)
-    with pytest.raises(InputError, match=r"2 text columns besides 'label' \(sentence1, sentence2\).*data\.text"):
+    with pytest.raises(
+        InputError, match=r"2 text columns besides 'label' \(sentence1, sentence2\).*data\.text"
+    ):
         prepare(bert_folder, str(tmp_path / "x.jsonl"))
     with pytest.raises(InputError, match=r"data\.text names 3 columns"):
         prepare(bert_folder, str(tmp_path / "x.jsonl"), text=["sentence1", "sentence2", "label"])
 
 
-def test_f1_of_the_positive_class_is_a_metric_of_two_classes_only(bert_folder: str, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "a day", "label": "abc"[i % 3]} for i in range(30)])
+def test_f1_of_the_positive_class_is_a_metric_of_two_classes_only(
+    bert_folder: str, tmp_path: Path
+) -> None:
+    file = write_jsonl(
+        tmp_path / "x.jsonl", [{"text": "a day", "label": "abc"[i % 3]} for i in range(30)]
+    )
     assert prepare(bert_folder, file).task.metrics == ("accuracy", "f1_macro", "matthews")
-    for changes in ({"metric": "f1"}, {"training": {"metric_for_best_model": "f1", "load_best_model_at_end": True}}):
-        with pytest.raises(InputError, match=r"'f1'\. Known(:| here:) .*accuracy, f1_macro, matthews"):
+    for changes in (
+        {"metric": "f1"},
+        {"training": {"metric_for_best_model": "f1", "load_best_model_at_end": True}},
+    ):
+        with pytest.raises(
+            InputError, match=r"'f1'\. Known(:| here:) .*accuracy, f1_macro, matthews"
+        ):
             run(parse(recipe(bert_folder, file, tmp_path / "run", **changes)))
     assert not (tmp_path / "run").exists()
 
@@ -112,7 +139,9 @@ def test_every_task_says_its_metrics_and_names_records_in_their_order(task: str)
     assert by_record([2, 0, 1], ["c", "a", "b"]) == ["a", "b", "c"]
 
 
-def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(vit_folder: str, tmp_path: Path) -> None:
+def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(
+    vit_folder: str, tmp_path: Path
+) -> None:
     images = pictures(tmp_path / "images", 24)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     prepared = prepare(vit_folder, images, task="image_classification")
@@ -127,22 +156,37 @@ def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(vit_folder
     assert result["metrics"]["eval_accuracy"] == 1.0  # brightness alone decides
 
 
-def test_a_table_of_images_says_paths_as_they_are_seen_from_it(vit_folder: str, tmp_path: Path) -> None:
+def test_a_table_of_images_says_paths_as_they_are_seen_from_it(
+    vit_folder: str, tmp_path: Path
+) -> None:
     pictures(tmp_path / "images", 12)
-    rows = [{"image": f"images/{('dark', 'light')[i % 2]}/{i:03}.png", "label": "dl"[i % 2]} for i in range(12)]
+    rows = [
+        {"image": f"images/{('dark', 'light')[i % 2]}/{i:03}.png", "label": "dl"[i % 2]}
+        for i in range(12)
+    ]
     file = write_jsonl(tmp_path / "x.jsonl", rows)
     prepared = prepare(vit_folder, file, task="image_classification", eval_size=4)
     assert prepared.task.model_arguments()["num_labels"] == 2
     rows[4]["image"] = "images/none.png"
     with pytest.raises(InputError, match=r"x.jsonl, record 5: cannot read the image .*none.png"):
-        prepare(vit_folder, write_jsonl(tmp_path / "x.jsonl", rows), task="image_classification", eval_size=4)
+        prepare(
+            vit_folder,
+            write_jsonl(tmp_path / "x.jsonl", rows),
+            task="image_classification",
+            eval_size=4,
+        )
 
 
-def test_a_table_that_holds_the_images_themselves_gives_the_same_pixels(vit_folder: str, tmp_path: Path) -> None:
+def test_a_table_that_holds_the_images_themselves_gives_the_same_pixels(
+    vit_folder: str, tmp_path: Path
+) -> None:
     """As hub data sets do; the column may have another name."""
     folder = pictures(tmp_path / "images", 8)
     files = sorted(Path(folder).rglob("*.png"))
-    columns = {"picture": [str(file) for file in files], "label": [file.parent.name for file in files]}
+    columns = {
+        "picture": [str(file) for file in files],
+        "label": [file.parent.name for file in files],
+    }
     file = str(tmp_path / "images.parquet")
     datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).to_parquet(file)
     batches = []
@@ -162,14 +206,18 @@ def test_a_damaged_image_is_named_before_training(vit_folder: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_whose_damage_only_decoding_shows_is_named_when_it_is_read(vit_folder: str, tmp_path: Path) -> None:
+def test_an_image_whose_damage_only_decoding_shows_is_named_when_it_is_read(
+    vit_folder: str, tmp_path: Path
+) -> None:
     images = Path(pictures(tmp_path / "images", 12))
     for file in list(images.rglob("*.png")):
         Image.open(file).resize((64, 64)).save(file.with_suffix(".jpg"))
         file.unlink()
     for file in images.rglob("*.jpg"):  # all of them: whichever comes first is named
         file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"cannot read the image \S+\.jpg: image file is truncated"):
+    with pytest.raises(
+        InputError, match=r"cannot read the image \S+\.jpg: image file is truncated"
+    ):
         run(parse(recipe(vit_folder, str(images), tmp_path / "run", task="image_classification")))
     assert not (tmp_path / "run").exists()
 
@@ -183,12 +231,19 @@ def test_an_image_whose_damage_only_decoding_shows_is_named_when_it_is_read(vit_
         (T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), None),
     ],
 )
-def test_positions_are_those_a_text_may_have(config: PretrainedConfig, expected: int | None) -> None:
+def test_positions_are_those_a_text_may_have(
+    config: PretrainedConfig, expected: int | None
+) -> None:
     assert positions(config) == expected
 
 
-def test_a_max_length_above_the_positions_is_noted_and_the_positions_hold(bert_folder: str, tmp_path: Path) -> None:
-    records = [record | {"text": "good day " * 60} if i < 3 else record for i, record in enumerate(reviews(20))]
+def test_a_max_length_above_the_positions_is_noted_and_the_positions_hold(
+    bert_folder: str, tmp_path: Path
+) -> None:
+    records = [
+        record | {"text": "good day " * 60} if i < 3 else record
+        for i, record in enumerate(reviews(20))
+    ]
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", records), longest=512)
     assert "data.max_length 512 is more than the model reads: 48 is used" in prepared.task.notes
     assert max(max(part[LENGTH]) for part in (prepared.train, prepared.eval)) == 48
@@ -209,17 +264,25 @@ OPINION = ("good", "bad")
 def test_too_long_records_are_cut_or_dropped_or_refused_and_counted(
     bert_folder: str, two_long: str, tmp_path: Path
 ) -> None:
-    held_out = write_jsonl(tmp_path / "e.jsonl", [{"text": "a day", "label": "ab"[i % 2]} for i in range(8)])
+    held_out = write_jsonl(
+        tmp_path / "e.jsonl", [{"text": "a day", "label": "ab"[i % 2]} for i in range(8)]
+    )
     cut = prepare(bert_folder, two_long, longest=10, eval=held_out)
     assert sorted(cut.train[LENGTH])[-3:] == [6, 10, 10]
-    counted = "training: 20 records of 6 to 22 tokens (median 6, 95 % up to 22); 2 longer than 10 and "
+    counted = (
+        "training: 20 records of 6 to 22 tokens (median 6, 95 % up to 22); 2 longer than 10 and "
+    )
     assert counted + "cut" in cut.task.notes
     dropped = prepare(bert_folder, two_long, longest=10, eval=held_out, too_long="drop")
     assert list(dropped.train[ROW]) == [row for row in range(20) if row not in (3, 8)]
     assert counted + "dropped" in dropped.task.notes
-    with pytest.raises(InputError, match=r"x.jsonl, record 4: 22 tokens are more than 10 \(2 such records\)"):
+    with pytest.raises(
+        InputError, match=r"x.jsonl, record 4: 22 tokens are more than 10 \(2 such records\)"
+    ):
         prepare(bert_folder, two_long, longest=10, eval=held_out, too_long="refuse")
-    with pytest.raises(InputError, match="every training record is longer than 4 tokens and dropped"):
+    with pytest.raises(
+        InputError, match="every training record is longer than 4 tokens and dropped"
+    ):
         prepare(bert_folder, two_long, longest=4, eval=held_out, too_long="drop")
 
 
@@ -242,19 +305,25 @@ def test_batches_of_similar_length_are_a_reordering_that_depends_on_seed_and_epo
     assert padding(order(1, 0)) < 0.3 * padding(list(range(500)))
 
 
-def test_training_sees_every_record_once_an_epoch_in_an_order_of_its_own(bert_folder: str, tmp_path: Path) -> None:
+def test_training_sees_every_record_once_an_epoch_in_an_order_of_its_own(
+    bert_folder: str, tmp_path: Path
+) -> None:
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", reviews(40)))
     trainer = trainer_of(prepared.task, train_dataset=prepared.train, output=tmp_path)
     loader, epochs = trainer.get_train_dataloader(), []
     for epoch in range(2):
         loader.set_epoch(epoch)
         epochs.append([tuple(ids.tolist()) for batch in loader for ids in batch["input_ids"]])
-    strip = [[tuple(i for i in ids if i != VOCABULARY["[PAD]"]) for ids in epoch] for epoch in epochs]
+    strip = [
+        [tuple(i for i in ids if i != VOCABULARY["[PAD]"]) for ids in epoch] for epoch in epochs
+    ]
     assert sorted(strip[0]) == sorted(strip[1]) == sorted(map(tuple, prepared.train["input_ids"]))
     assert strip[0] != strip[1]
 
 
-def test_the_order_of_the_records_has_a_seed_of_its_own_where_one_is_given(bert_folder: str, tmp_path: Path) -> None:
+def test_the_order_of_the_records_has_a_seed_of_its_own_where_one_is_given(
+    bert_folder: str, tmp_path: Path
+) -> None:
     prepared = prepare(bert_folder, write_jsonl(tmp_path / "x.jsonl", reviews(40)))
     trainer = trainer_of(prepared.task, train_dataset=prepared.train, output=tmp_path)
     orders = []
@@ -268,14 +337,20 @@ def trainer_of(task: Any, output: Path, **kwargs: Any) -> TaskTrainer:
     model = BertForSequenceClassification(BertConfig(**SMALL, vocab_size=len(VOCABULARY)))
     config = parse(recipe("m", "d", output))
     return TaskTrainer(
-        model=model, args=config.training_arguments(output_dir=str(output), eval_strategy="no"), task=task, **kwargs
+        model=model,
+        args=config.training_arguments(output_dir=str(output), eval_strategy="no"),
+        task=task,
+        **kwargs,
     )
 
 
 @pytest.fixture
 def extra(bert_folder: str, tmp_path: Path) -> dict[str, Any]:
     """Return a recipe of a plateau method with two further files to evaluate on."""
-    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", reviews(count)) for name, count in (("hard", 7), ("odd", 9))}
+    files = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", reviews(count))
+        for name, count in (("hard", 7), ("odd", 9))
+    }
     train = write_jsonl(tmp_path / "train.jsonl", reviews(40))
     values = recipe(bert_folder, train, tmp_path / "run", data={"extra_eval": files})
     values["method"] = {"name": "plateau", "initial_rank": 2, "max_rank": 4, "threshold": 1.0}
@@ -283,12 +358,14 @@ def extra(bert_folder: str, tmp_path: Path) -> dict[str, Any]:
     return values
 
 
-def test_further_files_are_scored_after_training_and_disturb_nothing(extra: dict[str, Any], tmp_path: Path) -> None:
+def test_further_files_are_scored_after_training_and_disturb_nothing(
+    extra: dict[str, Any], tmp_path: Path
+) -> None:
     result = run(parse(extra))
     for name in ("hard", "odd"):
-        assert {f"eval_{name}_{metric}" for metric in ("accuracy", "f1", "f1_macro", "matthews", "loss")} <= set(
-            result["metrics"]
-        )
+        assert {
+            f"eval_{name}_{metric}" for metric in ("accuracy", "f1", "f1_macro", "matthews", "loss")
+        } <= set(result["metrics"])
     assert round(result["metrics"]["eval_hard_accuracy"] * 7, 6) in range(8)  # of 7 records
     logged = [row["eval_accuracy"] for row in rows_of(tmp_path / "run") if "eval_accuracy" in row]
     assert result["metrics"]["eval_accuracy"] == logged[-1]
@@ -297,7 +374,10 @@ def test_further_files_are_scored_after_training_and_disturb_nothing(extra: dict
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "alone")
     assert result_of(tmp_path / "alone")["ranks"] == result["ranks"]
     history = [
-        [strict_json(line) | {"seconds": 0} for line in (tmp_path / name / HISTORY_FILE).read_text().splitlines()]
+        [
+            strict_json(line) | {"seconds": 0}
+            for line in (tmp_path / name / HISTORY_FILE).read_text().splitlines()
+        ]
         for name in ("run", "alone")
     ]
     assert history[0] == history[1]

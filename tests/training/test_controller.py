@@ -1,4 +1,5 @@
-"""`RankController` and `AdaptiveRankCallback`: decisions happen, hold their bounds, and cannot be forgotten silently."""
+"""`RankController` and `AdaptiveRankCallback`: decisions happen, hold their bounds, and cannot be
+forgotten silently."""
 
 from __future__ import annotations
 
@@ -73,13 +74,19 @@ def test_ranks_change_in_a_stock_trainer_and_every_decision_holds_its_bounds(
         spent += sum(row.pattern.values()) if row.status == "masked" else 0  # PEFT's gates
         assert spent == row.parameters_after
         assert all(
-            min(adaptation.min_rank, full[n]) <= rank <= min(adaptation.max_rank or full[n], full[n])
+            min(adaptation.min_rank, full[n])
+            <= rank
+            <= min(adaptation.max_rank or full[n], full[n])
             for n, rank in row.pattern.items()
         )
         if row.budget is not None:
             assert spent <= row.budget
     assert rows[-1].pattern == al.ranks(trainer.model) == history.replay(start, rows)
-    assert not [r for r in rows if json.loads(r.to_json())["status"] not in ("changed", "kept", "masked", "refused")]
+    assert not [
+        r
+        for r in rows
+        if json.loads(r.to_json())["status"] not in ("changed", "kept", "masked", "refused")
+    ]
 
 
 def test_shrinking_ends_at_the_budget_to_less_than_one_component() -> None:
@@ -87,10 +94,13 @@ def test_shrinking_ends_at_the_budget_to_less_than_one_component() -> None:
     run(controller, optimizer)
     controller.finish()
     row = controller.history[-1]
-    open_costs = [t.cost for t in targets_of(controller.model) if 0 < row.pattern[t.name] < t.full_rank]
+    open_costs = [
+        t.cost for t in targets_of(controller.model) if 0 < row.pattern[t.name] < t.full_rank
+    ]
     assert 0 <= row.budget - row.parameters_after < min(open_costs)
     assert row.bytes_after["adapters"] == 4 * row.parameters_after
-    # Two moments of the same shape, and a four-byte step count a tensor, at rank 0 too: it may grow again.
+    # Two moments of the same shape, and a four-byte step count a tensor, at rank 0 too: it may grow
+    # again.
     assert row.bytes_after["optimizer"] == 8 * row.parameters_after + 4 * 2 * len(row.pattern)
 
 
@@ -125,14 +135,20 @@ def test_a_plateau_that_is_never_evaluated_is_a_failure() -> None:
 
 class StopAt5(TrainerCallback):
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         control.should_training_stop = state.global_step == 5
 
 
 def test_an_evaluation_after_an_early_stop_grows_nothing(tmp_path: Path) -> None:
     """It would be the first plateau: what grows then is never trained."""
-    trainer = make_trainer(tmp_path, DYNAMIC["plateau"](), save_strategy="no", callbacks=[StopAt5()])
+    trainer = make_trainer(
+        tmp_path, DYNAMIC["plateau"](), save_strategy="no", callbacks=[StopAt5()]
+    )
     trainer.train()
     ranks, decisions = al.ranks(trainer.model), len(callback_of(trainer).history)
     trainer.evaluate()
@@ -140,7 +156,9 @@ def test_an_evaluation_after_an_early_stop_grows_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_an_evaluation_loss_that_is_not_finite_is_a_refused_decision_and_no_plateau(loss: float) -> None:
+def test_an_evaluation_loss_that_is_not_finite_is_a_refused_decision_and_no_plateau(
+    loss: float,
+) -> None:
     controller, optimizer = controlled(DYNAMIC["plateau"]())
     run(controller, optimizer, steps=1)
     controller.evaluated(1.0)
@@ -151,10 +169,14 @@ def test_an_evaluation_loss_that_is_not_finite_is_a_refused_decision_and_no_plat
     assert al.ranks(controller.model) == row.pattern == before
 
 
-def test_a_plateau_of_several_evaluation_sets_is_refused_at_the_first_evaluation(tmp_path: Path) -> None:
+def test_a_plateau_of_several_evaluation_sets_is_refused_at_the_first_evaluation(
+    tmp_path: Path,
+) -> None:
     trainer = make_trainer(tmp_path, DYNAMIC["plateau"](), save_strategy="no")
     trainer.eval_dataset = {"easy": records(4), "hard": records(8)}
-    with pytest.raises(al.InputError, match=r"waits for a plateau of eval_loss, but .* gave only eval_easy_loss"):
+    with pytest.raises(
+        al.InputError, match=r"waits for a plateau of eval_loss, but .* gave only eval_easy_loss"
+    ):
         trainer.train()
     assert trainer.state.global_step == 3
 
@@ -165,7 +187,9 @@ def test_scores_that_are_not_finite_refuse_the_decision_and_fail_the_training() 
     for step in range(STEPS):
         controller.model(**BATCH).loss.backward()
         if step == 2:
-            next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad.fill_(float("nan"))
+            next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad.fill_(
+                float("nan")
+            )
         controller.observe()
         optimizer.zero_grad()
         controller.step()
@@ -181,7 +205,9 @@ def test_scores_that_are_not_finite_refuse_the_decision_and_fail_the_training() 
 def test_a_target_outside_the_forward_pass_is_scored_as_finite(name: str) -> None:
     """Its gradient is None, at every step: a layer left out, as LayerDrop does at some."""
     controller, optimizer = controlled(DYNAMIC[name]())
-    controller.model.get_base_model().bert.encoder.layer[1].forward = lambda hidden, *_, **__: hidden
+    controller.model.get_base_model().bert.encoder.layer[1].forward = lambda hidden, *_, **__: (
+        hidden
+    )
     run(controller, optimizer)
     controller.finish()
     assert {row.status for row in controller.history} <= {"changed", "kept"}
@@ -199,8 +225,12 @@ def test_a_step_that_fp16s_loss_scaler_skips_leaves_no_trace_in_the_scores(tmp_p
         """Return whether the statistics change in a step with this number in one gradient."""
         before = [s.tensor.clone() for row in controller._statistics.values() for s in row.values()]
         controller.model(**BATCH).loss.backward()
-        next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad[0, 0] = gradient
-        callback.on_pre_optimizer_step(args, TrainerState(), TrainerControl(), model=controller.model)
+        next(p for n, p in controller.model.named_parameters() if "lora_B" in n).grad[0, 0] = (
+            gradient
+        )
+        callback.on_pre_optimizer_step(
+            args, TrainerState(), TrainerControl(), model=controller.model
+        )
         optimizer.zero_grad()
         controller.step()
         after = [s.tensor for row in controller._statistics.values() for s in row.values()]
@@ -221,9 +251,12 @@ def test_after_the_last_decision_the_statistics_are_freed(name: str) -> None:
 
 @pytest.mark.parametrize("importance", [Uniform(), Sensitivity(beta1=0.5)])
 def test_all_equal_or_all_zero_scores_have_a_defined_answer(importance: object) -> None:
-    """Uniform: all equal. Sensitivity with zero gradients: all zero. Ties spread evenly over targets of equal cost."""
+    """Uniform: all equal. Sensitivity with zero gradients: all zero. Ties spread evenly over
+    targets of equal cost."""
     base = DYNAMIC["adalora"]()
-    method = dataclasses.replace(base, adaptation=dataclasses.replace(base.adaptation, importance=importance))
+    method = dataclasses.replace(
+        base, adaptation=dataclasses.replace(base.adaptation, importance=importance)
+    )
     controller, _ = controlled(method)
     for _ in range(STEPS):
         for parameter in controller.model.parameters():
@@ -246,12 +279,16 @@ def test_one_single_target_keeps_its_budget() -> None:
     assert al.ranks(model) == {name: 2}
 
 
-def test_a_method_whose_pattern_never_changes_trains_bit_for_bit_like_plain_lora(tmp_path: Path) -> None:
+def test_a_method_whose_pattern_never_changes_trains_bit_for_bit_like_plain_lora(
+    tmp_path: Path,
+) -> None:
     never = al.Method(
         name="never",
         shape=lambda targets: {t.name: 3 for t in targets},
         rank=3,
-        adaptation=Adaptation(importance=Sensitivity(), rule=TopK(), when=At(start=2, rest=2, every=2)),
+        adaptation=Adaptation(
+            importance=Sensitivity(), rule=TopK(), when=At(start=2, rest=2, every=2)
+        ),
     )
     ours = make_trainer(tmp_path / "a", never, save_strategy="no", eval_strategy="no")
     ours.train()
@@ -270,7 +307,8 @@ def test_batch_8_equals_batch_4_by_accumulation_2(name: str, tmp_path: Path) -> 
     for batch, accumulation in ((8, 1), (4, 2)):
         method = DYNAMIC[name]()
         trainer = make_trainer(
-            tmp_path, method, kind=al.AdaptiveTrainer, model=make_model(method, dropout=0.0), per_device_train_batch_size=batch,
+            tmp_path, method, kind=al.AdaptiveTrainer, model=make_model(method, dropout=0.0),
+            per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation, save_strategy="no", eval_strategy="no",
             optim="sgd", learning_rate=0.1,
         )  # fmt: skip
@@ -283,7 +321,8 @@ def test_batch_8_equals_batch_4_by_accumulation_2(name: str, tmp_path: Path) -> 
     for one, two in zip(*rows, strict=True):
         largest = max(one.scores.values())
         for target, score in one.scores.items():
-            # The gradient is the same sum in another order. SGD, because Adam would blow rounding of tiny gradients up.
+            # The gradient is the same sum in another order. SGD, because Adam would blow rounding
+            # of tiny gradients up.
             assert score == pytest.approx(two.scores[target], rel=1e-3, abs=1e-3 * largest)
 
 
@@ -315,24 +354,31 @@ def test_a_resume_that_the_callback_does_not_see_is_an_error(how: str, tmp_path:
     else:
         data = {"train_dataset": records(), "eval_dataset": records(8)}
         again = Trainer(args=whole.args, model_init=make, callbacks=[callback], **data)
-    with pytest.raises(al.IntegrityError, match=r"resumes at step 4, the rank controller is at 0.*not add_callback or"):
+    with pytest.raises(
+        al.IntegrityError,
+        match=r"resumes at step 4, the rank controller is at 0.*not add_callback or",
+    ):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_the_folder_of_the_history_file_is_made(tmp_path: Path) -> None:
     method, file = DYNAMIC["grad_delta"](), tmp_path / "not" / "yet" / "allocations.jsonl"
     callback = al.AdaptiveRankCallback(method, file)
-    make_trainer(tmp_path, method, callback=callback, save_strategy="no", eval_strategy="no").train()
+    make_trainer(
+        tmp_path, method, callback=callback, save_strategy="no", eval_strategy="no"
+    ).train()
     assert file.read_text().splitlines() == [row.to_json() for row in callback.history]
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (methods.adalora(2), {"load_best_model_at_end": True, "save_steps": 3}, "load_best_model_at_end"),
+        (methods.adalora(2), {"load_best_model_at_end": True, "save_steps": 3},
+         "load_best_model_at_end"),
         (DYNAMIC["plateau"](), {"eval_strategy": "no"}, "nothing is evaluated"),
         (methods.adalora(2), {"optim": "adafactor"}, "Adafactor"),
-        (methods.grad_delta(2, warmup_steps=200), {}, r"200\.\.200 do not fit a training of 12 steps"),
+        (methods.grad_delta(2, warmup_steps=200), {},
+         r"200\.\.200 do not fit a training of 12 steps"),
         (methods.adalora(2, initial=8, final=8), {}, "does not fit"),
         (methods.adalora(2, min_rank=3), {}, "below the minimum"),
         (methods.adalora(2), {"save_total_limit": 1}, "save_total_limit is 1; expected at least 2"),
@@ -346,12 +392,18 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize(("what", "value"), [("fsdp", "full_shard"), ("deepspeed", "zero2.json"), ("_n_gpu", 2)])
-def test_a_trainer_over_several_devices_or_shards_is_refused(what: str, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "value"), [("fsdp", "full_shard"), ("deepspeed", "zero2.json"), ("_n_gpu", 2)]
+)
+def test_a_trainer_over_several_devices_or_shards_is_refused(
+    what: str, value: object, tmp_path: Path
+) -> None:
     """Set on real arguments: neither the devices nor DeepSpeed are here."""
     trainer = make_trainer(tmp_path, methods.lora(2), callbacks=[])
     trainer.args.__dict__[what] = value
-    with pytest.raises(al.InputError, match=r"ranks cannot change (under DeepSpeed or FSDP|in DataParallel)"):
+    with pytest.raises(
+        al.InputError, match=r"ranks cannot change (under DeepSpeed or FSDP|in DataParallel)"
+    ):
         al.AdaptiveRankCallback(methods.adalora(2)).on_init_end(
             trainer.args, trainer.state, trainer.control, trainer.model
         )
@@ -360,7 +412,9 @@ def test_a_trainer_over_several_devices_or_shards_is_refused(what: str, value: o
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """A group of this one process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -369,11 +423,16 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     ("wrap", "name"),
     [
         (DistributedDataParallel, "DistributedDataParallel"),
-        (lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))), "PeftModel sharded by FSDP"),
+        (
+            lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+            "PeftModel sharded by FSDP",
+        ),
     ],
 )
 @pytest.mark.usefixtures("process_group")
-def test_a_wrapped_or_sharded_model_is_refused_by_name(wrap: Callable[[object], object], name: str) -> None:
+def test_a_wrapped_or_sharded_model_is_refused_by_name(
+    wrap: Callable[[object], object], name: str
+) -> None:
     method = methods.adalora(2)
     model = wrap(make_model(method))
     with pytest.raises(al.InputError, match=f"the model is a {name}; expected the PeftModel"):

@@ -1,8 +1,10 @@
-"""A run killed at any point and resumed from its last checkpoint equals the uninterrupted run, bit for bit.
+"""A run killed at any point and resumed from its last checkpoint equals the uninterrupted run, bit
+for bit.
 
-CPU, float32, dropout on, a stock `Trainer` with our callback. In every method's twelve steps (two micro-steps each) the
-run is killed before a decision, right at it, after it, and between the two micro-steps; a fresh model at the first ranks
-resumes. In-process the kill is an exception: nothing of the killed trainer is used again but its files.
+CPU, float32, dropout on, a stock `Trainer` with our callback. In every method's twelve steps (two
+micro-steps each) the run is killed before a decision, right at it, after it, and between the two
+micro-steps; a fresh model at the first ranks resumes. In-process the kill is an exception: nothing
+of the killed trainer is used again but its files.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Kill(Exception):  # noqa: N818
 
 
 class KillAt(TrainerCallback):
-    """Kill in step `step` (from 1): at its "substep" (mid-accumulation), before its "optimizer" step, or at its "end"."""
+    """Kill in step `step` (from 1): at its "substep" (mid-accumulation), before its "optimizer"
+    step, or at its "end"."""
 
     def __init__(self, step: int, where: str) -> None:
         self.step, self.where = step, where
@@ -49,7 +52,9 @@ class KillAt(TrainerCallback):
 
 def logs(trainer: Any) -> list[dict[str, Any]]:
     timed = ("runtime", "per_second", "total_flos", "train_loss")
-    return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in trainer.state.log_history]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(timed)} for row in trainer.state.log_history
+    ]
 
 
 @cache
@@ -60,11 +65,15 @@ def uninterrupted(name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, An
 
 
 def decisions(trainer: Any) -> list[tuple]:
-    return [(r.step, r.status, r.budget, r.pattern, r.scores, r.changes) for r in callback_of(trainer).history]
+    return [
+        (r.step, r.status, r.budget, r.pattern, r.scores, r.changes)
+        for r in callback_of(trainer).history
+    ]
 
 
 # 13 kill points a method; every one of the 12 steps is hit, and several in all three places.
-POINTS = [(2, "end"), (3, "substep"), (3, "end"), (4, "substep"), (4, "optimizer"), (4, "end"), (5, "end"), (6, "substep"),
+POINTS = [(2, "end"), (3, "substep"), (3, "end"), (4, "substep"), (4, "optimizer"), (4, "end"),
+          (5, "end"), (6, "substep"),
           (7, "optimizer"), (8, "end"), (9, "substep"), (10, "end"), (12, "optimizer")]  # fmt: skip
 
 
@@ -83,15 +92,21 @@ def test_resumed_equals_uninterrupted(name: str, step: int, where: str, tmp_path
     assert [r for r in logs(resumed) if "loss" in r or "eval_loss" in r] == [
         r for r in rows if "loss" in r or "eval_loss" in r
     ]
-    assert history.replay(callback_of(resumed).controller.initial_pattern, callback_of(resumed).history) == al.ranks(
-        resumed.model
-    )
+    assert history.replay(
+        callback_of(resumed).controller.initial_pattern, callback_of(resumed).history
+    ) == al.ranks(resumed.model)
 
 
 @pytest.mark.parametrize("name", ["plateau", "adalora"])
-def test_a_checkpoint_in_the_last_step_of_an_epoch_holds_what_its_evaluation_decided(name: str, tmp_path: Path) -> None:
-    """The stock Trainer makes it before the epoch's evaluation, which a resumed run would never make."""
-    options: dict[str, Any] = {"eval_strategy": "epoch", "per_device_train_batch_size": 8}  # four steps an epoch
+def test_a_checkpoint_in_the_last_step_of_an_epoch_holds_what_its_evaluation_decided(
+    name: str, tmp_path: Path
+) -> None:
+    """The stock Trainer makes it before the epoch's evaluation, which a resumed run would never
+    make."""
+    options: dict[str, Any] = {
+        "eval_strategy": "epoch",
+        "per_device_train_batch_size": 8,
+    }  # four steps an epoch
     whole = make_trainer(tmp_path / "whole", DYNAMIC[name](), **options)
     whole.train()
     ends = [row["step"] for row in whole.state.log_history if "eval_loss" in row]
@@ -107,13 +122,16 @@ def test_a_checkpoint_in_the_last_step_of_an_epoch_holds_what_its_evaluation_dec
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_resumed_after_the_last_step_nothing_is_trained(name: str, tmp_path: Path) -> None:
-    """Killed between the last checkpoint and the end, in mid-epoch: a stock Trainer would make a thirteenth step."""
+    """Killed between the last checkpoint and the end, in mid-epoch: a stock Trainer would make a
+    thirteenth step."""
     whole = make_trainer(tmp_path, DYNAMIC[name](), kind=al.AdaptiveTrainer)
     whole.train()
     resumed = make_trainer(tmp_path, DYNAMIC[name](), kind=al.AdaptiveTrainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
     assert resumed.state.global_step == STEPS
-    mine, theirs = ({n: p.detach() for n, p in t.model.named_parameters()} for t in (resumed, whole))
+    mine, theirs = (
+        {n: p.detach() for n, p in t.model.named_parameters()} for t in (resumed, whole)
+    )
     assert mine.keys() == theirs.keys()
     assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
     assert decisions(resumed) == decisions(whole)
@@ -121,15 +139,20 @@ def test_resumed_after_the_last_step_nothing_is_trained(name: str, tmp_path: Pat
 
 def test_the_points_lie_before_at_and_after_decisions_of_every_method() -> None:
     for name in DYNAMIC:
-        changed = {step for step, status, *_ in uninterrupted(name)[2] if status in ("changed", "masked")}
+        changed = {
+            step for step, status, *_ in uninterrupted(name)[2] if status in ("changed", "masked")
+        }
         struck = {step for step, _ in POINTS}
         assert any({s - 1, s, s + 1} <= struck for s in changed), (name, changed)
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "other method", "other budget", "other schedule", "other length"]
+    "damage",
+    ["missing", "truncated", "other method", "other budget", "other schedule", "other length"],
 )
-def test_a_rank_state_that_is_missing_damaged_or_foreign_is_refused(damage: str, tmp_path: Path) -> None:
+def test_a_rank_state_that_is_missing_damaged_or_foreign_is_refused(
+    damage: str, tmp_path: Path
+) -> None:
     with pytest.raises(Kill):
         make_trainer(tmp_path, DYNAMIC["adalora"](), callbacks=[KillAt(6, "end")]).train()
     checkpoint = Path(get_last_checkpoint(str(tmp_path)) or "")

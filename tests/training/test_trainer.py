@@ -32,7 +32,8 @@ Weights = dict[str, torch.Tensor]
 
 
 def records(poisoned_batch: int | None = None, count: int = 40) -> list[dict[str, torch.Tensor]]:
-    """Return sequences of ordinary tokens; one record of batch number `poisoned_batch` (from 1) holds the poison."""
+    """Return sequences of ordinary tokens; one record of batch number `poisoned_batch` (from 1)
+    holds the poison."""
     rows = torch.randint(0, POISON, (count, 8), generator=torch.Generator().manual_seed(3))
     if poisoned_batch is not None:
         rows[poisoned_batch * BATCH - 1, 2] = POISON
@@ -42,7 +43,9 @@ def records(poisoned_batch: int | None = None, count: int = 40) -> list[dict[str
 def make_model() -> PeftModel:
     base = make_bert()
     set_seed(5)
-    return al.attach(base, methods.linear_decay(base_rank=4, min_rank=2), ["query", "value"], dropout=0.1)
+    return al.attach(
+        base, methods.linear_decay(base_rank=4, min_rank=2), ["query", "value"], dropout=0.1
+    )
 
 
 def make_trainer(
@@ -55,7 +58,8 @@ def make_trainer(
     more: dict[str, Any] | None = None,
     **options: Any,
 ) -> AdaptiveTrainer:
-    """Return a trainer over sequential batches with a constant learning rate: fewer steps are a prefix of more."""
+    """Return a trainer over sequential batches with a constant learning rate: fewer steps are a
+    prefix of more."""
     arguments = {
         "max_steps": 6,
         "per_device_train_batch_size": BATCH,
@@ -85,7 +89,9 @@ def after(steps: int, folder: Path, **options: Any) -> tuple[Weights, list[dict]
 
 
 def losses(rows: list[dict]) -> list[dict]:
-    return [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows if "loss" in row]
+    return [
+        {key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows if "loss" in row
+    ]
 
 
 def diverge(trainer: AdaptiveTrainer) -> DivergedError:
@@ -110,7 +116,10 @@ def test_a_poisoned_batch_stops_training_at_its_step_and_names_the_layer(
     trainer.model.get_submodule(EMBEDDING).weight.data[POISON] = value
     error = diverge(trainer)
     assert (error.step, error.where) == (step, (EMBEDDING,))
-    assert all(part in str(error) for part in (f"step {step}", "loss is nan", EMBEDDING, "Lower the learning rate"))
+    assert all(
+        part in str(error)
+        for part in (f"step {step}", "loss is nan", EMBEDDING, "Lower the learning rate")
+    )
     weights, log = after(step - 1, tmp_path)
     assert same(trainable(trainer.model), weights)
     assert losses(trainer.state.log_history) == log
@@ -121,7 +130,9 @@ def test_a_poisoned_batch_stops_training_at_its_step_and_names_the_layer(
 def test_a_loss_that_alone_is_not_finite_is_named_itself(value: float, tmp_path: Path) -> None:
     class Faulty(AdaptiveTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(*args, **kwargs) + (value if self.state.global_step == 2 else 0.0)
+            return super().compute_loss(*args, **kwargs) + (
+                value if self.state.global_step == 2 else 0.0
+            )
 
     trainer = make_trainer(tmp_path / "run", kind=Faulty)
     error = diverge(trainer)
@@ -155,7 +166,9 @@ def spoil(model: PeftModel, backward: int, change: Callable[[torch.Tensor], torc
 CHANGES = {
     "nan": lambda gradient: torch.full_like(gradient, NAN),
     "one inf": lambda gradient: gradient.index_fill(0, torch.tensor([0]), INF),
-    "overflow": lambda gradient: torch.full_like(gradient, 1e30),  # finite; the sum of its squares is not
+    "overflow": lambda gradient: torch.full_like(
+        gradient, 1e30
+    ),  # finite; the sum of its squares is not
 }
 
 
@@ -170,7 +183,9 @@ def test_a_bad_gradient_in_one_layer_names_it_spreads_nowhere_and_leaves_a_check
     assert (error.step, error.where) == (4, (QUERY_B,))
     assert "step 4" in str(error)
     assert QUERY_B in str(error)
-    norms = {name: p.grad.norm() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    norms = {
+        name: p.grad.norm() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
     assert [name for name, norm in norms.items() if not (norm.isfinite() and norm > 0)] == [QUERY_B]
     weights, log = after(3, tmp_path, max_grad_norm=max_grad_norm)
     assert same(trainable(trainer.model), weights)
@@ -178,7 +193,9 @@ def test_a_bad_gradient_in_one_layer_names_it_spreads_nowhere_and_leaves_a_check
     saved = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
     assert len(saved) == len(weights)
     for name, tensor in weights.items():
-        assert torch.equal(saved[name.replace(".default", "").replace(".modules_to_save", "")], tensor)
+        assert torch.equal(
+            saved[name.replace(".default", "").replace(".modules_to_save", "")], tensor
+        )
 
 
 def test_steps_are_optimizer_steps_under_gradient_accumulation(tmp_path: Path) -> None:
@@ -226,20 +243,28 @@ def skipper(folder: Path, max_skipped: int = 5, **options: Any) -> AdaptiveTrain
 
 
 def skipped_rows(trainer: AdaptiveTrainer) -> list[tuple[int, int]]:
-    return [(row["step"], row["skipped_steps"]) for row in trainer.state.log_history if "skipped_steps" in row]
+    return [
+        (row["step"], row["skipped_steps"])
+        for row in trainer.state.log_history
+        if "skipped_steps" in row
+    ]
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused AdamW": {"optim": "adamw_torch_fused"},
     "AdamW": {"optim": "adamw_torch"},
     "SGD": {"optim": "sgd", "optim_args": "momentum=0.9"},
-    "Adam": {"more": {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1})}},
+    "Adam": {
+        "more": {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1})}
+    },
 }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
-@pytest.mark.parametrize("micro_batch", [1, 7, 8])  # the first of all; the first and the second half of step 4
+@pytest.mark.parametrize(
+    "micro_batch", [1, 7, 8]
+)  # the first of all; the first and the second half of step 4
 def test_skip_leaves_weights_and_moments_bitwise_unchanged_in_that_step_only(
     micro_batch: int, cause: str, optimizer: str, tmp_path: Path
 ) -> None:
@@ -255,7 +280,11 @@ def test_skip_leaves_weights_and_moments_bitwise_unchanged_in_that_step_only(
     step = (micro_batch + 1) // 2
     assert watch.still() == [step]
     assert len(watch.after[-1]) > len(trainable(trainer.model))  # moments were looked at
-    assert (trainer.state.global_step, trainer.skipped_steps, skipped_rows(trainer)) == (6, 1, [(step, 1)])
+    assert (trainer.state.global_step, trainer.skipped_steps, skipped_rows(trainer)) == (
+        6,
+        1,
+        [(step, 1)],
+    )
 
 
 def test_skip_logs_the_mean_loss_of_the_steps_made_and_never_0_or_nan(
@@ -272,13 +301,26 @@ def test_skip_logs_the_mean_loss_of_the_steps_made_and_never_0_or_nan(
     assert [row["step"] for row in each if "skipped_steps" in row] == [4, 5]
     single = {row["step"]: row["loss"] for row in each if "loss" in row}
     assert list(single) == [1, 2, 3, 6]
-    assert all(math.isfinite(value) and value != 0 for row in each for key, value in row.items() if "loss" in key)
+    assert all(
+        math.isfinite(value) and value != 0
+        for row in each
+        for key, value in row.items()
+        if "loss" in key
+    )
     rows = {row["step"]: row["loss"] for row in wide if "loss" in row}
     assert rows == pytest.approx({3: (single[1] + single[2] + single[3]) / 3, 6: single[6]})
     assert each[-1]["train_loss"] == pytest.approx(sum(single.values()) / 4)
-    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert messages[0] == f"step 4 skipped (1 of at most 5): the gradient is not finite; first seen in {QUERY_B}"
-    assert messages[1] == f"step 5 skipped (2 of at most 5): the loss is nan; first seen in {EMBEDDING}"
+    messages = [
+        record.getMessage() for record in caplog.records if "skipped" in record.getMessage()
+    ]
+    assert (
+        messages[0]
+        == f"step 4 skipped (1 of at most 5): the gradient is not finite; first seen in {QUERY_B}"
+    )
+    assert (
+        messages[1]
+        == f"step 5 skipped (2 of at most 5): the loss is nan; first seen in {EMBEDDING}"
+    )
 
 
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
@@ -305,7 +347,9 @@ def test_skip_stops_after_max_skipped_steps_with_a_checkpoint(tmp_path: Path) ->
     assert (tmp_path / "checkpoint-5").is_dir()
 
 
-def test_skipped_steps_are_counted_over_a_resume_which_ends_as_if_never_stopped(tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_over_a_resume_which_ends_as_if_never_stopped(
+    tmp_path: Path,
+) -> None:
     def prepared(max_skipped: int) -> AdaptiveTrainer:
         data, file = records(poisoned_batch=3, count=48), MetricsFile(tmp_path / "metrics.jsonl")
         options = {"train": data, "max_skipped": max_skipped, "callbacks": [file]}
@@ -328,13 +372,17 @@ def test_skipped_steps_are_counted_over_a_resume_which_ends_as_if_never_stopped(
             with pytest.raises(DivergedError, match=r"stopped at step 5: .* Skipped before: 1"):
                 resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         rows = strict((tmp_path / "metrics.jsonl").read_text())
-        assert [row["step"] for row in rows if "skipped_steps" in row] == ([2, 5] if max_skipped == 2 else [2])
+        assert [row["step"] for row in rows if "skipped_steps" in row] == (
+            [2, 5] if max_skipped == 2 else [2]
+        )
 
 
 def test_the_mean_over_no_steps_is_not_logged_as_0(tmp_path: Path) -> None:
     trainer = skipper(tmp_path, max_steps=1)
     spoil(trainer.model, backward=1, change=CHANGES["nan"])
-    with pytest.raises(NothingLearnedError):  # and every step having been skipped, nothing is learned
+    with pytest.raises(
+        NothingLearnedError
+    ):  # and every step having been skipped, nothing is learned
         trainer.train()
     assert not [row for row in trainer.state.log_history if "loss" in row or "train_loss" in row]
 
@@ -343,7 +391,8 @@ CHANGING = [name for name in dynamic.DYNAMIC if name != "peft_adalora"]
 
 
 def rank_trainer(folder: Path, name: str, *bad_steps: int) -> AdaptiveTrainer:
-    """Return a trainer of twelve steps whose ranks change, with a NaN in the gradients of `bad_steps`."""
+    """Return a trainer of twelve steps whose ranks change, with a NaN in the gradients of
+    `bad_steps`."""
     kind: Any = partial(AdaptiveTrainer, on_non_finite="skip")
     trainer = dynamic.make_trainer(folder, dynamic.DYNAMIC[name](), kind=kind, save_strategy="no")
     backward = 0
@@ -353,25 +402,37 @@ def rank_trainer(folder: Path, name: str, *bad_steps: int) -> AdaptiveTrainer:
         backward += 1
         return gradient * NAN if (backward + 1) // 2 in bad_steps else gradient
 
-    trainer.model.get_parameter("base_model.model.classifier.modules_to_save.default.weight").register_hook(hook)
+    trainer.model.get_parameter(
+        "base_model.model.classifier.modules_to_save.default.weight"
+    ).register_hook(hook)
     return trainer
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_a_skipped_step_leaves_the_scores_of_the_ranks_alone_and_counts(name: str, tmp_path: Path) -> None:
+def test_a_skipped_step_leaves_the_scores_of_the_ranks_alone_and_counts(
+    name: str, tmp_path: Path
+) -> None:
     trainer = rank_trainer(tmp_path, name, 3, 4)  # 4: a decision step of several methods
 
     def look() -> Weights:
         statistics = dynamic.callback_of(trainer).controller._statistics
-        return {f"{kind}|{n}": s.tensor.clone() for kind, row in statistics.items() for n, s in row.items()}
+        return {
+            f"{kind}|{n}": s.tensor.clone()
+            for kind, row in statistics.items()
+            for n, s in row.items()
+        }
 
     watch = Watch(look)
     trainer.add_callback(watch)
     trainer.train()
     controller = dynamic.callback_of(trainer).controller
     assert (trainer.skipped_steps, controller.step_count) == (2, trainer.state.global_step)
-    watched = 4 if name == "grad_delta unbudgeted" else 5  # the last step whose gradients every method looks at
-    if any("start_" not in key for key in watch.after[2]):  # weight changes alone take nothing in at a step
+    watched = (
+        4 if name == "grad_delta unbudgeted" else 5
+    )  # the last step whose gradients every method looks at
+    if any(
+        "start_" not in key for key in watch.after[2]
+    ):  # weight changes alone take nothing in at a step
         assert [step for step in watch.still() if step <= watched] == [3, 4]
     assert any(row.status == "changed" for row in controller.history)
     assert not [row for row in controller.history if row.status == "refused"]
@@ -387,7 +448,9 @@ def test_skipped_steps_up_to_the_first_decision_crash_nothing(name: str, tmp_pat
 
 
 def test_pefts_adalora_cannot_skip_and_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match="step 3 cannot be skipped: PEFT's AdaLoRA needs its gradients") as error:
+    with pytest.raises(
+        DivergedError, match="step 3 cannot be skipped: PEFT's AdaLoRA needs its gradients"
+    ) as error:
         rank_trainer(tmp_path, "peft_adalora", 3).train()
     assert error.value.step == 3
 
@@ -401,12 +464,16 @@ def test_pefts_adalora_cannot_skip_and_says_so(tmp_path: Path) -> None:
         ({"max_skipped": True}, "max_skipped is True"),
     ],
 )
-def test_a_policy_that_is_none_is_refused(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_policy_that_is_none_is_refused(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, more=wrong)
 
 
-def test_skip_is_refused_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skip_is_refused_in_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
     make_trainer(tmp_path)
     with pytest.raises(InputError, match="several processes"):
@@ -417,12 +484,19 @@ def test_skip_is_refused_in_several_processes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_rate_that_moves_nothing_is_an_error_with_remedies(tmp_path: Path) -> None:
-    with pytest.raises(NothingLearnedError, match="nothing in 6 steps: no trainable parameter changed") as error:
+    with pytest.raises(
+        NothingLearnedError, match="nothing in 6 steps: no trainable parameter changed"
+    ) as error:
         make_trainer(tmp_path, learning_rate=1e-300).train()
-    assert all(word in str(error.value) for word in ("learning rate 0", "warm-up", "frozen", "skipped", "label"))
+    assert all(
+        word in str(error.value)
+        for word in ("learning rate 0", "warm-up", "frozen", "skipped", "label")
+    )
 
 
-def test_adapters_whose_b_stays_zero_are_an_error_though_the_head_was_trained(tmp_path: Path) -> None:
+def test_adapters_whose_b_stays_zero_are_an_error_though_the_head_was_trained(
+    tmp_path: Path,
+) -> None:
     trainer = make_trainer(tmp_path)
     for name, parameter in trainer.model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and "lora_B" not in name)
@@ -441,13 +515,17 @@ def test_one_adapter_that_learned_is_enough(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_was_trained_before_must_change_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=10, save_strategy="steps", save_steps=10)  # one epoch
+    trainer = make_trainer(
+        tmp_path, max_steps=10, save_strategy="steps", save_steps=10
+    )  # one epoch
     trainer.train()
     again = AdaptiveTrainer(trainer.model, trainer.args, train_dataset=records())
     again.args.learning_rate = 1e-300
     with pytest.raises(NothingLearnedError, match="no trainable parameter changed"):
         again.train()
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))  # makes no step: nothing was to change
+    again.train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-10")
+    )  # makes no step: nothing was to change
 
 
 def test_a_resumed_run_must_change_what_the_checkpoint_held(tmp_path: Path) -> None:
@@ -494,7 +572,9 @@ def strict(text: str) -> list[dict]:
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
-def test_the_metrics_file_holds_the_log_as_strict_json_also_of_a_run_that_diverged(tmp_path: Path) -> None:
+def test_the_metrics_file_holds_the_log_as_strict_json_also_of_a_run_that_diverged(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "metrics.jsonl"
     options = {"eval_strategy": "steps", "eval_steps": 2, "callbacks": [MetricsFile(file)]}
     trainer = make_trainer(tmp_path, evaluate=records(poisoned_batch=2, count=8), **options)
@@ -509,7 +589,9 @@ def test_the_metrics_file_holds_the_log_as_strict_json_also_of_a_run_that_diverg
 
 def test_after_a_resume_the_metrics_file_holds_every_step_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    make_trainer(tmp_path, save_strategy="steps", save_steps=3, callbacks=[MetricsFile(file)]).train()
+    make_trainer(
+        tmp_path, save_strategy="steps", save_steps=3, callbacks=[MetricsFile(file)]
+    ).train()
     once = losses(strict(file.read_text()))
     trainer = make_trainer(tmp_path, callbacks=[MetricsFile(file)])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -519,7 +601,13 @@ def test_after_a_resume_the_metrics_file_holds_every_step_once(tmp_path: Path) -
 
 def test_finite_replaces_every_float_that_strict_json_has_no_word_for() -> None:
     value = {"loss": NAN, "rows": [1, INF, (-INF, 2.5)], "name": "nan", "ok": True, "none": None}
-    replaced = {"loss": None, "rows": [1, None, [None, 2.5]], "name": "nan", "ok": True, "none": None}
+    replaced = {
+        "loss": None,
+        "rows": [1, None, [None, 2.5]],
+        "name": "nan",
+        "ok": True,
+        "none": None,
+    }
     assert finite(value) == replaced
     assert json.loads(json.dumps(finite(value), allow_nan=False)) == replaced
 

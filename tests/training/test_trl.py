@@ -1,7 +1,9 @@
-"""An unmodified TRL `SFTTrainer` with our callback: ranks change, a killed run resumes exactly, stock PEFT loads the result.
+"""An unmodified TRL `SFTTrainer` with our callback: ranks change, a killed run resumes exactly,
+stock PEFT loads the result.
 
-A tiny random Llama on the CPU and text from memory, in float32 and with SFT's own defaults (bf16 autocast, activation
-checkpointing). A model that is a `PeftModel` already is used as it is: the trainer's model is ours, not a wrapper of it.
+A tiny random Llama on the CPU and text from memory, in float32 and with SFT's own defaults (bf16
+autocast, activation checkpointing). A model that is a `PeftModel` already is used as it is: the
+trainer's model is ours, not a wrapper of it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from adaptive_lora.testing import apart, callback_of, state_of
 from adaptive_lora.training.controller import NeverDecidedError
 
 pytest_plugins = ("model_folders",)
-# TRL 1.16 sets the default of this option under the name that transformers 5.23 deprecates, whatever we pass.
+# TRL 1.16 sets the default of this option under the name that transformers 5.23 deprecates,
+# whatever we pass.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 )
@@ -42,7 +45,8 @@ Make = Callable[..., SFTTrainer]
 
 
 class Behind(TrainerCallback):
-    """After every step: is what the optimizer holds what the model trains, of the type it had at the start?"""
+    """After every step: is what the optimizer holds what the model trains, of the type it had at
+    the start?"""
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, set[torch.dtype]]] = []
@@ -50,15 +54,23 @@ class Behind(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
         held = [p for group in kwargs["optimizer"].param_groups for p in group["params"]]
-        self.seen.append(({id(p) for p in trained} == {id(p) for p in held}, {p.dtype for p in trained}))
+        self.seen.append(
+            ({id(p) for p in trained} == {id(p) for p in held}, {p.dtype for p in trained})
+        )
 
 
 @pytest.fixture(scope="module")
 def make(llama_folder: str) -> Make:
-    """Return a function that makes a trainer: 32 texts, two micro-steps of 2 texts to a step, 12 steps."""
+    """Return a function that makes a trainer: 32 texts, two micro-steps of 2 texts to a step, 12
+    steps."""
 
     def trainer(
-        folder: Path, setting: str, method: al.Method | None = None, *, quantized: bool = False, **options: Any
+        folder: Path,
+        setting: str,
+        method: al.Method | None = None,
+        *,
+        quantized: bool = False,
+        **options: Any,
     ) -> SFTTrainer:
         method = method or methods.adalora(2, factor=2.0, initial=2, final=2, every=2)
         set_seed(5)
@@ -95,7 +107,8 @@ def make(llama_folder: str) -> Make:
 
 @pytest.fixture(scope="module")
 def trained(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SFTTrainer]:
-    """Return a function that gives the finished training of a setting, with a checkpoint after step 5. Read only."""
+    """Return a function that gives the finished training of a setting, with a checkpoint after step
+    5. Read only."""
 
     @cache
     def train(setting: str) -> SFTTrainer:
@@ -108,13 +121,19 @@ def trained(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 
 def decisions(trainer: SFTTrainer) -> list[tuple[Any, ...]]:
-    return [(r.step, r.status, r.budget, r.pattern, r.scores, r.changes) for r in callback_of(trainer).history]
+    return [
+        (r.step, r.status, r.budget, r.pattern, r.scores, r.changes)
+        for r in callback_of(trainer).history
+    ]
 
 
 def unspent(trainer: SFTTrainer) -> tuple[int, int]:
-    """Return the parameters left of the budget, uniform rank 2, and those of the cheapest component."""
+    """Return the parameters left of the budget, uniform rank 2, and those of the cheapest
+    component."""
     costs = {target.name: target.cost for target in targets_of(trainer.model)}
-    return sum(2 * cost for cost in costs.values()) - al.lora_parameters(trainer.model), min(costs.values())
+    return sum(2 * cost for cost in costs.values()) - al.lora_parameters(trainer.model), min(
+        costs.values()
+    )
 
 
 def behind(trainer: SFTTrainer) -> list[tuple[bool, set[torch.dtype]]]:
@@ -157,7 +176,9 @@ def test_resumed_after_a_rank_change_equals_uninterrupted(
 ) -> None:
     whole = trained(setting)
     resumed = make(tmp_path, setting)
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{RESUMED_FROM}"))
+    resumed.train(
+        resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{RESUMED_FROM}")
+    )
     mine, theirs = state_of(resumed), state_of(whole)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
@@ -172,7 +193,8 @@ def test_stock_peft_loads_the_saved_adapter_with_equal_logits(
     trainer = trained(setting)
     trainer.save_model(str(tmp_path))
     bare = AutoModelForCausalLM.from_pretrained(llama_folder).eval()
-    # Without the autocast that accelerate wraps round the PEFT model's forward; SFT's own is inside and stays.
+    # Without the autocast that accelerate wraps round the PEFT model's forward; SFT's own is inside
+    # and stays.
     tuned = trainer.model.get_base_model().eval()
     with torch.no_grad():
         before, here = (model(input_ids=TOKENS).logits for model in (bare, tuned))
@@ -190,8 +212,12 @@ def test_a_method_that_never_decides_is_an_error_at_the_end(make: Make, tmp_path
         never.train()
 
 
-def test_adapters_that_sft_casts_to_bf16_on_a_quantized_model(make: Make, llama_folder: str, tmp_path: Path) -> None:
-    trainer = make(tmp_path, "SFT defaults", quantized=True, save_strategy="steps", save_steps=RESUMED_FROM)
+def test_adapters_that_sft_casts_to_bf16_on_a_quantized_model(
+    make: Make, llama_folder: str, tmp_path: Path
+) -> None:
+    trainer = make(
+        tmp_path, "SFT defaults", quantized=True, save_strategy="steps", save_steps=RESUMED_FROM
+    )
     trainer.train()
     assert behind(trainer) == [(True, {torch.bfloat16})] * STEPS
     resumed = make(tmp_path / "resumed", "SFT defaults", quantized=True)
@@ -206,7 +232,9 @@ def test_adapters_that_sft_casts_to_bf16_on_a_quantized_model(make: Make, llama_
     with torch.no_grad():
         for parameter in loaded.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()  # the base is float32 here, and PEFT loads adapters as that
+                parameter.data = (
+                    parameter.data.bfloat16()
+                )  # the base is float32 here, and PEFT loads adapters as that
         here = trainer.model.get_base_model().eval()(input_ids=TOKENS).logits
         there = loaded(input_ids=TOKENS).logits
     assert apart(here, there) <= 1e-6

@@ -1,0 +1,1 @@
+"""A recipe in, a run directory out; a finished run at work."""
