@@ -24,8 +24,6 @@ HEAVY = {"torch", "transformers", "peft", "datasets"}
 STILL_UP = {  # as the files stood before they were moved
     ("adaptive_lora.adapter_tools.export", "adaptive_lora.runs.resuming"),
     ("adaptive_lora.adapter_tools.export", "adaptive_lora.runs.use"),
-    ("adaptive_lora.allocation.custom_ranks", "adaptive_lora.model.targets"),
-    ("adaptive_lora.study.worker", "adaptive_lora.cli.quiet"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path

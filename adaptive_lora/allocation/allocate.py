@@ -103,9 +103,8 @@ def proportional(
     if not any(weights[name] > 0 for name in costs):
         weights = dict.fromkeys(costs, 1.0)
 
-    exact = {
-        m: Fraction(float(weights[m])) for m in costs
-    }  # a float is a fraction: nothing is rounded before `floor`
+    # a float is a fraction: nothing is rounded before `floor`
+    exact = {m: Fraction(float(weights[m])) for m in costs}
 
     def relaxed(scale: Fraction) -> dict[str, Fraction]:
         return {

@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptive_lora.allocation.adaptation import At, MaskedByPeft
 from adaptive_lora.allocation.allocate import RankPattern
-from adaptive_lora.allocation.importance import Sensitivity
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.model.fingerprint import check_fingerprint, write_fingerprint
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.model.targets import (
     ALL_LINEAR,
-    Target,
     describe_targets,
     find_targets,
     head_modules,
@@ -41,7 +39,7 @@ from adaptive_lora.model.targets import (
 )
 
 if TYPE_CHECKING:
-    from adaptive_lora.methods import Method
+    from adaptive_lora.allocation.method import Method
 
 
 def attach(
@@ -115,12 +113,9 @@ def attach(
             isinstance(model.get_submodule(target.name), Conv1D) for target in found
         ),
     }
-    if isinstance(method.adaptation, MaskedByPeft):
-        config: LoraConfig = _adalora_config(
-            method.adaptation, max(created.values()), scale, common
-        )
-    else:
-        config = LoraConfig(**common, **scaled_config(created, scale))
+    adaptation, largest = method.adaptation, max(created.values())
+    own = None if adaptation is None else adaptation.peft_config(largest, scale, common)
+    config = own or LoraConfig(**common, **scaled_config(created, scale))
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:  # such as the modules of Mamba whose weights a fused kernel takes
@@ -138,26 +133,6 @@ def attach(
     if not is_masked(peft_model):
         sync_config(peft_model)
     return peft_model
-
-
-def _adalora_config(
-    adaptation: MaskedByPeft, rank: int, scale: float, common: dict[str, Any]
-) -> AdaLoraConfig:
-    """Return PEFT's config; its schedule is filled in by the controller, who knows the number of
-    steps."""
-    assert isinstance(adaptation.importance, Sensitivity)
-    assert isinstance(adaptation.when, At)
-    return AdaLoraConfig(
-        init_r=rank,
-        target_r=adaptation.target_rank,
-        lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by init_r
-        beta1=adaptation.importance.beta1,
-        beta2=adaptation.importance.beta2,
-        deltaT=int(adaptation.when.every),
-        orth_reg_weight=adaptation.orthogonality,
-        total_step=1,
-        **common,
-    )
 
 
 def is_masked(model: PeftModel) -> bool:
@@ -195,9 +170,8 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
     name = type(model).__name__
     task = next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-    return (
-        TaskType.CAUSAL_LM if task == TaskType.SEQ_2_SEQ_LM and not encodes else task
-    )  # LLaVA generates conditionally
+    # LLaVA generates conditionally
+    return TaskType.CAUSAL_LM if task == TaskType.SEQ_2_SEQ_LM and not encodes else task
 
 
 def base_of(model: Any) -> nn.Module:
@@ -227,9 +201,8 @@ def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     if adapter not in layer.lora_A:
         return None
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return (
-        (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)
-    )  # AdaLoRA's are bare parameters
+    # AdaLoRA's are bare parameters
+    return (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)
 
 
 def ranks(model: nn.Module) -> RankPattern:
@@ -456,9 +429,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
         with safe_open(weights_file, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (
-        Exception
-    ) as error:  # safetensors and PEFT raise many kinds; all mean the same to the caller
+    except Exception as error:  # of many kinds; all mean the same to the caller
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model or is damaged: {error}"
         ) from error

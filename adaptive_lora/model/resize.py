@@ -306,9 +306,8 @@ def _stage(
             _zero,
         )
         if dim == 0 and plan.grow:
-            bound = 1 / math.sqrt(
-                parameter.shape[1]
-            )  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            bound = 1 / math.sqrt(parameter.shape[1])
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(
                 -bound, bound, generator=generator
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from peft import LoraConfig
 from torch import nn
@@ -18,36 +17,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.naming import split_name
 
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A linear module that carries an adapter. B A has shape (out_features, in_features)."""
-
-    name: str  # full dotted name in the base model
-    kind: str  # the name inside its layer, such as "attention.self.query": the same in every layer
-    stack: (
-        str  # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
-    )
-    layer: int  # 0-based among the layers of this stack that carry targets
-    n_layers: int  # how many such layers the stack has
-    attention: bool  # inside an attention module (otherwise: feed-forward)
-    in_features: int  # I
-    out_features: int  # O
-
-    @property
-    def cost(self) -> int:
-        """Trainable parameters of one component: I + O."""
-        return self.in_features + self.out_features
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank B A can have: min(I, O)."""
-        return min(self.in_features, self.out_features)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -186,9 +160,8 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     >>> config = AlbertConfig(vocab_size=16, embedding_size=8, num_hidden_layers=12, **sizes)
     >>> tiny = AlbertModel(config)
-    >>> coverage(tiny, find_targets(tiny, ["query", "value"]))
-    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over depth
-    see 1 layer']
+    >>> coverage(tiny, find_targets(tiny, ["query", "value"]))  # doctest: +ELLIPSIS
+    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over ...']
     """
     left_out = _claimed_by_peft(model, _linear(model))
     claimed = (

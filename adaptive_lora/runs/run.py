@@ -35,13 +35,8 @@ from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, finite, use_progress
 
 METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
-LEARNED = {
-    "text",
-    "label",
-    "classes",
-    "class_numbers",
-    "unanswerable",
-}  # keys of `data` that the training records may complete
+# keys of `data` that the training records may complete
+LEARNED = {"text", "label", "classes", "class_numbers", "unanswerable"}
 WIDTH = 100  # columns of the terminal
 
 
