@@ -126,34 +126,30 @@ class Method:
                     f"the shape of method {self.name!r} gives no rank to target {target.name!r}"
                 )
         budget = None if self.raw_start else self.budget_parameters(targets)
-        if budget is not None and self.adaptation is not None:
-            budget = int(budget * self.adaptation.schedule.factor)
         if budget is None:
             for target in targets:
                 if raw[target.name] > target.full_rank:
                     raise InputError(
                         f"rank {raw[target.name]} for {target.name!r} exceeds min(in_features, "
-                        "out_features) = "
-                        f"min({target.in_features}, {target.out_features}) = {target.full_rank}; "
-                        "choose a lower rank"
+                        f"out_features) = min({target.in_features}, {target.out_features}) = "
+                        f"{target.full_rank}; choose a lower rank"
                     )
             return raw
-        if self.rank is not None and self.rank > max(target.full_rank for target in targets):
+        largest = max(target.full_rank for target in targets)
+        if self.rank is not None and self.rank > largest:
             raise InputError(
                 f"rank {self.rank} exceeds min(in_features, out_features) of every target, at most "
-                f"{max(target.full_rank for target in targets)}; choose a lower rank"
+                f"{largest}; choose a lower rank"
             )
-        costs = {target.name: target.cost for target in targets}
+        factor = 1 if self.adaptation is None else self.adaptation.schedule.factor
         # A target the shape gives any rank keeps at least one component; one at rank 0 stays
         # without.
         return proportional(
             raw,
-            costs,
-            budget,
+            {target.name: target.cost for target in targets},
+            int(budget * factor),
             minimum={name: min(rank, 1) for name, rank in raw.items()},
-            maximum={
-                target.name: target.full_rank if raw[target.name] else 0 for target in targets
-            },
+            maximum={t.name: t.full_rank if raw[t.name] else 0 for t in targets},
         )
 
 

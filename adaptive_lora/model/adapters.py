@@ -37,6 +37,7 @@ from adaptive_lora.model.targets import (
     head_modules,
     linear_features,
 )
+from adaptive_lora.naming import inside
 
 if TYPE_CHECKING:
     from adaptive_lora.allocation.method import Method
@@ -91,11 +92,7 @@ def attach(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
     whole = [*head_modules(model), *modules_to_save]
-    found = [
-        t
-        for t in find_targets(model, targets)
-        if not any(f"{t.name}.".startswith(f"{w}.") for w in whole)
-    ]
+    found = [t for t in find_targets(model, targets) if not inside(t.name, whole)]
     pattern = method.initial_pattern(found)
     if not any(pattern.values()):
         raise InputError(
@@ -103,32 +100,35 @@ def attach(
         )
     # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
     created = {name: max(rank, 1) for name, rank in pattern.items()}
+    modules = [model.get_submodule(target.name) for target in found]
     common: dict[str, Any] = {
         "target_modules": target_modules(model, created),
         "lora_dropout": dropout,
         "modules_to_save": whole or None,
         "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
-        "fan_in_fan_out": all(
-            isinstance(model.get_submodule(target.name), Conv1D) for target in found
-        ),
+        "fan_in_fan_out": all(isinstance(module, Conv1D) for module in modules),
     }
     adaptation, largest = method.adaptation, max(created.values())
     own = None if adaptation is None else adaptation.peft_config(largest, scale, common)
-    config = own or LoraConfig(**common, **scaled_config(created, scale))
+    return _created(model, own or LoraConfig(**common, **scaled_config(created, scale)), pattern)
+
+
+def _created(model: nn.Module, config: LoraConfig, pattern: RankPattern) -> PeftModel:
+    """Have PEFT make the adapters, and check that they are those of `pattern`."""
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:  # such as the modules of Mamba whose weights a fused kernel takes
         raise InputError(f"PEFT refuses these targets: {error}") from error
-    for name, rank in pattern.items():
-        if rank == 0:
-            park(adapters(peft_model)[name])
-    if ranks(peft_model) != pattern:
+    layers = adapters(peft_model)
+    for name in (name for name, rank in pattern.items() if rank == 0):
+        park(layers[name])
+    made = ranks(peft_model)
+    if made != pattern:
         raise InputError(
             "the adapters PEFT created are not those asked for: "
-            f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
-            "PEFT adapts no module whose name holds that of a head module: leave it out of the "
-            "targets"
+            f"{sorted(set(made.items()) ^ set(pattern.items()))[:6]}. PEFT adapts no module whose "
+            "name holds that of a head module: leave it out of the targets"
         )
     if not is_masked(peft_model):
         sync_config(peft_model)

@@ -242,28 +242,13 @@ def _packed(model: nn.Module) -> list[str]:
 def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
     """Return those of `names` that `targets` means."""
     if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
-            return list(names)
-        try:
-            chosen = [name for name in names if re.fullmatch(targets, name)]
-        except re.error as error:
-            raise InputError(
-                f"targets {targets!r} is not a valid regular expression: {error}"
-            ) from None
-        if not chosen:
-            raise InputError(
-                f"targets {targets!r} match no linear module: a string is a regular expression "
-                "over full names; "
-                "give a list for last parts of "
-                f"names.{_listing(names, nearest(targets, [ALL_LINEAR]))}"
-            )
-        return chosen
+        return list(names) if targets.lower() == ALL_LINEAR else _matching(names, targets)
     wanted = list(targets)
     if not wanted:
         raise InputError(f"targets is an empty list.{_listing(names)}")
-    chosen_names: set[str] = set()
+    chosen: set[str] = set()
     for want in wanted:
-        hits = {name for name in names if name == want or name.endswith(f".{want}")}
+        hits = {name for name in names if f".{name}".endswith(f".{want}")}
         if not hits:
             endings = {
                 name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)
@@ -272,8 +257,25 @@ def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
                 f"target {want!r} matches no linear "
                 f"module.{_listing(names, nearest(want, sorted(endings)))}"
             )
-        chosen_names |= hits
-    return [name for name in names if name in chosen_names]
+        chosen |= hits
+    return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    """Return those of `names` that a regular expression matches as a whole."""
+    try:
+        chosen = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise InputError(
+            f"targets {pattern!r} is not a valid regular expression: {error}"
+        ) from None
+    if not chosen:
+        raise InputError(
+            f"targets {pattern!r} match no linear module: a string is a regular expression over "
+            "full names; give a list for last parts of "
+            f"names.{_listing(names, nearest(pattern, [ALL_LINEAR]))}"
+        )
+    return chosen
 
 
 def _listing(names: Sequence[str], hint: str = "") -> str:
