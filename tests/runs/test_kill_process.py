@@ -7,7 +7,7 @@ for bit; a checkpoint that the kill left half written is named and passed over.
 (`test_kill_and_resume.py` has many more moments, and kills by an exception.)
 
 The undisturbed and the killed processes are forks of one that has only imported the package, which
-takes seconds; the last resume of each chain of kills is `python -m adaptive_lora.cli.main` from
+takes seconds; the last resume of the first chain of kills is `python -m adaptive_lora.cli` from
 nothing.
 """
 
@@ -70,6 +70,7 @@ class Kill(NamedTuple):
     refused: str = ""
 
 
+FROM_NOTHING = "adalora"
 UNFINISHED = r"has no trainer_state\.json"  # the last file that the Trainer writes
 # A chain of kills to each method; each one strikes the resumed run of the one before.
 CHAINS = {
@@ -182,8 +183,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, bert_folder: str, reviews_
 def runs(
     tmp_path_factory: pytest.TempPathFactory, recipes: Path
 ) -> tuple[Path, dict[str, list[Ended]]]:
-    """Return a folder with `undisturbed/NAME` and `killed/NAME`, and how each killed process of a
-    method ended."""
+    """Return a folder with `undisturbed/NAME` and `killed/NAME`, and how each process of a chain
+    ended: the killed ones, and the one that came through."""
     folder = tmp_path_factory.mktemp("runs")
     jobs: list[tuple[str, tuple[str, str, int] | None, list[str]]] = []
     for name, kills in CHAINS.items():
@@ -192,6 +193,8 @@ def runs(
         for i, kill in enumerate(kills):
             resume = ["--resume"] if i else []
             jobs.append((str(broken), kill[:3], [*train(name, recipes, broken), *resume]))
+        if name != FROM_NOTHING:
+            jobs.append((str(broken), None, [*train(name, recipes, broken), "--resume"]))
     done = process("-c", PROCESSES, json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     ended = iter([Ended(*json.loads(line)) for line in done.stdout.splitlines()])
@@ -200,6 +203,12 @@ def runs(
         whole = next(ended)
         assert whole.code == 0, whole.output
         killed[name] = [next(ended) for _ in kills]
+        if name == FROM_NOTHING:
+            line = [*train(name, recipes, folder / "killed" / name), "--resume"]
+            last = process("-m", "adaptive_lora.cli", *line)
+            killed[name].append(Ended(last.returncode, last.stdout + last.stderr, ""))
+        else:
+            killed[name].append(next(ended))
     return folder, killed
 
 
@@ -220,15 +229,13 @@ def lasting(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_killed_process_resumed_equals_an_undisturbed_one(
-    name: str, recipes: Path, runs: tuple[Path, dict[str, list[Ended]]]
+    name: str, runs: tuple[Path, dict[str, list[Ended]]]
 ) -> None:
     whole, folder = runs[0] / "undisturbed" / name, runs[0] / "killed" / name
-    assert not (folder / "result.json").exists()
-    last = process("-m", "adaptive_lora.cli", *train(name, recipes, folder), "--resume")
-    assert last.returncode == 0, last.stderr
-
-    outputs = [ended.output for ended in runs[1][name]] + [last.stdout]
-    for kill, ended, resumed in zip(CHAINS[name], runs[1][name], outputs[1:], strict=True):
+    *struck, last = runs[1][name]
+    assert last.code == 0, last.output
+    outputs = [ended.output for ended in runs[1][name]]
+    for kill, ended, resumed in zip(CHAINS[name], struck, outputs[1:], strict=True):
         assert ended.code == -signal.SIGKILL, (kill, ended.output)
         assert [row["step"] for row in decisions(ended.allocations)] == kill.decided, kill
         steps = re.findall(r"^step +(\d+)/12 ", resumed, re.MULTILINE)
