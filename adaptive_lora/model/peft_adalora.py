@@ -229,47 +229,48 @@ class PeftAdaLora(Driver):
         """
         model, config, adapter = self.model, self._config, self.model.active_adapter
         scale = config.lora_alpha / config.init_r
-        alive, pairs = self.alive(), {}
+        alive = self.alive()
         if not any(alive.values()):  # nothing is learned yet: plain LoRA at its start, B' = 0
             alive = {name: list(range(rank)) for name, rank in ranks(model).items()}
-        base = base_of(model)
-        modes = {name: layer.training for name, layer in adapters(model).items()}
-        for name, layer in adapters(model).items():
-            a, b, gate = (
-                part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E)
-            )
-            factor = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5) / scale
-            pairs[name] = a[alive[name]].clone(), (b * (gate.T * factor))[:, alive[name]].clone()
+        before, base = adapters(model), base_of(model)
+        pairs = {name: _plain(layer, adapter, alive[name], scale) for name, layer in before.items()}
+        for name, layer in before.items():
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.get_base_layer())
-        # PEFT cannot create rank 0
+        # PEFT cannot create rank 0.
         created = {name: max(len(kept), 1) for name, kept in alive.items()}
+        carried = ("lora_dropout", "modules_to_save", "task_type", "fan_in_fan_out")
         plain = LoraConfig(
             target_modules=target_modules(base, created),  # type: ignore[arg-type]
             base_model_name_or_path=config.base_model_name_or_path,
-            **{
-                key: getattr(config, key)
-                for key in ("lora_dropout", "modules_to_save", "task_type", "fan_in_fan_out")
-            },
+            **{key: getattr(config, key) for key in carried},
             **scaled_config(created, scale),
         )
-        # the head
-        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        head = [parameter for parameter in base.parameters() if parameter.requires_grad]
         del base.peft_config
         with torch.random.fork_rng():
             model.base_model = LoraModel(base, plain, adapter)
         model.base_model.training = self._tuner.training
-        for parameter in trained:
+        for parameter in head:  # PEFT has just frozen it
             parameter.requires_grad_(True)
         for name, layer in adapters(model).items():
-            layer.train(modes[name])
-            if alive[name]:
-                for parameter, value in zip(weights(layer) or (), pairs[name], strict=True):
-                    parameter.data = value
-            else:
+            layer.train(before[name].training)
+            if not alive[name]:
                 park(layer)
+                continue
+            for parameter, value in zip(weights(layer) or (), pairs[name], strict=True):
+                parameter.data = value
         sync_config(model)
         return {name: Resize(tuple(kept)) for name, kept in alive.items()}
+
+
+def _plain(
+    layer: Any, adapter: str, kept: list[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (A', B') of one AdaLoRA layer, with the kept components only."""
+    a, b, gate = (part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
+    factor = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5) / scale
+    return a[kept].clone(), (b * (gate.T * factor))[:, kept].clone()
 
 
 @dataclass(frozen=True, kw_only=True)

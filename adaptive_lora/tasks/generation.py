@@ -68,39 +68,39 @@ def generate(
     ]
     training = model.training
     model.eval()
+    silent = not sys.stderr.isatty() or len(batches) < 2
     try:
-        for batch in tqdm(
-            batches,
-            desc="generating",
-            disable=not sys.stderr.isatty() or len(batches) < 2,
-            leave=False,
-        ):
-            width = len(prompts[batch[0]])
+        for batch in tqdm(batches, desc="generating", disable=silent, leave=False):
             config.max_new_tokens = rooms[batch[0]]
-            # a causal model goes on from the right end
-            padding = [width - len(prompts[i]) for i in batch]
-            pad = tokenizer.pad_token_id
-            ids = [
-                [pad] * n + prompts[i] if not seq2seq else prompts[i] + [pad] * n
-                for i, n in zip(batch, padding, strict=True)
-            ]
-            mask = [
-                [0] * n + [1] * (width - n) if not seq2seq else [1] * (width - n) + [0] * n
-                for n in padding
-            ]
+            some = [prompts[i] for i in batch]
+            ids, mask = _padded(some, tokenizer.pad_token_id, left=not seq2seq)
             written = base.generate(
-                input_ids=torch.tensor(ids, device=base.device),
-                attention_mask=torch.tensor(mask, device=base.device),
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
                 generation_config=config,
             )
-            written = written if seq2seq else written[:, width:]
-            for i, text in zip(
-                batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
-            ):
+            written = written if seq2seq else written[:, ids.shape[1] :]
+            answers = tokenizer.batch_decode(written, skip_special_tokens=True)
+            for i, text in zip(batch, answers, strict=True):
                 texts[i] = text.strip()
     finally:
         model.train(training)
     return texts
+
+
+def _padded(
+    prompts: Sequence[list[int]], pad: Any, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (token ids, mask) of a batch, both (B, T); padded on the left for a causal model,
+    which goes on from the right end."""
+    width = max(map(len, prompts))
+    ids, mask = [], []
+    for prompt in prompts:
+        fill = width - len(prompt)
+        own, ones, zeros = list(prompt), [1] * len(prompt), [0] * fill
+        ids.append([pad] * fill + own if left else own + [pad] * fill)
+        mask.append(zeros + ones if left else ones + zeros)
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def _batches(items: list[int], size: int) -> list[list[int]]:

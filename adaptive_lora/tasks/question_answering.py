@@ -62,42 +62,31 @@ class QuestionAnswering(Task):
         )
         rows = [kept[place] for place in encoded.pop("overflow_to_sample_mapping")]
         offsets = encoded.pop("offset_mapping")
-        spans = []
-        starts, ends = [], []
-        for window, row in enumerate(rows):
-            context = [
-                list(span) if part == 1 else [-1, -1]
-                for part, span in zip(encoded.sequence_ids(window), offsets[window], strict=True)
-            ]
-            spans.append(context)
-            start, end = _locate(context, answers[row])
-            starts.append(start)
-            ends.append(end)
+        spans = [_context_spans(encoded, window, offsets[window]) for window in range(len(rows))]
+        places = [_locate(span, answers[row]) for span, row in zip(spans, rows, strict=True)]
         columns: dict[str, Any] = {key: value for key, value in encoded.items() if key in _READ}
         if labelled:
-            columns |= {"start_positions": starts, "end_positions": ends}
+            columns |= {"start_positions": [start for start, _ in places]}
+            columns |= {"end_positions": [end for _, end in places]}
         columns |= {
             SPANS: spans,
             CONTEXT: [contexts[row] for row in rows],
             ANSWERS: [[text for _, text in answers[row]] for row in rows],
             ROW: rows,
         }
-        answered = sum(start > 0 for start in starts)
-        found = {row for row, start in zip(rows, starts, strict=True) if start}
-        lost = sum(bool(answers[row]) and row not in found for row in kept)
-        several = len(rows) - len(kept)
-        self.notes.append(
+        note = (
             f"{split.part}: {len(kept):,} records in {len(rows):,} windows of at most "
-            f"{self.longest:,} tokens "
-            f"({several:,} more than records)"
-            + (
-                f"; {answered:,} windows hold their answer; {lost:,} records have an answer that "
-                "no window holds whole"
-                if labelled
-                else ""
-            )
+            f"{self.longest:,} tokens ({len(rows) - len(kept):,} more than records)"
         )
-        if labelled and not answered:
+        found = [row for row, (start, _) in zip(rows, places, strict=True) if start]
+        if labelled:
+            lost = sum(bool(answers[row]) for row in set(kept) - set(found))
+            note += (
+                f"; {len(found):,} windows hold their answer; {lost:,} records have an answer that "
+                "no window holds whole"
+            )
+        self.notes.append(note)
+        if labelled and not found:
             raise InputError(
                 f"{split.source}: no window of any {split.part} record holds its answer; nothing "
                 "to learn from"
@@ -180,25 +169,8 @@ class QuestionAnswering(Task):
                 f"{place}: {len(texts)} answers and {len(begins)} values of "
                 f"{self.data.answer_start!r}"
             )
-        found = []
-        for written, given in zip(texts, begins, strict=True):
-            text = written.strip()  # tokens have no white space around them
-            if not text:
-                continue
-            at = context.find(text)
-            if given is not None:
-                integral = isinstance(given, int) or (
-                    isinstance(given, float) and given.is_integer()
-                )
-                at = int(given) + len(written) - len(written.lstrip()) if integral else -1
-            if at < 0 or not context.startswith(text, at):
-                raise InputError(
-                    f"{place}: the answer {text!r:.60} is not in the context"
-                    + (f" at character {given}" if given is not None else "")
-                    + "; an extractive model can only copy"
-                )
-            found.append((at, text))
-        return found
+        pairs = zip(texts, begins, strict=True)
+        return [_answer(context, text, given, place) for text, given in pairs if text.strip()]
 
     def _readable(self, split: Split, questions: list[str], labelled: bool) -> list[int]:
         """Return the rows whose question leaves its windows more than the stride for the context.
@@ -255,6 +227,32 @@ def _texts(value: Any, place: str) -> list[str]:
             )
         texts.append(str(one))
     return texts
+
+
+def _context_spans(encoded: Any, window: int, offsets: Any) -> list[list[int]]:
+    """Return the characters of the context that each token of a window stands for; [-1, -1] of one
+    that is of the question, or special."""
+    parts = encoded.sequence_ids(window)
+    pairs = zip(parts, offsets, strict=True)
+    return [list(span) if part == 1 else [-1, -1] for part, span in pairs]
+
+
+def _answer(context: str, written: str, given: Any, place: str) -> tuple[int, str]:
+    """Return (first character, text) of an answer, without white space around it: tokens have none.
+
+    Raises `InputError` where it does not stand in the context, or not at the character `given`.
+    """
+    text, at, where = written.strip(), context.find(written.strip()), ""
+    if given is not None:
+        whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())
+        at = int(given) + len(written) - len(written.lstrip()) if whole else -1
+        where = f" at character {given}"
+    if at < 0 or not context.startswith(text, at):
+        raise InputError(
+            f"{place}: the answer {text!r:.60} is not in the context{where}; an extractive model "
+            "can only copy"
+        )
+    return at, text
 
 
 def _locate(spans: list[list[int]], answers: list[tuple[int, str]]) -> tuple[int, int]:
