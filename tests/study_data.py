@@ -40,8 +40,8 @@ def study(**changes: Any) -> Study:
             "seed": [0, 1, 2],
         },
         "baseline": "lora",
-        "metric": "eval_test_accuracy",
-        "select_metric": "eval_accuracy",
+        "select": {"by": "eval_accuracy"},
+        "report": {"metric": "eval_test_accuracy"},
     }
     return Study(**{**values, **changes})
 

@@ -191,7 +191,7 @@ def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(
-            before, yaml.safe_dump(study.to_mapping(), sort_keys=False, allow_unicode=True)
+            before, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
         )
         head = {"version": VERSION, "threads": study.threads, "axes": axes_of(plan)}
         lines = ",\n".join(json.dumps(one, allow_nan=False) for one in plan)

@@ -71,7 +71,7 @@ def test_study_and_tune_as_commands(
     )
     del base["output"]
     values = {
-        **study().to_mapping(),
+        **study().model_dump(),
         "base": base,
         "select": {"by": "eval_accuracy"},
         "report": {"metric": "eval_accuracy"},
