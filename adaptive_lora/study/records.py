@@ -14,7 +14,9 @@ STUDY_DIR/
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # the one that pydantic validates by before Python 3.12
 
 VERSION = 1
 STUDY_FILE, PLAN_FILE, RESULTS_FILE, COSTS_FILE = (
