@@ -88,6 +88,7 @@ def train(config: RunConfig, *, resume: bool = False) -> None:
             "eval_runtime": 1.0,
         }
         result |= {"metric": "eval_accuracy", "metrics": metrics, "steps": 10, "train_seconds": 1.5}
+        result["data"] = {}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     if rate >= DIVERGES:
         raise DivergedError(result["reason"], step=3)

@@ -31,7 +31,7 @@ def check(kind: type[Model], values: Mapping[str, Any]) -> Model:
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     path, known, inside = _place(kind, problem["loc"])
-    key = ".".join(path)
+    key = ".".join(path) or "it"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}.{nearest(path[-1], known)} Known here: {', '.join(known)}"
     if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete

@@ -57,6 +57,13 @@ class Outcome(TypedDict):
     costs: Costs
 
 
+class After(TypedDict):
+    """What a run is made by that is not trained; see `after`."""
+
+    run: str  # id of the run of whose adapter it is made
+    do: str  # module:function
+
+
 class PlannedRun(TypedDict):
     """One run of the plan. `settings` has the label of its value on every axis; the flat keys are
     what tables group by."""
@@ -70,6 +77,7 @@ class PlannedRun(TypedDict):
     learning_rate: float | None
     seed: int
     config: dict[str, Any]  # the resolved recipe without `output`
+    after: NotRequired[After]
 
 
 class RunRow(TypedDict):
