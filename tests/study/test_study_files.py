@@ -80,8 +80,10 @@ def test_the_study_of_compression_on_a_small_model(
 
 
 def test_the_files_of_the_page_are_right() -> None:
-    study_file, tune_file = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    study_file, made_of_runs, tune_file = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     assert len(make_plan(parse_study(yaml.safe_load(study_file)))) == 2 * 2 * 2 * 5 * 2
+    plan = make_plan(study(**yaml.safe_load(made_of_runs), baseline="trained", select={}))
+    assert sum("after" in one for one in plan) == len(plan) / 2 == 9
     assert Tuning(**yaml.safe_load(tune_file)).trials == 40
 
 
