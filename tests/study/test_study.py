@@ -485,6 +485,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     finished(tmp_path / "s")
     with pytest.raises(InputError, match="holds the study 'made up', not 'another'"):
         run_study(study(name="another"), tmp_path / "s")
+    (tmp_path / "s" / "plan.json").write_text('{"version": 99}')
+    with pytest.raises(IntegrityError, match="is of format 99; this version reads format 1"):
+        analyse(tmp_path / "s")
     (tmp_path / "s" / "plan.json").write_text('{"version": 1')
     with pytest.raises(IntegrityError, match="is damaged"):
         analyse(tmp_path / "s")
