@@ -9,7 +9,7 @@ CAUSAL ?= roneneldan/TinyStories-3M
 DATA ?= runs/data
 RESULTS ?= runs/studies
 WORKERS ?= 1
-STUDIES := placement gradient_delta adalora_budgets plateau quantised
+STUDIES := placement gradient_delta adalora_budgets plateau quantised methods compress tasks
 
 .PHONY: demo test lint format studies $(addprefix study-,$(STUDIES))
 

@@ -46,7 +46,7 @@ def main() -> None:
         started = time.perf_counter()
         study = read_study(folder)
         file = folder / "report.html"
-        file.write_text(render(study.head.name, page_data(study)), encoding="utf-8")
+        file.write_text(render(study.head["name"], page_data(study)), encoding="utf-8")
         made = time.perf_counter() - started
         times = []
         for _ in range(5):
@@ -57,7 +57,7 @@ def main() -> None:
                 version = chromium.version
         figures = {
             "runs": len(study.runs),
-            "targets": len(study.runs[0].ranks),
+            "targets": len(study.runs[0]["ranks"]),
             "bytes": file.stat().st_size,
             "seconds_to_make": round(made, 2),
             "seconds_to_open": [round(seconds, 3) for seconds in sorted(times)],

@@ -40,8 +40,8 @@ def study(**changes: Any) -> Study:
             "seed": [0, 1, 2],
         },
         "baseline": "lora",
-        "metric": "eval_test_accuracy",
-        "select_metric": "eval_accuracy",
+        "select": {"by": "eval_accuracy"},
+        "report": {"metric": "eval_test_accuracy"},
     }
     return Study(**{**values, **changes})
 
@@ -89,6 +89,7 @@ def train(config: RunConfig, *, resume: bool = False) -> None:
             "eval_runtime": 1.0,
         }
         result |= {"metric": "eval_accuracy", "metrics": metrics, "steps": 10, "train_seconds": 1.5}
+        result["data"] = {}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     if rate >= DIVERGES:
         raise DivergedError(result["reason"], step=3)

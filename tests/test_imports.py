@@ -125,9 +125,9 @@ def test_reports_read_files_only() -> None:
 
 
 def test_studies_read_files_except_where_runs_are_planned_and_done() -> None:
-    """`plan` checks recipes and `worker` trains; both import what they need of them inside
-    functions."""
-    doing = {f"adaptive_lora.study.{name}" for name in ("plan", "worker", "executors")}
+    """`plan` checks recipes, `worker` and `after` make runs; all import what they need of them
+    inside functions."""
+    doing = {f"adaptive_lora.study.{name}" for name in ("plan", "worker", "after", "executors")}
     heavy = HEAVY | {"adaptive_lora.runs.run", "adaptive_lora.recipe.config"}
     assert {(m, name) for m, name in below("study") if m not in doing and name in heavy} == set()
 

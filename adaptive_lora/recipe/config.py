@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -29,6 +29,7 @@ from adaptive_lora import methods
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.model.quantization import Precision, Quantization, compute_dtype
 from adaptive_lora.recipe.presets import expand
+from adaptive_lora.recipe.strict import Strict, check
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
@@ -47,22 +48,19 @@ def _class_name(value: Any) -> Any:
 ClassName = Annotated[str, BeforeValidator(_class_name)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Where the records come from and what their columns mean. Names of columns that a task does
     not read are ignored."""
 
     # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
     train: Location
     eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
-    extra_eval: dict[str, Location] = {}  # name -> further records, evaluated once after training
+    # name -> further records, evaluated once after training
+    extra_eval: dict[str, Location] = Field(default_factory=dict)
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only
-    extra_eval_split: dict[str, str] = {}  # hub only: name -> split
+    extra_eval_split: dict[str, str] = Field(default_factory=dict)  # hub only: name -> split
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
     eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = (
@@ -107,7 +105,7 @@ class DataConfig(_Strict):
     max_answer_length: Positive = 30  # tokens
 
 
-class GenerationConfig(_Strict):
+class GenerationConfig(Strict):
     """How text is generated, by tasks that are scored on it and by `adaptive-lora generate`. Always
     greedy or beam search."""
 
@@ -137,7 +135,7 @@ class MethodConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class AdapterConfig(_Strict):
+class AdapterConfig(Strict):
     """Where adapters go, and their constant scale."""
 
     targets: str | list[str] = "all-linear"
@@ -176,7 +174,7 @@ TaskName = Literal[
 ]
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """Everything that determines a run."""
 
     model: Location  # a local folder, or a model name on the hub
@@ -190,7 +188,7 @@ class RunConfig(_Strict):
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     generation: GenerationConfig = GenerationConfig()
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     on_non_finite: Literal["stop", "skip"] = (
         "stop"  # what a NaN or infinite loss or gradient does to its step
     )
@@ -300,39 +298,8 @@ def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
     built once, so that a wrong method or argument is found here and not after the model is loaded.
     """
     try:
-        config = RunConfig.model_validate(expand(values))
+        config = check(RunConfig, expand(values))
         methods.build(config.method.name, config.method.arguments)
-    except ValidationError as error:
-        problems = dict.fromkeys(_explain(problem) for problem in error.errors())
-        raise InputError(f"{origin}: {'; '.join(problems)}") from None
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
     return config
-
-
-def _explain(problem: Any) -> str:
-    key, last, known = _key_at(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}.{nearest(last, known)} Known here: {', '.join(known)}"
-    if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key} is {problem['input']!r}: {problem['msg']}"
-
-
-def _key_at(location: Iterable[Any]) -> tuple[str, str, list[str]]:
-    """Return (dotted key, its last part, the keys known beside it). What follows the key in a
-    location (positions in a list, arms of a union) is pydantic's."""
-    path: list[str] = []
-    model: Any = RunConfig
-    known = list(model.model_fields)
-    for part in location:
-        path.append(str(part))
-        known = list(model.model_fields)
-        if part not in known:
-            break
-        model = model.model_fields[part].annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            break
-    return ".".join(path), path[-1] if path else "", known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import pyplot as plt
 from rich.table import Table
@@ -13,40 +13,12 @@ from rich.table import Table
 from adaptive_lora.report.figures import save
 from adaptive_lora.report.tables import show
 
+if TYPE_CHECKING:  # a report reads what it is given, and imports no torch to do so
+    from adaptive_lora.runs.plan import Plan
+
 SIZES = {"8 GB": 8 * 10**9, "16 GB": 16 * 10**9, "24 GB": 24 * 10**9, "80 GB": 80 * 10**9}
 PARTS = ("base", "head", "adapters", "gradients", "optimizer", "statistics", "activations")
 COLOURS = ("#4c6a92", "#8fa3bf", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#b8b8b8")
-
-
-class StageView(Protocol):
-    """A moment of a training, as `planning.Stage` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def account(self) -> dict[str, Any]: ...
-    @property
-    def activations(self) -> int: ...
-    @property
-    def peak(self) -> int: ...
-    @property
-    def exact(self) -> bool: ...
-
-
-class PlanView(Protocol):
-    """A plan, as `planning.Plan`."""
-
-    @property
-    def stages(self) -> list[Any]: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def notes(self) -> list[str]: ...
-    @property
-    def peak(self) -> int: ...
-    def fits(self, size: int) -> bool: ...
 
 
 def parts_of(account: Mapping[str, Any]) -> dict[str, int]:
@@ -57,7 +29,7 @@ def parts_of(account: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def show_plan(plan: PlanView, alternatives: Mapping[str, PlanView]) -> None:
+def show_plan(plan: Plan, alternatives: Mapping[str, Plan]) -> None:
     """Print a plan, what it fits in, and the peaks of trainings that need less."""
     table = Table(title=f"Memory of the training on {plan.device}, MB (10⁶ bytes)")
     table.add_column("")
@@ -94,7 +66,7 @@ def show_plan(plan: PlanView, alternatives: Mapping[str, PlanView]) -> None:
         show(changes)
 
 
-def write_plan(plan: PlanView, folder: Path) -> list[Path]:
+def write_plan(plan: Plan, folder: Path) -> list[Path]:
     """Write plan.json and plan.png to a new folder and return both."""
     folder.mkdir(parents=True)
     stages = [

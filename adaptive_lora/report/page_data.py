@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.naming import by_kind
-from adaptive_lora.report.study_read import Run, StudyRecord, TableRow
+from adaptive_lora.report.study_read import StudyFolder
+from adaptive_lora.study.records import RunRow, TableRow
 
 Item = TypeVar("Item")
 CURVE_POINTS = 120  # of one curve
@@ -19,7 +20,7 @@ CELLS = 600_000  # ranks and scores of all runs and decisions together
 COLOURS = 9  # --m0 ... --m8 in page.css; 0 is the baseline's
 
 
-def page_data(study: StudyRecord) -> dict[str, Any]:
+def page_data(study: StudyFolder) -> dict[str, Any]:
     """Return the data of the page, in JSON's types and without NaN: what is not finite is null. A
     pure function."""
     methods = study.methods
@@ -27,11 +28,11 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
     axes = further_axes(study)
     kept = decisions_kept(study)
     grids: list[dict[str, Any]] = []
-    runs = [_run(study, run, number[run.method], axes, grids, kept) for run in study.runs]
+    runs = [_run(study, run, number[run["method"]], axes, grids, kept) for run in study.runs]
     return {
         "study": {
-            "metric": label(study.head.metric),
-            "greater_is_better": study.head.greater_is_better,
+            "metric": label(study.head["metric"]),
+            "greater_is_better": study.head["greater_is_better"],
         },
         "facts": facts(study),
         "rule": rule(study),
@@ -42,20 +43,22 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
             {
                 "name": name,
                 "colour": colour_number(study, name),
-                "baseline": name == study.head.baseline,
+                "baseline": name == study.head["baseline"],
             }
             for name in methods
         ],
-        "tasks": _distinct([*(run.task for run in study.runs), *(row.task for row in study.table)]),
+        "tasks": _distinct(
+            [*(run["task"] for run in study.runs), *(row["task"] for row in study.table)]
+        ),
         "models": _distinct(
-            [*(run.model for run in study.runs), *(row.model for row in study.table)]
+            [*(run["model"] for run in study.runs), *(row["model"] for row in study.table)]
         ),
         "budgets": _distinct(
-            [*(run.budget for run in study.runs), *(row.budget for row in study.table)]
+            [*(run["budget"] for run in study.runs), *(row["budget"] for row in study.table)]
         ),
         "axes": axes,
         "digits": digits(study),
-        "table": [_table_row(row, number[row.method], axes) for row in study.table],
+        "table": [_table_row(row, number[row["method"]], axes) for row in study.table],
         "wins": [
             {"method": number[method], **counts}
             for method, counts in study.wins.items()
@@ -66,11 +69,11 @@ def page_data(study: StudyRecord) -> dict[str, Any]:
     }
 
 
-def colour_number(study: StudyRecord, method: str) -> int:
+def colour_number(study: StudyFolder, method: str) -> int:
     """Return which colour a method has everywhere: 0 is the baseline's, the others follow the order
     of the grid."""
     place = study.methods.index(method)
-    first = 0 if study.methods[0] == study.head.baseline else 1
+    first = 0 if study.methods[0] == study.head["baseline"] else 1
     return 0 if (place, first) == (0, 0) else 1 + (place - 1 + first) % (COLOURS - 1)
 
 
@@ -92,23 +95,23 @@ def axis_name(axis: str) -> str:
     return axis.rsplit(".", 1)[-1].replace("_", " ")
 
 
-def further_axes(study: StudyRecord) -> list[str]:
+def further_axes(study: StudyFolder) -> list[str]:
     """Return the axes of the grid that have no column of their own; the label of a budget is made
     of rank or budget."""
     known = {"method", "task", "model", "budget", "learning_rate", "training.learning_rate", "seed"}
     return [
-        axis for axis in study.head.axes if axis not in known | {"method.rank", "method.budget"}
+        axis for axis in study.head["axes"] if axis not in known | {"method.rank", "method.budget"}
     ]
 
 
-def facts(study: StudyRecord) -> str:
+def facts(study: StudyFolder) -> str:
     """Return the size of the study in a sentence."""
     states = {
-        state: sum(run.status == state for run in study.runs)
+        state: sum(run["status"] == state for run in study.runs)
         for state in ("ok", "failed", "missing", "skipped")
     }
     counted = ", ".join(f"{count} {state}" for state, count in states.items() if count) or "none"
-    sizes = ((len(values), axis_name(axis)) for axis, values in study.head.axes.items())
+    sizes = ((len(values), axis_name(axis)) for axis, values in study.head["axes"].items())
     shape = " × ".join(
         f"{size} {axis}{'s' if size != 1 and not axis.endswith('s') else ''}"
         for size, axis in sizes
@@ -116,58 +119,59 @@ def facts(study: StudyRecord) -> str:
     return f"{shape or 'No axes'}. {len(study.runs)} runs: {counted}."
 
 
-def rule(study: StudyRecord) -> str:
+def rule(study: StudyFolder) -> str:
     """Return by which rule settings were chosen, from how many trials, and what is reported."""
-    trials = sorted({row.trials for row in study.table})
+    trials = sorted({row["trials"] for row in study.table})
     many = (
         f"; trials a row: {trials[0]}" + (f" to {trials[-1]}" if trials[1:] else "")
         if trials
         else ""
     )
-    choice, better = study.head.selection, "higher" if study.head.greater_is_better else "lower"
-    chosen = ", ".join(axis_name(axis) for axis in choice.axes)
+    choice = study.head["selection"]
+    better = "higher" if study.head["greater_is_better"] else "lower"
+    chosen = ", ".join(axis_name(axis) for axis in choice["axes"])
     selected = (
-        f"Selection of {chosen}: {choice.rule}, {choice.description} of "
-        f"{label(choice.metric)}{many}."
-        if choice.axes
+        f"Selection of {chosen}: {choice['rule']}, {choice['description']} of "
+        f"{label(choice['metric'])}{many}."
+        if choice["axes"]
         else f"Nothing was selected{many}."
     )
     return (
-        f"{selected} Reported: {label(study.head.metric)}, {better} is better. Intervals are 95 % "
-        "over seeds; differences "
-        f"are against {study.head.baseline} on equal seeds, their p corrected over methods (Holm)."
+        f"{selected} Reported: {label(study.head['metric'])}, {better} is better. Intervals are "
+        f"95 % over seeds; differences are against {study.head['baseline']} on equal seeds, their "
+        "p corrected over methods (Holm)."
     )
 
 
-def noise_notes(study: StudyRecord) -> list[str]:
+def noise_notes(study: StudyFolder) -> list[str]:
     """Return the noise floors in one sentence, and those that are unknown in another."""
     precision = digits(study)
     floors, unknown, further = [], [], further_axes(study)
-    several = [
-        name
-        for name in ("task", "model", "budget")
-        if len({getattr(row, name) for row in study.table}) > 1
+    several: list[Literal["task", "model", "budget"]] = [
+        name for name in ("task", "model", "budget") if len({row[name] for row in study.table}) > 1
     ]
     for floor in study.noise_floor:
-        where = [getattr(floor, name) for name in several]
-        where += [f"{name} {value}" for name, value in floor.settings.items() if name in further]
+        where = [floor[name] for name in several]
+        where += [f"{name} {value}" for name, value in floor["settings"].items() if name in further]
         place = ", ".join(where)
-        if floor.floor is None:
+        if floor["floor"] is None:
             unknown.append(place)
         else:
-            size = f"± {floor.floor:.{precision.get(floor.task, 4)}f} ({floor.seeds} seeds)"
+            size = (
+                f"± {floor['floor']:.{precision.get(floor['task'], 4)}f} ({floor['seeds']} seeds)"
+            )
             floors.append(f"{place}: {size}" if place else size)
     notes = []
     if floors:
         notes.append(
-            f"Noise floor: 95 % of the differences between two means of {study.head.baseline}, "
+            f"Noise floor: 95 % of the differences between two means of {study.head['baseline']}, "
             "from other seeds each, lie "
             f"within {'; '.join(floors)}."
         )
     if unknown:
         of = f" of {'; '.join(unknown)}" if any(unknown) else ""
         notes.append(
-            f"The noise floor{of} is unknown: it takes two seeds of {study.head.baseline}."
+            f"The noise floor{of} is unknown: it takes two seeds of {study.head['baseline']}."
         )
     return notes
 
@@ -185,13 +189,13 @@ def environment_lines(environment: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def digits(study: StudyRecord) -> dict[str, int]:
+def digits(study: StudyFolder) -> dict[str, int]:
     """Return the decimals of each task's figures: those that show two digits of the median half
     interval, 1 to 5."""
     halves: dict[str, list[float]] = {}
     for row in study.table:
-        if row.ci95 is not None and row.ci95[1] > row.ci95[0]:
-            halves.setdefault(row.task, []).append((row.ci95[1] - row.ci95[0]) / 2)
+        if row["ci95"] is not None and row["ci95"][1] > row["ci95"][0]:
+            halves.setdefault(row["task"], []).append((row["ci95"][1] - row["ci95"][0]) / 2)
     return {
         task: min(5, max(1, 1 - math.floor(math.log10(median(values)))))
         for task, values in halves.items()
@@ -201,19 +205,21 @@ def digits(study: StudyRecord) -> dict[str, int]:
 def remark(row: TableRow) -> str | None:
     """Return what must be said beside a row, such as that its parameters are not the baseline's;
     None where nothing."""
-    if row.parameters_equal is False:
-        return row.note or "LoRA parameters differ from the baseline's by more than one component"
-    return row.note
+    if row["parameters_equal"] is False:
+        return (
+            row["note"] or "LoRA parameters differ from the baseline's by more than one component"
+        )
+    return row["note"]
 
 
-def remarks(study: StudyRecord) -> list[str]:
+def remarks(study: StudyFolder) -> list[str]:
     """Return the remarks on rows, one sentence for all rows of a method with the same."""
     rows: dict[tuple[str, str], list[TableRow]] = {}
     for row in study.table:
         if (said := remark(row)) is not None:
-            rows.setdefault((row.method, said), []).append(row)
+            rows.setdefault((row["method"], said), []).append(row)
     where = {
-        key: "; ".join(" ".join(filter(None, (row.task, row.budget))) for row in some)
+        key: "; ".join(" ".join(filter(None, (row["task"], row["budget"]))) for row in some)
         for key, some in rows.items()
     }
     return [
@@ -227,70 +233,70 @@ def _distinct(values: Sequence[str]) -> list[str]:
 
 
 def _table_row(row: TableRow, method: int, axes: Sequence[str]) -> dict[str, Any]:
-    comparison = row.comparison
-    low, high = row.ci95 or (None, None)
-    difference_low, difference_high = (comparison and comparison.ci95) or (None, None)
+    comparison = row["comparison"]
+    low, high = row["ci95"] or (None, None)
+    difference_low, difference_high = (comparison and comparison["ci95"]) or (None, None)
     return {
         "method": method,
-        "task": row.task,
-        "model": row.model,
-        "budget": row.budget,
-        "settings": [_plain({**row.settings, **row.chosen}.get(axis)) for axis in axes],
-        "learning_rate": row.learning_rate,
-        "trials": row.trials,
-        "seeds": row.seeds,
-        "runs": len(row.runs),
-        "mean": _round(row.mean, 7),
+        "task": row["task"],
+        "model": row["model"],
+        "budget": row["budget"],
+        "settings": [_plain({**row["settings"], **row["chosen"]}.get(axis)) for axis in axes],
+        "learning_rate": row["learning_rate"],
+        "trials": row["trials"],
+        "seeds": row["seeds"],
+        "runs": len(row["runs"]),
+        "mean": _round(row["mean"], 7),
         "low": _round(low, 7),
         "high": _round(high, 7),
-        "parameters": row.lora_parameters,
+        "parameters": row["lora_parameters"],
         "remark": remark(row),
-        "unequal": row.parameters_equal is False,
-        "difference": _round(comparison.difference, 7) if comparison else None,
+        "unequal": row["parameters_equal"] is False,
+        "difference": _round(comparison["difference"], 7) if comparison else None,
         "difference_low": _round(difference_low, 7),
         "difference_high": _round(difference_high, 7),
-        "p": _round(comparison.p_holm, 4) if comparison else None,
-        "verdict": comparison.verdict if comparison else None,
+        "p": _round(comparison["p_holm"], 4) if comparison else None,
+        "verdict": comparison["verdict"] if comparison else None,
     }
 
 
 def _run(
-    study: StudyRecord,
-    run: Run,
+    study: StudyFolder,
+    run: RunRow,
     method: int,
     axes: Sequence[str],
     grids: list[dict[str, Any]],
     kept: int,
 ) -> dict[str, Any]:
-    details, costs = study.details[run.id], study.costs[run.id]
+    details, costs = study.details[run["id"]], study.costs[run["id"]]
     row: dict[str, Any] = {
-        "id": run.id,
-        "href": f"runs/{quote(run.id)}/" if details.folder else None,
-        "status": run.status,
-        "reason": run.reason,
+        "id": run["id"],
+        "href": f"runs/{quote(run['id'])}/" if details.folder else None,
+        "status": run["status"],
+        "reason": run["reason"],
         "method": method,
-        "task": run.task,
-        "model": run.model,
-        "budget": run.budget,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-        "settings": [_plain(run.settings.get(axis)) for axis in axes],
+        "task": run["task"],
+        "model": run["model"],
+        "budget": run["budget"],
+        "learning_rate": run["learning_rate"],
+        "seed": run["seed"],
+        "settings": [_plain(run["settings"].get(axis)) for axis in axes],
         "value": _round(study.value(run), 7),
-        "parameters": run.lora_parameters,
-        "steps": run.steps,
-        "seconds": _round(costs.train_seconds, 4),
-        "memory": costs.peak_memory_bytes,
+        "parameters": run["lora_parameters"],
+        "steps": run["steps"],
+        "seconds": _round(costs["train_seconds"], 4),
+        "memory": costs["peak_memory_bytes"],
         "parts": details.memory,
-        "chosen": run.id in study.in_table,
+        "chosen": run["id"] in study.in_table,
         "curves": _curves(details.metrics),
     }
-    if run.ranks:
-        names = list(run.ranks)
+    if run["ranks"]:
+        names = list(run["ranks"])
         shown = evenly(details.history, kept)
         row |= {
             "grid": _grid(names, grids),
-            "initial": [run.initial_ranks.get(name, 0) for name in names],
-            "final": list(run.ranks.values()),
+            "initial": [run["initial_ranks"].get(name, 0) for name in names],
+            "final": list(run["ranks"].values()),
             "decided": len(details.history),
             "decisions": [_decision(number, decision, names) for number, decision in shown],
         }
@@ -342,14 +348,14 @@ def _decision(number: int, decision: Decision, names: Sequence[str]) -> dict[str
     return row
 
 
-def decisions_kept(study: StudyRecord) -> int:
+def decisions_kept(study: StudyFolder) -> int:
     """Return how many decisions of a run are kept, at least 2, so that all runs together have at
     most `CELLS` cells."""
     cells = 0
     for run in study.runs:
-        history = study.details[run.id].history
+        history = study.details[run["id"]].history
         parts = 2 + max((len(decision.parts) for decision in history), default=0)
-        cells += len(run.ranks) * parts if history else 0
+        cells += len(run["ranks"]) * parts if history else 0
     return max(2, CELLS // cells) if cells else CELLS
 
 
@@ -402,7 +408,7 @@ def _plain(value: Any) -> str | int | float | bool | None:
     )
 
 
-def _thinning(study: StudyRecord, kept: int) -> str:
+def _thinning(study: StudyFolder, kept: int) -> str:
     longest = max((len(details.history) for details in study.details.values()), default=0)
     cut = (
         f"; of more than {kept} decisions in a run, {kept} are kept, evenly spaced"

@@ -21,7 +21,8 @@ from matplotlib.ticker import StrMethodFormatter
 
 from adaptive_lora.report.figures import rank_figure, save
 from adaptive_lora.report.page_data import CURVE_POINTS, colour_number, curve, evenly, label
-from adaptive_lora.report.study_read import Run, StudyRecord, TableRow, pareto_front
+from adaptive_lora.report.study_read import StudyFolder, pareto_front
+from adaptive_lora.study.records import RunRow, TableRow
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; dark grey is the baseline.
 # As in page.css.
@@ -37,14 +38,14 @@ COLOURS = (
     "#8c6d46",
 )
 MARKERS = "os^DPv"
-Item = TypeVar("Item", Run, TableRow)
+Item = TypeVar("Item", RunRow, TableRow)
 
 
-def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
+def draw_figures(study: StudyFolder, folder: Path) -> list[Path]:
     """Draw into `folder` every figure that the study has data for, as PNG and as SVG, and return
     the PNG files."""
     drawn: list[Path] = []
-    kinds: dict[str, Callable[[StudyRecord], Figure | None]] = {
+    kinds: dict[str, Callable[[StudyFolder], Figure | None]] = {
         "quality": quality,
         "pareto": pareto,
         "loss": loss_curves,
@@ -63,8 +64,8 @@ def draw_figures(study: StudyRecord, folder: Path) -> list[Path]:
             run = study.representative(method)
             if run is not None:
                 patterns = {
-                    f"{_cut(method)}: initial ranks": run.initial_ranks,
-                    f"{_cut(method)}: final ranks": run.ranks,
+                    f"{_cut(method)}: initial ranks": run["initial_ranks"],
+                    f"{_cut(method)}: final ranks": run["ranks"],
                 }
                 name = (
                     f"ranks-{number}-{re.sub(r'[^a-z0-9]+', '-', method.lower()).strip('-')[:40]}"
@@ -78,29 +79,31 @@ def _save(figure: Figure, file: Path) -> Path:
     return save(figure, file)
 
 
-def quality(study: StudyRecord) -> Figure | None:
+def quality(study: StudyFolder) -> Figure | None:
     """Draw mean and 95 % interval of every row of the table, a panel for each task and model."""
-    groups = _groups(study, [row for row in study.table if row.mean is not None])
+    groups = _groups(study, [row for row in study.table if row["mean"] is not None])
     if not groups:
         return None
     most = max(len(rows) for rows in groups.values())
     figure, axes = _panels(len(groups), 4.6, 1.1 + 0.32 * most)
     for axis, (title, rows) in zip(axes, groups.items(), strict=True):
         for place, row in enumerate(rows):
-            style = _style(study, row.method)
-            if row.ci95:
+            style = _style(study, row["method"])
+            if row["ci95"]:
                 axis.plot(
-                    row.ci95,
+                    row["ci95"],
                     (place, place),
                     color=style["color"],
                     linewidth=2.4,
                     alpha=0.55,
                     solid_capstyle="round",
                 )
-            axis.plot(row.mean or 0.0, place, **style)
-        budgets = len({row.budget for row in rows}) > 1
+            axis.plot(row["mean"] or 0.0, place, **style)
+        budgets = len({row["budget"] for row in rows}) > 1
         names = [
-            _cut(f"{row.method}, {row.budget}" if budgets and row.budget else row.method)
+            _cut(
+                f"{row['method']}, {row['budget']}" if budgets and row["budget"] else row["method"]
+            )
             for row in rows
         ]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
@@ -111,22 +114,24 @@ def quality(study: StudyRecord) -> Figure | None:
     return figure
 
 
-def pareto(study: StudyRecord) -> Figure | None:
+def pareto(study: StudyFolder) -> Figure | None:
     """Draw quality against parameters with the Pareto front, a panel for each task and model."""
-    rows = [row for row in study.table if row.mean is not None and row.lora_parameters is not None]
+    rows = [
+        row for row in study.table if row["mean"] is not None and row["lora_parameters"] is not None
+    ]
     groups = _groups(study, rows)
     if not groups:
         return None
     figure, axes = _panels(len(groups), 4.4, 3.4)
     for axis, (title, group) in zip(axes, groups.items(), strict=True):
-        front = pareto_front(group, greater_is_better=study.head.greater_is_better)
+        front = pareto_front(group, greater_is_better=study.head["greater_is_better"])
         axis.plot(*_points(front), "--", color="#888888", linewidth=1.2, zorder=1)
         axis.plot(*_points(front), "o", markersize=13, markerfacecolor="none", color="#222222")
         for row in group:
-            style = _style(study, row.method)
+            style = _style(study, row["method"])
             (x,), (y,) = _points([row])
-            if row.ci95:
-                axis.plot((x, x), row.ci95, color=style["color"], linewidth=1.2, alpha=0.6)
+            if row["ci95"]:
+                axis.plot((x, x), row["ci95"], color=style["color"], linewidth=1.2, alpha=0.6)
             axis.plot(x, y, **style)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
@@ -135,16 +140,16 @@ def pareto(study: StudyRecord) -> Figure | None:
         axis.set_title(_cut(title), fontsize=9)
         axis.set_xlabel("LoRA parameters (circles: Pareto front)", fontsize=8)
         axis.set_ylabel(_metric(study), fontsize=8)
-    _legend(study, figure, [row.method for row in rows])
+    _legend(study, figure, [row["method"] for row in rows])
     return figure
 
 
-def loss_curves(study: StudyRecord) -> Figure | None:
+def loss_curves(study: StudyFolder) -> Figure | None:
     """Draw the training loss of the runs in the table, a panel for each task and model."""
     drawn = [
         run
         for run in study.runs
-        if run.id in study.in_table and curve(study.details[run.id].metrics, "loss")
+        if run["id"] in study.in_table and curve(study.details[run["id"]].metrics, "loss")
     ]
     groups = _groups(study, drawn)
     if not groups:
@@ -152,11 +157,11 @@ def loss_curves(study: StudyRecord) -> Figure | None:
     figure, axes = _panels(len(groups), 4.4, 3.2)
     for axis, (title, runs) in zip(axes, groups.items(), strict=True):
         for run in runs:
-            shown = evenly(curve(study.details[run.id].metrics, "loss"), CURVE_POINTS)
+            shown = evenly(curve(study.details[run["id"]].metrics, "loss"), CURVE_POINTS)
             points = [(step, float("nan") if loss is None else loss) for _, (step, loss) in shown]
             axis.plot(
                 *zip(*points, strict=True),
-                color=_style(study, run.method)["color"],
+                color=_style(study, run["method"])["color"],
                 linewidth=0.9,
                 alpha=0.7,
             )
@@ -165,23 +170,23 @@ def loss_curves(study: StudyRecord) -> Figure | None:
         axis.set_title(_cut(title), fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.set_ylabel("training loss", fontsize=8)
-    _legend(study, figure, [run.method for run in drawn])
+    _legend(study, figure, [run["method"] for run in drawn])
     return figure
 
 
-def cost(study: StudyRecord) -> Figure | None:
+def cost(study: StudyFolder) -> Figure | None:
     """Draw training time and peak memory of the runs in the table: the median as a bar, a run as a
     mark."""
-    runs = [run for run in study.runs if run.id in study.in_table]
-    times = {run.id: study.costs[run.id].train_seconds for run in runs}
-    peaks = {run.id: study.costs[run.id].peak_memory_bytes for run in runs}
+    runs = [run for run in study.runs if run["id"] in study.in_table]
+    times = {run["id"]: study.costs[run["id"]]["train_seconds"] for run in runs}
+    peaks = {run["id"]: study.costs[run["id"]]["peak_memory_bytes"] for run in runs}
     memory = {identity: peak / 2**20 if peak else None for identity, peak in peaks.items()}
     measures = [
         (name, values)
         for name, values in (("seconds", times), ("peak MiB", memory))
         if any(values.values())
     ]
-    methods = [method for method in study.methods if any(run.method == method for run in runs)]
+    methods = [method for method in study.methods if any(run["method"] == method for run in runs)]
     if not measures:
         return None
     figure, axes = _panels(len(measures), 4.4, 1.0 + 0.36 * len(methods))
@@ -190,7 +195,7 @@ def cost(study: StudyRecord) -> Figure | None:
             own = [
                 value
                 for run in runs
-                if run.method == method and (value := values[run.id]) is not None
+                if run["method"] == method and (value := values[run["id"]]) is not None
             ]
             if own:
                 axis.barh(
@@ -205,8 +210,8 @@ def cost(study: StudyRecord) -> Figure | None:
 
 
 def _points(rows: Sequence[TableRow]) -> tuple[list[float], list[float]]:
-    return [float(row.lora_parameters or 0) for row in rows], [
-        float(row.mean or 0.0) for row in rows
+    return [float(row["lora_parameters"] or 0) for row in rows], [
+        float(row["mean"] or 0.0) for row in rows
     ]
 
 
@@ -217,26 +222,28 @@ def _cut(text: str) -> str:
     return line if len(line) <= 60 else f"{line[:24]} … {line[-33:]}"
 
 
-def _metric(study: StudyRecord) -> str:
-    better = "higher" if study.head.greater_is_better else "lower"
-    return f"{_cut(label(study.head.metric))}, {better} is better"
+def _metric(study: StudyFolder) -> str:
+    better = "higher" if study.head["greater_is_better"] else "lower"
+    return f"{_cut(label(study.head['metric']))}, {better} is better"
 
 
-def _groups(study: StudyRecord, rows: Sequence[Item]) -> dict[str, list[Item]]:
+def _groups(study: StudyFolder, rows: Sequence[Item]) -> dict[str, list[Item]]:
     """Return {title: rows} for each task and model; a model is named where there are several."""
-    several = len({row.model for row in study.table}) > 1
+    several = len({row["model"] for row in study.table}) > 1
     groups: dict[str, list[Item]] = {}
     for row in rows:
-        groups.setdefault(f"{row.task}, {row.model}" if several else row.task, []).append(row)
+        groups.setdefault(f"{row['task']}, {row['model']}" if several else row["task"], []).append(
+            row
+        )
     return groups
 
 
-def _style(study: StudyRecord, method: str) -> dict[str, Any]:
+def _style(study: StudyFolder, method: str) -> dict[str, Any]:
     marker = MARKERS[study.methods.index(method) % len(MARKERS)]
     return {"color": COLOURS[colour_number(study, method)], "marker": marker, "linestyle": ""}
 
 
-def _legend(study: StudyRecord, figure: Figure, methods: Sequence[str]) -> None:
+def _legend(study: StudyFolder, figure: Figure, methods: Sequence[str]) -> None:
     names = [method for method in study.methods if method in methods]
     handles = [Line2D([], [], **_style(study, name), label=_cut(name)) for name in names]
     figure.legend(

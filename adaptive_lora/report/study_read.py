@@ -11,110 +11,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from adaptive_lora.allocation.history import HISTORY_FILE, Decision
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
 from adaptive_lora.study.analysis import analyse
-from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
+from adaptive_lora.study.records import (
+    COSTS_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    RUNS,
+    VERSION,
+    Costs,
+    NoiseFloor,
+    RunRow,
+    StudyHead,
+    TableRow,
+)
 
 MEMORY_PARTS = ("base", "head", "adapters", "gradients", "optimizer", "statistics")
-Row = TypeVar("Row", bound=BaseModel)
-
-
-class _Row(BaseModel):
-    """What a report needs of a record in `adaptive_lora.study.records`; the rest is ignored, NaN is
-    refused."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class Comparison(_Row):
-    pairs: int
-    difference: float | None
-    ci95: tuple[float, float] | None
-    p_t: float | None
-    p_bootstrap: float | None
-    p_wilcoxon: float | None
-    p_holm: float | None
-    noise_floor: float | None
-    verdict: Literal["better", "worse", "tie"] | None
-
-
-class TableRow(_Row):
-    method: str
-    task: str
-    model: str
-    budget: str
-    settings: dict[str, Any]
-    chosen: dict[str, Any]
-    learning_rate: float | None
-    trials: int
-    runs: list[str]
-    seeds: int
-    failed: int
-    mean: float | None
-    sd: float | None
-    ci95: tuple[float, float] | None
-    lora_parameters: int | None
-    parameters_equal: bool | None
-    note: str | None
-    comparison: Comparison | None
-
-
-class Run(_Row):
-    id: str
-    status: Literal["ok", "failed", "missing", "skipped"]
-    reason: str | None
-    method: str
-    task: str
-    model: str
-    budget: str
-    learning_rate: float | None
-    seed: int
-    settings: dict[str, Any]
-    metrics: dict[str, float | None]
-    lora_parameters: int | None
-    budget_parameters: int | None
-    initial_ranks: dict[str, int]
-    ranks: dict[str, int]
-    steps: int | None
-    memory: dict[str, Any] | None = None
-
-
-class NoiseFloor(_Row):
-    task: str
-    model: str
-    budget: str
-    settings: dict[str, Any]
-    seeds: int
-    sd: float | None
-    floor: float | None
-
-
-class Selection(_Row):
-    rule: str
-    metric: str
-    axes: list[str]
-    description: str
-
-
-class Head(_Row):
-    name: str
-    axes: dict[str, list[Any]]
-    baseline: str
-    metric: str
-    greater_is_better: bool
-    selection: Selection
-
-
-class Costs(_Row):
-    train_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    attempts: int = 1
+NO_COSTS: Costs = {"train_seconds": None, "peak_memory_bytes": None, "attempts": 1}
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -129,13 +49,14 @@ class Details:
 
 
 @dataclass(frozen=True)
-class StudyRecord:
-    """A study as its reports need it. `details` and `costs` have an entry for each run."""
+class StudyFolder:
+    """A study as its reports need it: the record without what is damaged in it, and what the run
+    directories add. `details` and `costs` have an entry for each run."""
 
     folder: Path
-    head: Head
+    head: StudyHead
     environment: dict[str, Any]
-    runs: list[Run]
+    runs: list[RunRow]
     table: list[TableRow]
     noise_floor: list[NoiseFloor]
     wins: dict[str, dict[str, int]]
@@ -147,30 +68,32 @@ class StudyRecord:
     @property
     def methods(self) -> list[str]:
         """Every method, the baseline first, then in the order of the grid."""
-        known = [str(name) for name in self.head.axes.get("method", [])]
+        known = [str(name) for name in self.head["axes"].get("method", [])]
         names = dict.fromkeys(
-            [*known, *(row.method for row in self.table), *(run.method for run in self.runs)]
+            [*known, *(row["method"] for row in self.table), *(run["method"] for run in self.runs)]
         )
-        return sorted(names, key=lambda name: name != self.head.baseline)
+        return sorted(names, key=lambda name: name != self.head["baseline"])
 
     @property
     def in_table(self) -> set[str]:
         """The ids of the runs behind the figures of the table."""
-        return {identity for row in self.table for identity in row.runs}
+        return {identity for row in self.table for identity in row["runs"]}
 
-    def value(self, run: Run) -> float | None:
+    def value(self, run: RunRow) -> float | None:
         """Return the run's figure in the metric of the table."""
-        return run.metrics.get(self.head.metric) if run.status == "ok" else None
+        return run["metrics"].get(self.head["metric"]) if run["status"] == "ok" else None
 
-    def representative(self, method: str) -> Run | None:
+    def representative(self, method: str) -> RunRow | None:
         """Return the run of `method` whose ranks are shown: in the table, with decisions, the first
         seed; None without."""
         runs = [
-            run for run in self.runs if run.method == method and run.ranks and run.status == "ok"
+            run
+            for run in self.runs
+            if run["method"] == method and run["ranks"] and run["status"] == "ok"
         ]
         return min(
             runs,
-            key=lambda run: (run.id not in self.in_table, not self.details[run.id].history),
+            key=lambda run: (run["id"] not in self.in_table, not self.details[run["id"]].history),
             default=None,
         )
 
@@ -180,7 +103,7 @@ def is_study(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in (RESULTS_FILE, PLAN_FILE))
 
 
-def read_study(folder: str | Path) -> StudyRecord:
+def read_study(folder: str | Path) -> StudyFolder:
     """Read the study in `folder`: its `results.json`, or, while there is none, what its runs have
     left so far.
 
@@ -199,22 +122,26 @@ def read_study(folder: str | Path) -> StudyRecord:
             f"{file} has version {version!r}, this release reads version {VERSION}"
         )
     try:
-        head = Head.model_validate(record.get("study"))
-    except ValidationError as error:
+        head = _checked(TypeAdapter(StudyHead), record.get("study"))
+    except ValueError as error:
         raise IntegrityError(f"{file} is damaged: study: {_first(error)}") from error
-    runs = _unique(_rows(Run, record.get("runs"), "run", file, problems), file, problems)
-    details = {run.id: _details(path / RUNS / run.id, run, problems) for run in runs}
+    runs = _unique(
+        _rows(TypeAdapter(RunRow), record.get("runs"), "run", file, problems), file, problems
+    )
+    details = {run["id"]: _details(path / RUNS / run["id"], run, problems) for run in runs}
     costs = _costs(record.get("costs"), path / COSTS_FILE, problems)
-    return StudyRecord(
+    return StudyFolder(
         folder=path,
         head=head,
         environment=_mapping(record, "environment", file, problems),
         runs=runs,
-        table=_rows(TableRow, record.get("table"), "table row", file, problems),
-        noise_floor=_rows(NoiseFloor, record.get("noise_floor"), "noise floor", file, problems),
+        table=_rows(TypeAdapter(TableRow), record.get("table"), "table row", file, problems),
+        noise_floor=_rows(
+            TypeAdapter(NoiseFloor), record.get("noise_floor"), "noise floor", file, problems
+        ),
         wins=_wins(_mapping(record, "wins", file, problems), file, problems),
         notes=[str(note) for note in record.get("notes") or []],
-        costs={run.id: costs.get(run.id) or Costs() for run in runs},
+        costs={run["id"]: costs.get(run["id"], NO_COSTS) for run in runs},
         details=details,
         problems=problems,
     )
@@ -226,9 +153,9 @@ def pareto_front(rows: Sequence[TableRow], *, greater_is_better: bool) -> list[T
     sign = 1 if greater_is_better else -1
     front: list[TableRow] = []
     known = [
-        (row.lora_parameters, sign * row.mean, row)
+        (row["lora_parameters"], sign * row["mean"], row)
         for row in rows
-        if row.mean is not None and row.lora_parameters
+        if row["mean"] is not None and row["lora_parameters"]
     ]
     best = -math.inf
     for _, quality, row in sorted(known, key=lambda item: (item[0], -item[1])):
@@ -250,7 +177,9 @@ def _read_json(file: Path) -> Any:
         raise IntegrityError(f"{file} is damaged: {error}") from error
 
 
-def _rows(kind: type[Row], rows: Any, name: str, file: Path, problems: list[str]) -> list[Row]:
+def _rows(
+    kind: TypeAdapter[Row], rows: Any, name: str, file: Path, problems: list[str]
+) -> list[Row]:
     """Return the rows that are what they should be; the others are named in `problems`."""
     if not isinstance(rows, list):
         problems.append(f"{file.name}: no list of {name}s; got {type(rows).__name__}")
@@ -258,34 +187,42 @@ def _rows(kind: type[Row], rows: Any, name: str, file: Path, problems: list[str]
     good = []
     for number, row in enumerate(rows, start=1):
         try:
-            # JSON has no tuples: a list is one here
-            good.append(kind.model_validate_json(json.dumps(row)))
-        except ValidationError as error:
+            good.append(_checked(kind, row))
+        except ValueError as error:
             known = f" ({row['id']})" if isinstance(row, dict) and "id" in row else ""
             problems.append(f"{file.name}: {name} {number}{known} is left out: {_first(error)}")
     return good
 
 
-def _first(error: ValidationError) -> str:
+def _checked(kind: TypeAdapter[Row], value: Any) -> Row:
+    """Return a value of JSON as one of the records. Raises `ValueError` unless its types are those,
+    and its numbers finite."""
+    # as JSON, which has no tuples: a list is one here
+    return kind.validate_json(json.dumps(value, allow_nan=False), strict=True)
+
+
+def _first(error: Exception) -> str:
     """Return the first thing that is wrong, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "it"
     got = "" if first["type"] == "missing" else f"; got {first['input']!r:.60}"
     return f"{where}: {first['msg']}{got}"
 
 
-def _unique(runs: Sequence[Run], file: Path, problems: list[str]) -> list[Run]:
+def _unique(runs: Sequence[RunRow], file: Path, problems: list[str]) -> list[RunRow]:
     """Return the runs whose id is the name of a directory and occurs for the first time."""
-    seen: dict[str, Run] = {}
+    seen: dict[str, RunRow] = {}
     for run in runs:
-        if run.id in seen:
-            problems.append(f"{file.name}: run {run.id} occurs twice; the first is used")
-        elif Path(run.id).name != run.id or run.id == "..":
+        if run["id"] in seen:
+            problems.append(f"{file.name}: run {run['id']} occurs twice; the first is used")
+        elif Path(run["id"]).name != run["id"] or run["id"] == "..":
             problems.append(
-                f"{file.name}: run {run.id!r} is left out: its id is not the name of a directory"
+                f"{file.name}: run {run['id']!r} is left out: its id is not the name of a directory"
             )
         else:
-            seen[run.id] = run
+            seen[run["id"]] = run
     return list(seen.values())
 
 
@@ -312,19 +249,16 @@ def _costs(given: Any, file: Path, problems: list[str]) -> dict[str, Costs]:
     none."""
     try:
         entries = given if given is not None else _read_json(file) if file.is_file() else {}
-        return {identity: Costs.model_validate(costs) for identity, costs in entries.items()}
-    except (IntegrityError, ValidationError, AttributeError) as error:
-        problems.append(
-            f"{file.name} is not used: "
-            f"{_first(error) if isinstance(error, ValidationError) else error}"
-        )
+        return _checked(TypeAdapter(dict[str, Costs]), entries)
+    except (IntegrityError, ValueError) as error:
+        problems.append(f"{file.name} is not used: {_first(error)}")
         return {}
 
 
-def _details(folder: Path, run: Run, problems: list[str]) -> Details:
+def _details(folder: Path, run: RunRow, problems: list[str]) -> Details:
     """Return what the run directory adds to `run`. A file that contradicts it is not used, the
     others are."""
-    if not folder.is_dir() or run.status == "skipped":
+    if not folder.is_dir() or run["status"] == "skipped":
         return Details()
     metrics: list[dict[str, Any]] = []
     history: list[Decision] = []
@@ -334,13 +268,13 @@ def _details(folder: Path, run: Run, problems: list[str]) -> Details:
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
-        if run.ranks:
-            history = read_history(folder / HISTORY_FILE, run.initial_ranks, run.ranks)
+        if run["ranks"]:
+            history = read_history(folder / HISTORY_FILE, run["initial_ranks"], run["ranks"])
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
-        if run.status == "ok" and (folder / "adapter").is_dir():
-            check_tensors(folder, run.ranks)
+        if run["status"] == "ok" and (folder / "adapter").is_dir():
+            check_tensors(folder, run["ranks"])
     except IntegrityError as error:
         problems.append(str(error))
     try:

@@ -23,8 +23,9 @@ from adaptive_lora.report.page_data import (
     remarks,
     rule,
 )
-from adaptive_lora.report.study_read import Run, StudyRecord, TableRow
+from adaptive_lora.report.study_read import StudyFolder
 from adaptive_lora.report.tables import ROWS, WIDTH
+from adaptive_lora.study.records import RunRow, TableRow
 
 COLUMNS = (
     "id",
@@ -45,25 +46,28 @@ COLUMNS = (
 )
 
 
-def csv_text(study: StudyRecord) -> str:
+def csv_text(study: StudyFolder) -> str:
     """Return one row a run: its settings, what became of it, every metric (`metric:NAME`), every
     further axis (`axis:NAME`).
 
     Text that a spreadsheet would take for a formula gets a quotation mark before it.
     """
     axes = further_axes(study)
-    metrics = sorted({name for run in study.runs for name in run.metrics})
+    metrics = sorted({name for run in study.runs for name in run["metrics"]})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         [*COLUMNS, *(f"axis:{name}" for name in axes), *(f"metric:{name}" for name in metrics)]
     )
     for run in study.runs:
-        costs = study.costs[run.id]
-        row = run.model_dump() | costs.model_dump() | {"in_table": run.id in study.in_table}
-        values = [*(row[name] for name in COLUMNS), *(run.settings.get(name) for name in axes)]
+        costs = study.costs[run["id"]]
+        row = {**run, **costs, "in_table": run["id"] in study.in_table}
+        values = [*(row[name] for name in COLUMNS), *(run["settings"].get(name) for name in axes)]
         writer.writerow(
-            [_harmless(value) for value in [*values, *(run.metrics.get(name) for name in metrics)]]
+            [
+                _harmless(value)
+                for value in [*values, *(run["metrics"].get(name) for name in metrics)]
+            ]
         )
     return out.getvalue()
 
@@ -76,10 +80,10 @@ def _harmless(value: Any) -> Any:
     )
 
 
-def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
+def markdown(study: StudyFolder, figures: Sequence[str]) -> str:
     """Return `report.md`. `figures` are paths relative to it; text from files cannot become
     markup."""
-    name = _text(study.head.name)
+    name = _text(study.head["name"])
     parts = [f"# {name}", _text(facts(study)), "## Results", _text(rule(study))]
     if study.table:
         header = list(_cells(study, study.table[0]))
@@ -94,22 +98,22 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
             for method, wins in study.wins.items()
         ]
         parts += [
-            f"## Against {_text(study.head.baseline)}",
+            f"## Against {_text(study.head['baseline'])}",
             _table(["method", "wins", "ties", "losses"], counts),
         ]
     parts += ["## Figures", "The same and more, to sort and filter: [report.html](report.html)."]
     parts += [f"![{_text(path.rsplit('/')[-1].removesuffix('.png'))}]({path})" for path in figures]
-    failed = [run for run in study.runs if run.status != "ok"]
+    failed = [run for run in study.runs if run["status"] != "ok"]
     rows = [
         [
-            run.id,
-            run.status,
-            run.method,
-            run.task,
-            run.budget,
-            _plain(run.learning_rate),
-            str(run.seed),
-            run.reason or "",
+            run["id"],
+            run["status"],
+            run["method"],
+            run["task"],
+            run["budget"],
+            _plain(run["learning_rate"]),
+            str(run["seed"]),
+            run["reason"] or "",
         ]
         for run in failed
     ]
@@ -131,16 +135,16 @@ def markdown(study: StudyRecord, figures: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
+def results_table(study: StudyFolder, width: int = WIDTH) -> Table:
     """The table of the study for the terminal, without the columns in which all rows are equal or
     that do not fit."""
     table = Table(
-        title=escape(study.head.name),
+        title=escape(study.head["name"]),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    rows, figure = [_cells(study, row) for row in study.table], label(study.head.metric)
+    rows, figure = [_cells(study, row) for row in study.table], label(study.head["metric"])
     always = {"method", figure, "difference", "verdict", "parameters", "seeds"}
     dropped = {"95 % interval", "its 95 % interval", "sd", "trials"}
     shown = [
@@ -149,9 +153,9 @@ def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
         if name in always or (name not in dropped and len({row[name] for row in rows}) > 1)
     ]
     for row, cells in zip(study.table, rows, strict=True):
-        if row.ci95:
+        if row["ci95"]:
             cells[figure] += (
-                f" ± {(row.ci95[1] - row.ci95[0]) / 2:.{digits(study).get(row.task, 4)}f}"
+                f" ± {(row['ci95'][1] - row['ci95'][0]) / 2:.{digits(study).get(row['task'], 4)}f}"
             )
     needed = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in shown}
     for name in ("lr", "model", "p (Holm)", "parameters", "seeds"):
@@ -168,39 +172,42 @@ def results_table(study: StudyRecord, width: int = WIDTH) -> Table:
     return table
 
 
-def _cells(study: StudyRecord, row: TableRow) -> dict[str, str]:
+def _cells(study: StudyFolder, row: TableRow) -> dict[str, str]:
     """Return {column: text} of one row of the table."""
-    places = digits(study).get(row.task, 4)
-    comparison = row.comparison
+    places = digits(study).get(row["task"], 4)
+    comparison = row["comparison"]
     settings = {
-        name: _plain({**row.settings, **row.chosen}.get(name)) for name in further_axes(study)
+        name: _plain({**row["settings"], **row["chosen"]}.get(name)) for name in further_axes(study)
     }
     return {
-        "method": row.method,
-        "task": row.task,
-        "model": row.model,
-        "budget": row.budget,
+        "method": row["method"],
+        "task": row["task"],
+        "model": row["model"],
+        "budget": row["budget"],
         **settings,
-        label(study.head.metric): _number(row.mean, places),
-        "sd": _number(row.sd, places + 1),
-        "95 % interval": _interval(row.ci95, places),
-        "difference": _number(comparison.difference if comparison else None, places, sign="+"),
-        "its 95 % interval": _interval(comparison.ci95 if comparison else None, places, sign="+"),
-        "p (Holm)": _p(comparison.p_holm if comparison else None),
+        label(study.head["metric"]): _number(row["mean"], places),
+        "sd": _number(row["sd"], places + 1),
+        "95 % interval": _interval(row["ci95"], places),
+        "difference": _number(comparison["difference"] if comparison else None, places, sign="+"),
+        "its 95 % interval": _interval(
+            comparison["ci95"] if comparison else None, places, sign="+"
+        ),
+        "p (Holm)": _p(comparison["p_holm"] if comparison else None),
         "verdict": (
-            comparison.verdict
+            comparison["verdict"]
             if comparison
             else "baseline"
-            if row.method == study.head.baseline
+            if row["method"] == study.head["baseline"]
             else None
         )
         or "–",
-        "parameters": _count(row.lora_parameters) + (" ≠" if row.parameters_equal is False else ""),
-        "lr": _plain(row.learning_rate),
-        "trials": str(row.trials),
-        "seeds": str(row.seeds)
-        if row.seeds == len(row.runs)
-        else f"{row.seeds} of {len(row.runs)}",
+        "parameters": _count(row["lora_parameters"])
+        + (" ≠" if row["parameters_equal"] is False else ""),
+        "lr": _plain(row["learning_rate"]),
+        "trials": str(row["trials"]),
+        "seeds": str(row["seeds"])
+        if row["seeds"] == len(row["runs"])
+        else f"{row['seeds']} of {len(row['runs'])}",
     }
 
 
@@ -250,7 +257,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def print_study(study: StudyRecord) -> None:
+def print_study(study: StudyFolder) -> None:
     """Print the size of the study, its table, and what is missing from it, within 100 columns."""
     console = Console(width=min(Console().width, WIDTH))
     console.print(escape(facts(study)))
@@ -266,17 +273,17 @@ def print_study(study: StudyRecord) -> None:
         console.print(escape(f"not used: {problem}"))
 
 
-def _failures(study: StudyRecord) -> list[str]:
+def _failures(study: StudyFolder) -> list[str]:
     """Return a line for each run that is not ok, one for all that have the same reason, at most
     12."""
-    alike: dict[tuple[str, str], list[Run]] = {}
+    alike: dict[tuple[str, str], list[RunRow]] = {}
     for run in study.runs:
-        if run.status != "ok":
-            reason = " ".join((run.reason or "no reason is recorded").split())
-            alike.setdefault((run.status, reason), []).append(run)
+        if run["status"] != "ok":
+            reason = " ".join((run["reason"] or "no reason is recorded").split())
+            alike.setdefault((run["status"], reason), []).append(run)
     lines = []
     for (status, reason), runs in alike.items():
-        one = f"{runs[0].id}, {runs[0].method}, seed {runs[0].seed}"
+        one = f"{runs[0]['id']}, {runs[0]['method']}, seed {runs[0]['seed']}"
         lines.append(f"{status}: {one if len(runs) == 1 else f'{len(runs)} runs'}: {reason}")
     return (
         lines

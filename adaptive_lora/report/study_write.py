@@ -12,7 +12,7 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.report.html import render
 from adaptive_lora.report.page_data import page_data
 from adaptive_lora.report.study_figures import draw_figures
-from adaptive_lora.report.study_read import StudyRecord, read_study
+from adaptive_lora.report.study_read import StudyFolder, read_study
 from adaptive_lora.report.study_text import csv_text, markdown, print_study
 
 FIGURES = "figures"
@@ -37,12 +37,12 @@ def report_study(folder: str | Path) -> list[Path]:
         raise InputError(f"cannot write the reports into {study.folder}: {error}") from error
 
 
-def _write(study: StudyRecord) -> list[Path]:
+def _write(study: StudyFolder) -> list[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".report-", dir=study.folder))
     try:
         drawn = draw_figures(study, staging / FIGURES)
         texts = {
-            "report.html": render(study.head.name, page_data(study)),
+            "report.html": render(study.head["name"], page_data(study)),
             "report.md": markdown(study, [f"{FIGURES}/{figure.name}" for figure in drawn]),
             "results.csv": csv_text(study),
         }

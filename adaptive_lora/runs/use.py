@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
+from datasets import Dataset
 from peft import PeftModel
 
 from adaptive_lora.errors import InputError, IntegrityError
@@ -133,13 +134,15 @@ def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:
         load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
     )
     features = run.task.features(split)
+    return {"records": len(set(features[ROW])), **score(run, features, "eval")}
+
+
+def score(run: FinishedRun, features: Dataset, name: str) -> dict[str, float]:
+    """Return the loss and the task's metrics on features of its records: {NAME_loss: ...}."""
     with tempfile.TemporaryDirectory() as folder:
-        metrics = _trainer(run, folder).evaluate(features)
-    names = [f"eval_{name}" for name in (*run.task.metrics, "loss")]
-    return {
-        "records": len(set(features[ROW])),
-        **{name: metrics[name] for name in names if name in metrics},
-    }
+        metrics = _trainer(run, folder).evaluate(features, metric_key_prefix=name)
+    names = [f"{name}_{metric}" for metric in (*run.task.metrics, "loss")]
+    return {metric: metrics[metric] for metric in names if metric in metrics}
 
 
 def predict(run: FinishedRun, source: str, output: str | Path) -> int:

@@ -101,7 +101,7 @@ def read_result(
             text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
             # The C loader reads a thousand of these in seconds.
             config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            if identity(config, threads=threads) != planned["id"]:
+            if identity(config, threads=threads, after=planned.get("after")) != planned["id"]:
                 raise UnusableError(
                     f"{RUNS}/{planned['id']} is a run from elsewhere: its {CONFIG_FILE} is another "
                     "configuration"

@@ -9,15 +9,18 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from adaptive_lora.errors import InputError, IntegrityError, nearest
+from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study.grid import expand, is_labelled
-from adaptive_lora.study.records import PLAN_FILE, STUDY_FILE, VERSION, PlannedRun
+from adaptive_lora.study.records import PLAN_FILE, STUDY_FILE, VERSION, After, PlannedRun
 from adaptive_lora.study.study_file import Study
 
+AFTER = "after"  # the one key of a run that is none of its recipe
 UNUSED = "set by the study"  # the recipe must name an output; the worker does
 
 
@@ -49,7 +52,8 @@ def plan_of(study: Study, recipes: Iterable[Mapping[str, Any]]) -> list[PlannedR
     arguments = [
         k
         for k in keys
-        if k.startswith("method.") and k not in ("method.name", "method.rank", "method.budget")
+        if k.startswith(("method.", "after."))
+        and k not in ("method.name", "method.rank", "method.budget")
     ]
     plan = []
     for recipe, one in zip(resolved, flat, strict=True):
@@ -73,6 +77,12 @@ def _checked(study: Study, plan: list[PlannedRun]) -> list[PlannedRun]:
                 f"and {_say(one)}. "
                 "Do two axes set one key, or does an axis set a key that its method does not read?"
             )
+    for one in plan:
+        if "after" in one and one["after"]["run"] not in seen:
+            raise InputError(
+                f"study {study.name}: {_say(one)} is made of a run that is not in the study; add "
+                "it to the grid, or change after.run, the keys in which its recipe differs"
+            )
     methods = list(dict.fromkeys(one["method"] for one in plan))
     if study.baseline not in methods:
         raise InputError(
@@ -90,7 +100,7 @@ def _say(one: PlannedRun) -> str:
 def _check_axis(axis: str) -> None:
     """Raise `InputError` unless `axis` is a key of the recipe. What is inside `method` depends on
     the method."""
-    known = recipe_keys()
+    known = [*recipe_keys(), AFTER]
     if axis in known or axis.startswith("method."):
         return
     near = [key for key in known if key.rsplit(".", 1)[-1] == axis]
@@ -126,11 +136,32 @@ def recipe_keys() -> list[str]:
 
 
 def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return a recipe with every default, without `output`; `after` is left as it is."""
     from adaptive_lora.recipe.config import parse
 
-    resolved = parse({**recipe, "output": UNUSED}, origin=origin).model_dump(mode="json")
+    rest = {key: value for key, value in recipe.items() if key != AFTER}
+    resolved = parse({**rest, "output": UNUSED}, origin=origin).model_dump(mode="json")
     del resolved["output"]
-    return resolved
+    return resolved | ({AFTER: recipe[AFTER]} if recipe.get(AFTER) is not None else {})
+
+
+class _After(Strict):
+    """`after` in a recipe of a study; see the module `after`."""
+
+    do: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:function
+    # keys in which the other run's recipe differs
+    run: dict[str, Any] = Field(default_factory=dict)
+
+
+def _after(given: Any, config: Mapping[str, Any], origin: str, *, threads: int) -> After:
+    """Return what a run is made by, the run it is made of found by its recipe."""
+    try:
+        asked = check(_After, given)
+    except InputError as error:
+        raise InputError(f"{origin}: after: {error}") from None
+    _, source = next(expand(config, {key: [value] for key, value in asked.run.items()}))
+    resolved = _resolve(source, f"{origin}, after.run")
+    return {"run": identity(resolved, threads=threads), "do": asked.do}
 
 
 def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) -> PlannedRun:
@@ -138,11 +169,13 @@ def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) ->
         f"study {study.name}, run {', '.join(f'{axis} {label}' for axis, label in labels.items())}"
     )
     config = _resolve(recipe, origin)
+    given = config.pop(AFTER, None)
+    after = None if given is None else _after(given, config, origin, threads=study.threads)
     method, model = config["method"], config["model"]
     budget = f"rank {method['rank']}" if method.get("rank") is not None else "as the method says"
     budget = f"{method['budget']:,} parameters" if method.get("budget") is not None else budget
-    return {
-        "id": identity(config, threads=study.threads),
+    planned: PlannedRun = {
+        "id": identity(config, threads=study.threads, after=after),
         "settings": labels,
         "method": str(labels.get("method", method["name"])),
         "task": str(labels.get("task", config["preset"] or config["task"])),
@@ -152,13 +185,17 @@ def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) ->
         "seed": config["seed"],
         "config": config,
     }
+    if after is not None:
+        planned["after"] = after
+    return planned
 
 
-def identity(config: Mapping[str, Any], *, threads: int) -> str:
+def identity(config: Mapping[str, Any], *, threads: int, after: After | None = None) -> str:
     """Return the name of a run: the SHA-256 of all that decides its result, first 16 digits.
     `output` is left out."""
     rest = {key: value for key, value in config.items() if key != "output"}
-    text = json.dumps({"config": rest, "threads": threads}, sort_keys=True, allow_nan=False)
+    decides = {"config": rest, "threads": threads} | ({} if after is None else {AFTER: after})
+    text = json.dumps(decides, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -191,7 +228,7 @@ def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(
-            before, yaml.safe_dump(study.to_mapping(), sort_keys=False, allow_unicode=True)
+            before, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
         )
         head = {"version": VERSION, "threads": study.threads, "axes": axes_of(plan)}
         lines = ",\n".join(json.dumps(one, allow_nan=False) for one in plan)
@@ -226,7 +263,8 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
                 f"{file} is of format {plan['version']!r}; this version reads format {VERSION}"
             )
         if not all(
-            one["id"] == identity(one["config"], threads=plan["threads"]) for one in plan["runs"]
+            one["id"] == identity(one["config"], threads=plan["threads"], after=one.get(AFTER))
+            for one in plan["runs"]
         ):
             raise ValueError("a run is not named by its configuration")
     except (ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,9 @@ STUDY_DIR/
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # the one that pydantic validates by before Python 3.12
 
 VERSION = 1
 STUDY_FILE, PLAN_FILE, RESULTS_FILE, COSTS_FILE = (
@@ -54,6 +56,13 @@ class Outcome(TypedDict):
     costs: Costs
 
 
+class After(TypedDict):
+    """What a run is made by that is not trained; see `after`."""
+
+    run: str  # id of the run of whose adapter it is made
+    do: str  # module:function
+
+
 class PlannedRun(TypedDict):
     """One run of the plan. `settings` has the label of its value on every axis; the flat keys are
     what tables group by."""
@@ -67,6 +76,7 @@ class PlannedRun(TypedDict):
     learning_rate: float | None
     seed: int
     config: dict[str, Any]  # the resolved recipe without `output`
+    after: NotRequired[After]
 
 
 class RunRow(TypedDict):

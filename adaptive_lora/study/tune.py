@@ -9,62 +9,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
-from adaptive_lora.files import read_file
+from adaptive_lora.files import read_file, set_key
+from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study import claims
 from adaptive_lora.study.grid import expand
 from adaptive_lora.study.outcomes import UnusableError, is_over, read_outcome, read_result
 from adaptive_lora.study.plan import make_plan, write_atomically
 from adaptive_lora.study.records import CLAIMS, PlannedRun
-from adaptive_lora.study.study_file import Study, rises
+from adaptive_lora.study.study_file import Count, Report, Study, Text, rises
 from adaptive_lora.study.worker import TRAIN, load, perform
 
 STORAGE_FILE, TRIALS_FILE = "tune.log", "trials.json"
 PARAMETERS = "lora_parameters"  # an objective that is no metric: fewer is better
-RANGE_KEYS = ("low", "high", "log", "step")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Range(Strict):
+    """The numbers that a recipe key may take. Whole-number ends give whole numbers."""
+
+    low: int | float
+    high: int | float
+    log: bool = False  # by factors and not by differences
+    step: int | float | None = None
+
+    @model_validator(mode="after")
+    def _something_is_between(self) -> Self:
+        said = f"{{low: {self.low}, high: {self.high}}}"
+        if not self.low < self.high:
+            raise InputError(f"{said}; expected low below high")
+        if self.log and not (self.low > 0 and self.step is None):
+            raise InputError(f"{said}; with log: true low must be above 0, and there is no step")
+        return self
+
+
+class Tuning(Strict):
     """What a tune file says.
 
     Args:
         name: of the search.
         base: the recipe all trials share.
-        search: recipe key -> what it may be: a list of choices, or {low, high} with `log: true` or
-            a `step`. Whole-number ends give whole numbers.
+        search: recipe key -> what it may be: a list of choices, or a `Range`.
         objectives: metrics, and `lora_parameters`. With several the result is a Pareto front.
         trials: how many in all.
         seed: of the search; the same seed proposes the same trials.
         threads: CPU threads of each run.
     """
 
-    name: str
-    base: dict[str, Any]
-    search: dict[str, Any]
-    objectives: list[str] = field(default_factory=list)
-    trials: int = 20
+    name: Text
+    base: Annotated[dict[str, Any], Field(min_length=1)]
+    search: dict[str, Range | list[Any]]
+    objectives: Annotated[list[str], Field(min_length=1)]
+    trials: Count = 20
     seed: int = 0
-    threads: int = 1
+    threads: Count = 1
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.search, dict) or not self.search:
-            raise InputError("tune: search is empty; give recipe keys and what they may be")
-        if not isinstance(self.objectives, list) or not self.objectives:
-            raise InputError(
-                "tune: objectives is empty; expected a list such as [eval_accuracy, "
-                "lora_parameters]"
-            )
-        for name in ("trials", "threads"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"tune: {name} is {value!r}; expected a whole number >= 1")
-        for key, space in self.search.items():
-            _check_space(key, space)
+    @field_validator("search", mode="before")
+    @classmethod
+    def _spaces_are_lists_or_ranges(cls, search: Any) -> Any:
+        if not search:
+            raise InputError("search is empty; give recipe keys and what they may be")
+        return (
+            {key: _space(key, space) for key, space in search.items()}
+            if isinstance(search, dict)
+            else search
+        )
+
+
+def _space(key: str, space: Any) -> Range | list[Any]:
+    if isinstance(space, Range) or (isinstance(space, list) and space):
+        return space
+    if not isinstance(space, dict):
+        raise InputError(
+            f"search.{key} is {space!r}; expected a list of choices, or {{low: NUMBER, high: "
+            "NUMBER} with log: true or step: NUMBER"
+        )
+    try:
+        return check(Range, space)
+    except InputError as error:
+        raise InputError(f"search.{key}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -82,25 +110,13 @@ class Trial:
 
 def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     """Return the search in a YAML file, after `key=value` assignments."""
-    from adaptive_lora.files import set_key
-
     values = read_file(Path(file), "tune file")
     if not isinstance(values, dict):
         raise InputError(f"{file} holds a {type(values).__name__}; expected a mapping")
     for assignment in assignments:
         set_key(values, assignment)
-    known = list(Tuning.__dataclass_fields__)
-    for key in values:
-        if key not in known:
-            raise InputError(
-                f"{file}: unknown key {key}.{nearest(str(key), known)} Known here: "
-                f"{', '.join(known)}"
-            )
-    for key in ("name", "base"):
-        if not values.get(key):
-            raise InputError(f"{file}: {key} is missing")
     try:
-        return Tuning(**values)
+        return check(Tuning, values)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -246,53 +262,22 @@ def _planned(tuning: Tuning, values: Mapping[str, Any]) -> PlannedRun:
         base=tuning.base,
         grid=grid,
         baseline=str(method.get("name")),
-        metric="none",
+        report=Report(metric="none"),
         threads=tuning.threads,
     )
     return make_plan(study)[0]
 
 
-def _check_space(key: str, space: Any) -> None:
-    if isinstance(space, list):
-        if not space:
-            raise InputError(f"tune: search.{key} is an empty list; give choices")
-        return
-    ends = (
-        "expected a list of choices, or {low: NUMBER, high: NUMBER} with log: true or step: NUMBER"
-    )
-    if not isinstance(space, dict):
-        raise InputError(f"tune: search.{key} is {space!r}; {ends}")
-    for name in space:
-        if name not in RANGE_KEYS:
-            raise InputError(
-                f"tune: search.{key} has {name!r}.{nearest(str(name), RANGE_KEYS)} {ends}"
-            )
-    low, high = space.get("low"), space.get("high")
-    if not (_is_number(low) and _is_number(high) and low < high):
-        raise InputError(f"tune: search.{key} is {space!r}; {ends}, low below high")
-    if space.get("log") and not low > 0:
-        raise InputError(f"tune: search.{key} is {space!r}; with log: true low must be above 0")
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _suggest(trial: Any, key: str, space: Any) -> Any:
+def _suggest(trial: Any, key: str, space: Range | list[Any]) -> Any:
     if isinstance(space, list):
         return trial.suggest_categorical(key, space)
-    low, high, rest = (
-        space["low"],
-        space["high"],
-        {k: v for k, v in space.items() if k not in ("low", "high")},
-    )
-    if isinstance(low, int) and isinstance(high, int):
-        return trial.suggest_int(key, low, high, **rest)
-    return trial.suggest_float(key, low, high, **rest)
+    if isinstance(space.low, int) and isinstance(space.high, int):
+        return trial.suggest_int(key, space.low, space.high, log=space.log, step=space.step or 1)
+    return trial.suggest_float(key, space.low, space.high, log=space.log, step=space.step)
 
 
 def _first_values(tuning: Tuning) -> dict[str, Any]:
     return {
-        key: space[0] if isinstance(space, list) else space["low"]
+        key: space[0] if isinstance(space, list) else space.low
         for key, space in tuning.search.items()
     }

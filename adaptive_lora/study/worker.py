@@ -20,11 +20,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.errors import AdaptiveLoraError, IntegrityError
-from adaptive_lora.study import claims
+from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.study import after, claims
 from adaptive_lora.study.outcomes import RESULT_FILE, digests, is_over, write_outcome
 from adaptive_lora.study.plan import read_plan
 from adaptive_lora.study.records import CLAIMS, LOGS, RUNS, VERSION, Outcome, PlannedRun
@@ -51,6 +52,8 @@ def work(folder: str | Path, train: Train) -> None:
     todo: list[PlannedRun] = read_plan(folder)["runs"]
     while todo:
         for one in todo:
+            if "after" in one and not is_over(study, one["after"]["run"]):
+                continue  # its turn comes
             claim = None if is_over(study, one["id"]) else claims.take(study / CLAIMS, one["id"])
             if claim is None:
                 continue
@@ -75,6 +78,9 @@ def perform(
                     f"{MAX_CRASHES} workers died of this run; is memory short? See its log in "
                     f"{LOGS}"
                 )
+            if "after" in planned:
+                source = study / RUNS / planned["after"]["run"]
+                train = partial(after.make, source=source, do=load(planned["after"]["do"]))
             _train(folder, planned, train, begun=claim.number > 0)
         except AdaptiveLoraError as error:
             print(f"failed: {error}", flush=True)
@@ -176,11 +182,13 @@ def _cuda_peak() -> int:
     return int(peak)
 
 
-def load(name: str) -> Train:
-    """Return the function that `module:function` names."""
+def load(name: str) -> Any:
+    """Return the function that `module:function` names. Raises `InputError` when there is none."""
     module, _, function = name.partition(":")
-    train: Train = getattr(importlib.import_module(module), function)
-    return train
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"there is no {name}: {error}") from error
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from page_study import HOSTILE, Shape, write_study
 
 from adaptive_lora.report.html import render
 from adaptive_lora.report.page_data import page_data
-from adaptive_lora.report.study_read import StudyRecord, pareto_front, read_study
+from adaptive_lora.report.study_read import StudyFolder, pareto_front, read_study
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -35,7 +35,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRecord:
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, SHAPE)
     return read_study(folder)
@@ -51,10 +51,10 @@ def opened(chromium: Browser, tmp_path: Path) -> Iterator[Open]:
     pages, wrong = [], []
 
     def show(
-        study: StudyRecord, width: int = 1280, height: int = 900, scheme: Any = "light"
+        study: StudyFolder, width: int = 1280, height: int = 900, scheme: Any = "light"
     ) -> Page:
         file = tmp_path / f"{len(pages)}.html"
-        file.write_text(render(study.head.name, page_data(study)), encoding="utf-8")
+        file.write_text(render(study.head["name"], page_data(study)), encoding="utf-8")
         context = chromium.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
         )
@@ -93,7 +93,7 @@ def amount(text: str, exact: bool) -> tuple[bool, Any]:
     return (first == "–", float(number[1]) if number else words)
 
 
-def test_every_column_sorts_both_ways(study: StudyRecord, opened: Open) -> None:
+def test_every_column_sorts_both_ways(study: StudyFolder, opened: Open) -> None:
     page = opened(study)
     for table in TABLES:
         heads = page.locator(f"#{table} thead th")
@@ -121,26 +121,26 @@ def test_every_column_sorts_both_ways(study: StudyRecord, opened: Open) -> None:
             assert len(lengths) == 1
 
 
-def test_the_table_shows_what_the_record_says(study: StudyRecord, opened: Open) -> None:
+def test_the_table_shows_what_the_record_says(study: StudyFolder, opened: Open) -> None:
     page = opened(study)
     words = [
         " ".join(text.split()) for text in page.locator("#results-body tbody tr").all_inner_texts()
     ]
     assert len(words) == len(study.table)
     for text, row in zip(words, study.table, strict=True):
-        assert text.startswith(row.method)
-        assert f"{row.lora_parameters:,}" in text
-        assert f"{row.mean:.3f}"[:5] in text
-        assert ("≠" in text) == (row.parameters_equal is False)
-        if row.comparison and row.comparison.verdict:
-            assert row.comparison.verdict in text.split()
+        assert text.startswith(row["method"])
+        assert f"{row['lora_parameters']:,}" in text
+        assert f"{row['mean']:.3f}"[:5] in text
+        assert ("≠" in text) == (row["parameters_equal"] is False)
+        if row["comparison"] and row["comparison"]["verdict"]:
+            assert row["comparison"]["verdict"] in text.split()
     assert "tie" in " ".join(words).split()
     for part in ("best_mean", "the best mean over seeds", "trials a row: 2"):
         assert part in page.locator("#rule").inner_text()
     assert "Noise floor" in page.locator("#notes").inner_text()
 
 
-def test_filters_keep_what_passes_in_every_section(study: StudyRecord, opened: Open) -> None:
+def test_filters_keep_what_passes_in_every_section(study: StudyFolder, opened: Open) -> None:
     page = opened(study)
     everything = {table: page.locator(f"#{table} tbody tr").count() for table in TABLES}
     page.get_by_role("button", name="adalora", exact=True).click()
@@ -155,17 +155,19 @@ def test_filters_keep_what_passes_in_every_section(study: StudyRecord, opened: O
     page.locator("select[name=task]").select_option("cola")
     page.locator("select[name=budget]").select_option("rank 8")
     wanted = [
-        r for r in study.runs if (r.task, r.budget) == ("cola", "rank 8") and r.method != "adalora"
+        r
+        for r in study.runs
+        if (r["task"], r["budget"]) == ("cola", "rank 8") and r["method"] != "adalora"
     ]
     assert page.locator("#runs-body tbody tr").count() == len(wanted)
     assert page.locator("#failures-body tbody tr").count() == sum(
-        run.status == "failed" for run in wanted
+        run["status"] == "failed" for run in wanted
     )
     assert page.locator("#count").inner_text() == f"{len(wanted)} of {len(study.runs)} runs"
     assert page.locator("#quality-body h4").all_inner_texts() == ["cola"]
     assert page.locator("#quality-body .point").count() == 3
     assert page.locator("#loss-body .curve").count() == len(
-        [r for r in wanted if r.id in study.in_table]
+        [r for r in wanted if r["id"] in study.in_table]
     )
     for method in ("lora", "linear_decay", "grad_delta"):
         page.locator("#filters").get_by_role("button", name=method, exact=True).click()
@@ -193,18 +195,18 @@ def cells(page: Page, panel: int) -> dict[str, int]:
 
 
 def test_the_slider_goes_through_the_decisions_of_the_chosen_run(
-    study: StudyRecord, opened: Open
+    study: StudyFolder, opened: Open
 ) -> None:
     page = opened(study)
     run = study.representative("adalora")
     assert run is not None
-    history = study.details[run.id].history
-    page.locator("#run-choice").select_option(run.id)
+    history = study.details[run["id"]].history
+    page.locator("#run-choice").select_option(run["id"])
     slider = page.locator("#decision")
     assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("0", str(len(history)))
     assert slider.input_value() == str(len(history))
-    assert cells(page, 0) == run.initial_ranks
-    assert cells(page, 1) == run.ranks == history[-1].pattern
+    assert cells(page, 0) == run["initial_ranks"]
+    assert cells(page, 1) == run["ranks"] == history[-1].pattern
     slider.focus()
     for number in range(len(history) - 1, -1, -1):
         page.keyboard.press("ArrowLeft")
@@ -222,7 +224,7 @@ def test_the_slider_goes_through_the_decisions_of_the_chosen_run(
             )
             assert f"step {decision.step}" in page.locator("#saliency-body h4").first.inner_text()
         slider.focus()
-    assert cells(page, 1) == run.initial_ranks
+    assert cells(page, 1) == run["initial_ranks"]
     assert "were not scored" not in page.locator("#saliency-body").inner_text()
     assert "No scores up to here" in page.locator("#saliency-body .empty").inner_text()
     page.locator("#decision").fill("2")
@@ -230,12 +232,12 @@ def test_the_slider_goes_through_the_decisions_of_the_chosen_run(
 
 
 def test_every_run_can_be_chosen_and_parts_of_scores_have_a_panel_each(
-    study: StudyRecord, opened: Open
+    study: StudyFolder, opened: Open
 ) -> None:
     page = opened(study)
     options = page.locator("#run-choice option")
-    assert options.count() == len([run for run in study.runs if run.ranks])
-    by_id = {run.id: run for run in study.runs}
+    assert options.count() == len([run for run in study.runs if run["ranks"]])
+    by_id = {run["id"]: run for run in study.runs}
     for method in study.methods:
         group = page.locator(f"#run-choice optgroup[label={method}] option")
         identity = str(group.first.get_attribute("value"))
@@ -256,7 +258,7 @@ def test_every_run_can_be_chosen_and_parts_of_scores_have_a_panel_each(
     assert page.evaluate("document.activeElement.id") == "run-choice"
 
 
-def test_loss_curves_switch_and_answer_the_pointer(study: StudyRecord, opened: Open) -> None:
+def test_loss_curves_switch_and_answer_the_pointer(study: StudyFolder, opened: Open) -> None:
     page = opened(study)
     assert page.locator("#loss-body .curve").count() == len(study.in_table)
     page.get_by_label("only runs in the table").uncheck()
@@ -277,7 +279,7 @@ def test_loss_curves_switch_and_answer_the_pointer(study: StudyRecord, opened: O
     assert "training loss" in page.locator("#loss-body").inner_text()
 
 
-def test_the_front_is_marked_and_points_speak(study: StudyRecord, opened: Open) -> None:
+def test_the_front_is_marked_and_points_speak(study: StudyFolder, opened: Open) -> None:
     page = opened(study)
     points = page.locator("#quality-body .point")
     assert points.count() == len(study.table)
@@ -289,7 +291,7 @@ def test_the_front_is_marked_and_points_speak(study: StudyRecord, opened: Open) 
         assert ("Pareto front" in text) == on
     for task in SHAPE.tasks:
         front = pareto_front(
-            [row for row in study.table if row.task == task], greater_is_better=True
+            [row for row in study.table if row["task"] == task], greater_is_better=True
         )
         panel = page.locator(
             "#quality-body .panel", has=page.get_by_role("heading", name=task, exact=True)
@@ -301,7 +303,7 @@ def test_the_front_is_marked_and_points_speak(study: StudyRecord, opened: Open) 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_theme_follows_the_system_until_the_button_is_pressed(
-    scheme: str, study: StudyRecord, opened: Open
+    scheme: str, study: StudyFolder, opened: Open
 ) -> None:
     page = opened(study, scheme=scheme)
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -319,7 +321,7 @@ def test_the_theme_follows_the_system_until_the_button_is_pressed(
     assert page.evaluate(ground) == colours[other]
 
 
-def test_a_phone_scrolls_down_only_and_can_sort(study: StudyRecord, opened: Open) -> None:
+def test_a_phone_scrolls_down_only_and_can_sort(study: StudyFolder, opened: Open) -> None:
     page = opened(study, width=360, height=740)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     outside = """[...document.querySelectorAll('body *')].filter(e =>
@@ -342,7 +344,7 @@ def test_a_phone_scrolls_down_only_and_can_sort(study: StudyRecord, opened: Open
 
 
 def test_the_keyboard_reaches_every_control_and_walks_the_heatmap(
-    study: StudyRecord, opened: Open
+    study: StudyFolder, opened: Open
 ) -> None:
     page = opened(study)
     page.keyboard.press("Tab")
@@ -403,7 +405,7 @@ def test_text_from_run_files_stays_text(tmp_path: Path, opened: Open) -> None:
     hostile = read_study(study_folder)
     assert hostile.problems == []
     page = opened(hostile)
-    assert page.title() == hostile.head.name == record["study"]["name"] + HOSTILE
+    assert page.title() == hostile.head["name"] == record["study"]["name"] + HOSTILE
     assert page.locator("img, b, iframe, object").count() == 0
     assert page.locator("script").count() == 2
     for place in (

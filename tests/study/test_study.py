@@ -113,6 +113,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no metric": ({"report": {}}, "report.metric is missing"),
     "unknown key": ({"wokers": 2}, "unknown key wokers"),
+    "unknown inner key": (
+        {"select": {"bye": "x"}},
+        "unknown key select.bye. Did you mean 'by'. Known here: axes, by, rule",
+    ),
+    "all at once": ({"report": {}, "name": ""}, "name is '': .*; report.metric is missing"),
     "threads": ({"threads": 0}, "threads is 0"),
     "section": ({"select": ["a"]}, r"select is \['a'\]; expected a mapping"),
 }
@@ -122,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_studies_are_refused_by_name(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump({**study().to_mapping(), "select": {}, **changes}))
+    file.write_text(yaml.safe_dump({**study().model_dump(), "select": {}, **changes}))
     with pytest.raises(InputError, match=message):
         run_study(read_study(file), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -131,7 +136,7 @@ def test_bad_studies_are_refused_by_name(case: str, tmp_path: Path) -> None:
 def test_set_changes_any_key_and_axes_keep_their_dots(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(study().base))
-    file.write_text(yaml.safe_dump({**study().to_mapping(), "base": "recipe.yaml"}))
+    file.write_text(yaml.safe_dump({**study().model_dump(), "base": "recipe.yaml"}))
     read = read_study(
         file, ["base.model=elsewhere", "grid.training.learning_rate=[0.5]", "threads=2"]
     )
@@ -140,12 +145,12 @@ def test_set_changes_any_key_and_axes_keep_their_dots(tmp_path: Path) -> None:
         [0.5],
         2,
     )
-    assert parse_study(read.to_mapping()).to_mapping() == read.to_mapping()
+    assert parse_study(read.model_dump()).model_dump() == read.model_dump()
 
 
 def test_paths_are_put_for_their_names(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
-    values = study().to_mapping()
+    values = study().model_dump()
     values["base"] = {**values["base"], "model": "$encoder"}
     values["grid"] = {**values["grid"], "data": [{"label": "a", "data.train": "$data/a.csv"}]}
     file.write_text(yaml.safe_dump({**values, "paths": {"encoder": "hub/name", "data": "runs"}}))
@@ -285,7 +290,7 @@ def test_a_study_finds_the_planted_difference_at_the_rate_chosen_on_validation(
 
 def test_a_planted_tie_is_a_tie_and_one_metric_for_both_purposes_is_said(tmp_path: Path) -> None:
     grid = {**study().grid, "method": [METHODS[0], {"name": "linear_decay", "rank": 4}]}
-    record = finished(tmp_path / "s", study(grid=grid, select_metric=None))
+    record = finished(tmp_path / "s", study(grid=grid, select={}))
     assert record["table"][1]["comparison"]["verdict"] == "tie"
     assert any(
         "both chose the settings and is reported: the figures are optimistic" in note
@@ -294,11 +299,9 @@ def test_a_planted_tie_is_a_tie_and_one_metric_for_both_purposes_is_said(tmp_pat
 
 
 def test_a_falling_metric_is_better_when_lower(tmp_path: Path) -> None:
-    falling = study(
-        metric="eval_test_accuracy", greater_is_better=False, select_metric="eval_accuracy"
-    )
+    falling = study(report={"metric": "eval_test_accuracy", "greater_is_better": False})
     assert finished(tmp_path / "s", falling)["table"][1]["comparison"]["verdict"] == "worse"
-    assert study(metric="eval_test_perplexity").rises is False
+    assert study(report={"metric": "eval_test_perplexity"}).report.greater_is_better is False
 
 
 def test_unequal_parameters_and_steps_are_said(tmp_path: Path) -> None:
@@ -480,6 +483,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     finished(tmp_path / "s")
     with pytest.raises(InputError, match="holds the study 'made up', not 'another'"):
         run_study(study(name="another"), tmp_path / "s")
+    (tmp_path / "s" / "plan.json").write_text('{"version": 99}')
+    with pytest.raises(IntegrityError, match="is of format 99; this version reads format 1"):
+        analyse(tmp_path / "s")
     (tmp_path / "s" / "plan.json").write_text('{"version": 1')
     with pytest.raises(IntegrityError, match="is damaged"):
         analyse(tmp_path / "s")
@@ -564,7 +570,9 @@ def test_submitit_and_ray_train_what_one_process_trains(
     base = recipe(bert_folder, reviews_file, "", adapters={"dropout": 0.1})
     del base["output"]
     grid = {"method": METHODS[:1], "seed": [0, 1]}
-    made = study(base=base, grid=grid, metric="eval_accuracy", slurm={"cluster": "local"})
+    made = study(
+        base=base, grid=grid, report={"metric": "eval_accuracy"}, slurm={"cluster": "local"}
+    )
     plan_in(tmp_path / "clean", made)
     work(tmp_path / "clean", run)
     write_results(tmp_path / "clean")

@@ -69,7 +69,7 @@ def test_a_study_killed_at_random_moments_ends_as_a_clean_one(
             "seed": [0, 1],
         },
         baseline="lora",
-        metric="eval_accuracy",
+        report={"metric": "eval_accuracy"},
     )
     clean, folder = tmp_path / "clean", tmp_path / "killed"
     assert os.waitpid(in_a_group_of_its_own(made, clean, workers=1), 0)[1] == 0
@@ -98,7 +98,11 @@ def test_a_run_goes_on_from_the_checkpoint_at_the_end_of_an_epoch(
     base = recipe(bert_folder, reviews_file, "", adapters={"dropout": 0.1}, training=training)
     del base["output"]
     made = Study(
-        name="cut", base=base, grid={"seed": [0]}, baseline="linear_decay", metric="eval_accuracy"
+        name="cut",
+        base=base,
+        grid={"seed": [0]},
+        baseline="linear_decay",
+        report={"metric": "eval_accuracy"},
     )
     for folder in (tmp_path / "clean", tmp_path / "cut"):
         write_plan(folder, made, make_plan(made))

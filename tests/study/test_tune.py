@@ -98,7 +98,7 @@ def test_a_failed_run_is_a_failed_trial(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no search": ({"search": {}}, "search is empty"),
-    "no objective": ({"objectives": []}, "objectives is empty"),
+    "no objective": ({"objectives": []}, r"objectives is \[\]: List should have at least 1 item"),
     "unknown key": (
         {"search": {"training.lerning_rate": [1]}},
         "Did you mean 'training.learning_rate'",
@@ -109,6 +109,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "log of 0": (
         {"search": {"training.learning_rate": {"low": 0, "high": 1, "log": True}}},
         "low must be above 0",
+    ),
+    "log with step": (
+        {"search": {"seed": {"low": 1, "high": 9, "log": True, "step": 2}}},
+        "search.seed: .* there is no step",
     ),
     "trials": ({"trials": 0}, "trials is 0"),
     "metric": (
@@ -123,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_searches_are_refused_by_name(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
     file = tmp_path / "tune.yaml"
-    file.write_text(yaml.safe_dump({**tuning().__dict__, **changes}))
+    file.write_text(yaml.safe_dump({**tuning().model_dump(), **changes}))
     with pytest.raises(InputError, match=message):
         tune(read_tuning(file, []), tmp_path / "out", train=INSTANT)
 
