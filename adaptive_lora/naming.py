@@ -1,10 +1,12 @@
-"""Dotted module names: where the layer index stands. Pure text, so that reports can use it without
-a model."""
+"""Dotted names, of modules and of keys inside mappings. Pure text, so that reports can use it
+without a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from adaptive_lora.errors import InputError
 
 Value = TypeVar("Value")
 
@@ -39,3 +41,54 @@ def by_kind(values: Mapping[str, Value]) -> dict[str, dict[int, Value]]:
         label = f"{stack}.*.{kind}" if index is not None and len(stacks) > 1 else kind
         table.setdefault(label, {})[index or 0] = value
     return table
+
+
+def inside(name: str, parents: Iterable[str]) -> bool:
+    """True when `name` is one of `parents`, or a module or tensor below one.
+
+    >>> [inside(name, ["score"]) for name in ("score", "score.weight", "scores", "layer.0.score")]
+    [True, True, False, False]
+    """
+    return any(f"{name}.".startswith(f"{parent}.") for parent in parents)
+
+
+def passes(name: str, parts: Iterable[str]) -> bool:
+    """True when `name` is, or is below, a module whose name ends with one of `parts`, as PEFT
+    understands `modules_to_save`.
+
+    >>> [passes(name, ["score"]) for name in ("score", "model.score.weight", "model.scores")]
+    [True, True, False]
+    """
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as {dotted key: value}; a mapping without keys is a value.
+
+    >>> flatten({"training": {"seed": 1, "more": {}}})
+    {'training.seed': 1, 'training.more': {}}
+    """
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        key: value
+        for name, below in values.items()
+        for key, value in flatten(below, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
+    """Set a dotted key of nested mappings in place, making those that are missing. Raises
+    `InputError` beginning with `origin` where something else than a mapping is in the way.
+
+    >>> recipe = {"training": {"seed": 1}}
+    >>> set_dotted(recipe, "data.text", "sentence", origin="command line")
+    >>> recipe
+    {'training': {'seed': 1}, 'data': {'text': 'sentence'}}
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{origin}: {parent} is {values!r}; expected a mapping")
+    values[last] = value

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.adapter_tools.file import tensor_ranks
 from adaptive_lora.allocation.history import Decision, from_json, replay
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.model.adapter_file import tensor_ranks
 
 KEYS = {
     "status",

@@ -159,7 +159,7 @@ def _log(file: Path) -> Iterator[None]:
 
 def _costliest_component(folder: Path) -> int | None:
     """Return I + O of the costliest target with an adapter; None without a saved adapter."""
-    from adaptive_lora.adapter_tools.file import component_costs
+    from adaptive_lora.model.adapter_file import component_costs
     from adaptive_lora.study.outcomes import ADAPTER_FILE
 
     if not (folder / ADAPTER_FILE).is_file():
