@@ -41,6 +41,7 @@ from adaptive_lora.model.targets import (
     head_modules,
     linear_features,
 )
+from adaptive_lora.naming import inside
 
 if TYPE_CHECKING:
     from adaptive_lora.methods import Method
@@ -95,11 +96,7 @@ def attach(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
     whole = [*head_modules(model), *modules_to_save]
-    found = [
-        t
-        for t in find_targets(model, targets)
-        if not any(f"{t.name}.".startswith(f"{w}.") for w in whole)
-    ]
+    found = [t for t in find_targets(model, targets) if not inside(t.name, whole)]
     pattern = method.initial_pattern(found)
     if not any(pattern.values()):
         raise InputError(

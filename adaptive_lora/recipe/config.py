@@ -26,7 +26,7 @@ from pydantic import (
 from transformers import TrainingArguments
 
 from adaptive_lora import methods
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, nearest, unknown
 from adaptive_lora.model.quantization import Precision, Quantization, compute_dtype
 from adaptive_lora.recipe.presets import expand
 
@@ -316,7 +316,7 @@ def parse(values: Mapping[str, Any], *, origin: str = "recipe") -> RunConfig:
 def _explain(problem: Any) -> str:
     key, last, known = _key_at(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}.{nearest(last, known)} Known here: {', '.join(known)}"
+        return unknown(f"unknown key {key}", last, known, "Known here")
     if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":

@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adaptive_lora.allocation.history import HISTORY_FILE, Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
