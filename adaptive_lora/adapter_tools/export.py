@@ -40,7 +40,7 @@ from adaptive_lora.errors import InputError, IntegrityError, unknown
 from adaptive_lora.files import check_new, read_file, write_json
 from adaptive_lora.model.adapter_file import PREFIX
 from adaptive_lora.model.adapters import load
-from adaptive_lora.model.base_model import Base
+from adaptive_lora.model.base_model import BASE_FILE, Base
 from adaptive_lora.model.targets import linear_features
 from adaptive_lora.naming import passes
 
@@ -257,8 +257,8 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
     notes = _untie(model, adapter)
     if "num_labels" in base.head and "id2label" not in base.head:
         notes.append(
-            "the class names are not known: an adapter of version 0.1, or of PEFT alone, does not "
-            "say them"
+            f"the class names are not known: the adapter has no {BASE_FILE}, which neither PEFT nor "
+            "version 0.1 at first wrote"
         )
     before = _on(model, adapter)
     inputs = probe_inputs(before.get_base_model()) if check else []

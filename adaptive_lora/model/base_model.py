@@ -150,8 +150,8 @@ def write_base(model: nn.Module, folder: Path) -> None:
 
 
 def read_base(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the base in an adapter's folder, None without one (of version 0.1, or of
-    PEFT alone). Raises `IntegrityError` when it is damaged or of a later version."""
+    """Return the record of the base in an adapter's folder, None without one (of PEFT alone, or of
+    version 0.1 at first). Raises `IntegrityError` when it is damaged or of a later version."""
     file = folder / BASE_FILE
     if not file.is_file():
         return None
