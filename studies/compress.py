@@ -38,12 +38,11 @@ from scipy.stats import t as student
 import adaptive_lora as al
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import InputError
-from adaptive_lora.files import read_recipe
+from adaptive_lora.files import CONFIG_FILE, RESULT_FILE, read_recipe
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.report.tables import show
 from adaptive_lora.runs import use
-from adaptive_lora.runs.resuming import CONFIG_FILE
-from adaptive_lora.runs.run import RESULT_FILE, run
+from adaptive_lora.runs.run import run
 
 GLOBAL, PER_LAYER, TRAINED = "compress", "PEFT per layer", "trained at that rank"
 Row = dict[str, Any]

@@ -35,14 +35,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError, InputError
-from adaptive_lora.files import read_recipe
+from adaptive_lora.files import CONFIG_FILE, RESULT_FILE, read_recipe
 from adaptive_lora.hub import locate_model
 from adaptive_lora.model.targets import find_targets
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.report import read_run
 from adaptive_lora.report.tables import show
-from adaptive_lora.runs.resuming import CONFIG_FILE
-from adaptive_lora.runs.run import RESULT_FILE, run
+from adaptive_lora.runs.run import run
 from adaptive_lora.tasks.data import load_splits
 
 BASELINE = "lora"

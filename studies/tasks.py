@@ -27,11 +27,11 @@ from rich.table import Table
 
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError
-from adaptive_lora.files import read_recipe
+from adaptive_lora.files import METRICS_FILE, RESULT_FILE, read_recipe
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.report.read import read_run
 from adaptive_lora.report.tables import show
-from adaptive_lora.runs.run import METRICS_FILE, RESULT_FILE, run
+from adaptive_lora.runs.run import run
 from adaptive_lora.tasks.data import load_splits
 
 COLUMNS = ("task", "model", "train / eval", "metric", "reference", "trained", "minutes")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.files import HISTORY_FILE
+from adaptive_lora.files import ADAPTER_FOLDER, HISTORY_FILE, METRICS_FILE, RESULT_FILE
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.records import COSTS_FILE, PLAN_FILE, RESULTS_FILE, RUNS, VERSION
@@ -333,7 +333,7 @@ def _details(folder: Path, run: Run, problems: list[str]) -> Details:
     history: list[Decision] = []
     memory = None
     try:
-        metrics = read_metrics(folder / "metrics.jsonl")
+        metrics = read_metrics(folder / METRICS_FILE)
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
@@ -342,12 +342,12 @@ def _details(folder: Path, run: Run, problems: list[str]) -> Details:
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
-        if run.status == "ok" and (folder / "adapter").is_dir():
+        if run.status == "ok" and (folder / ADAPTER_FOLDER).is_dir():
             check_tensors(folder, run.ranks)
     except IntegrityError as error:
         problems.append(str(error))
     try:
-        memory = _memory(folder / "result.json")
+        memory = _memory(folder / RESULT_FILE)
     except IntegrityError as error:
         problems.append(str(error))
     return Details(folder, metrics, history, memory)

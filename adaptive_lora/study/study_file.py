@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.files import load_yaml, read_file, set_key
+from adaptive_lora.errors import InputError, unknown
+from adaptive_lora.files import load_yaml, read_file, read_recipe, set_key
 from adaptive_lora.study.selection import RULES
 
 LEARNING_RATE = "training.learning_rate"
@@ -66,9 +66,7 @@ class Study:
             raise InputError(f"study: threads is {self.threads!r}; expected a whole number >= 1")
         if self.select_rule not in RULES:
             raise InputError(
-                "study: select.rule is "
-                f"{self.select_rule!r}.{nearest(str(self.select_rule), RULES)} "
-                f"Known: {', '.join(RULES)}"
+                unknown(f"study: select.rule is {self.select_rule!r}", self.select_rule, RULES)
             )
         for axis, values in self.grid.items():
             if not isinstance(values, list):
@@ -83,8 +81,7 @@ class Study:
         for axis in self.select_axes or []:
             if axis not in self.grid:
                 raise InputError(
-                    f"study: select.axes names {axis!r}.{nearest(axis, self.grid)} Axes: "
-                    f"{', '.join(self.grid)}"
+                    unknown(f"study: select.axes names {axis!r}", axis, self.grid, "Axes")
                 )
 
     @property
@@ -138,8 +135,6 @@ def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
     values = dict(values)
     base = values.get("base")
     if isinstance(base, str):
-        from adaptive_lora.files import read_recipe
-
         values["base"] = read_recipe(Path(file).parent / base)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -211,10 +206,7 @@ def _with_paths(value: Any, paths: Mapping[str, str]) -> Any:
         return value
     name, slash, rest = value[1:].partition("/")
     if name not in paths:
-        raise InputError(
-            f"${name} in {value!r} is not among paths.{nearest(name, paths)} Known: "
-            f"{', '.join(paths)}"
-        )
+        raise InputError(unknown(f"${name} in {value!r} is not among paths", name, paths))
     return f"{paths[name]}{slash}{rest}"
 
 
@@ -230,6 +222,5 @@ def _check_keys(values: Mapping[str, Any], known: Any, prefix: str) -> None:
     for key in values:
         if key not in known:
             raise InputError(
-                f"unknown key {prefix}{key}.{nearest(str(key), known)} Known here: "
-                f"{', '.join(sorted(known))}"
+                unknown(f"unknown key {prefix}{key}", key, sorted(known), "Known here")
             )

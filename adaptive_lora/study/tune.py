@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
-from adaptive_lora.files import read_file
+from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest, unknown
+from adaptive_lora.files import read_file, set_key, write_json
 from adaptive_lora.study import claims
 from adaptive_lora.study.grid import expand
 from adaptive_lora.study.outcomes import UnusableError, is_over, read_outcome, read_result
-from adaptive_lora.study.plan import make_plan, write_atomically
+from adaptive_lora.study.plan import make_plan
 from adaptive_lora.study.records import CLAIMS, PlannedRun
 from adaptive_lora.study.study_file import Study, rises
 from adaptive_lora.study.worker import TRAIN, load, perform
@@ -82,8 +82,6 @@ class Trial:
 
 def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     """Return the search in a YAML file, after `key=value` assignments."""
-    from adaptive_lora.files import set_key
-
     values = read_file(Path(file), "tune file")
     if not isinstance(values, dict):
         raise InputError(f"{file} holds a {type(values).__name__}; expected a mapping")
@@ -92,10 +90,7 @@ def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     known = list(Tuning.__dataclass_fields__)
     for key in values:
         if key not in known:
-            raise InputError(
-                f"{file}: unknown key {key}.{nearest(str(key), known)} Known here: "
-                f"{', '.join(known)}"
-            )
+            raise InputError(unknown(f"{file}: unknown key {key}", key, known, "Known here"))
     for key in ("name", "base"):
         if not values.get(key):
             raise InputError(f"{file}: {key} is missing")
@@ -202,16 +197,13 @@ def _figures(
         value = known.get(name)
         if value is None or not math.isfinite(value):
             raise InputError(
-                f"the run has no metric {name!r}.{nearest(name, known)} It has: "
-                f"{', '.join(sorted(known))}"
+                unknown(f"the run has no metric {name!r}", name, sorted(known), "It has")
             )
         figures.append(float(value))
     return figures, None
 
 
 def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
-    import json
-
     finished = [t for t in search.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     best = {t.number for t in search.best_trials} if finished else set()
     trials = [
@@ -227,12 +219,8 @@ def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
         if t.state.name == "COMPLETE" or "reason" in t.user_attrs
     ]
     rows = [trial.__dict__ for trial in trials]
-    text = json.dumps(
-        {"name": tuning.name, "objectives": tuning.objectives, "trials": rows},
-        indent=1,
-        allow_nan=False,
-    )
-    write_atomically(folder / TRIALS_FILE, text + "\n")
+    record = {"name": tuning.name, "objectives": tuning.objectives, "trials": rows}
+    write_json(folder / TRIALS_FILE, record)
     return trials
 
 
