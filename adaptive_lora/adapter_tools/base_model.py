@@ -29,9 +29,9 @@ def base_of_adapter(
 ) -> Base:
     """Return the base model of an adapter.
 
-    Class and head come from the adapter's own record. One without (of PEFT alone, or of version
-    0.1 at first) leaves them to be derived: the class from PEFT's `auto_mapping` or `task_type`, else from
-    the base model's `architectures`; the number of labels from the trained head.
+    Class and head come from the adapter's own record. One without (of PEFT alone, or of version 0.1
+    at first) leaves them to be derived: the class from PEFT's `auto_mapping` or `task_type`, else
+    from the base model's `architectures`; the number of labels from the trained head.
 
     Args:
         name: where the base model is now, if not where the adapter says.

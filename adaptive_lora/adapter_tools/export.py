@@ -257,8 +257,8 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
     notes = _untie(model, adapter)
     if "num_labels" in base.head and "id2label" not in base.head:
         notes.append(
-            f"the class names are not known: the adapter has no {BASE_FILE}, which neither PEFT nor "
-            "version 0.1 at first wrote"
+            f"the class names are not known: the adapter has no {BASE_FILE}, which neither PEFT "
+            "nor version 0.1 at first wrote"
         )
     before = _on(model, adapter)
     inputs = probe_inputs(before.get_base_model()) if check else []
