@@ -1,10 +1,15 @@
 """adaptive-lora: every layer gets the LoRA rank it earns; what comes out is an ordinary LoRA
 adapter."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes, quantised or not, which on some processors then misses an inference
+# kernel in a warning. That kernel is never used here: see `model.quantization.keep_trainable`.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from adaptive_lora import methods as methods

@@ -33,9 +33,8 @@ def reachable() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_WAIT)
-    except (
-        Exception
-    ):  # which HTTP library this is, and so its errors, changes with the hub client's version
+    except Exception:
+        # Which HTTP library this is, and so its errors, changes with the hub client's version.
         return False
     return True
 

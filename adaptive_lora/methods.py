@@ -11,14 +11,10 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.allocation.adaptation import Adaptation, At, MaskedByPeft, OnPlateau
-from adaptive_lora.allocation.allocate import RankPattern, proportional
 from adaptive_lora.allocation.budget import Cubic
-from adaptive_lora.allocation.custom_ranks import by_layer, by_pattern, read_ranks
 from adaptive_lora.allocation.importance import (
     GradientNorm,
     Sensitivity,
@@ -27,123 +23,22 @@ from adaptive_lora.allocation.importance import (
     WeightDelta,
     Weighted,
 )
+from adaptive_lora.allocation.method import Adaptation, check_whole
+from adaptive_lora.allocation.method import Method as Method
 from adaptive_lora.allocation.rules import Grow, Proportional, TopK, Truncate
+from adaptive_lora.allocation.shapes import (
+    Shape,
+    by_layer,
+    by_pattern,
+    depth,
+    linear,
+    read_ranks,
+    uniform,
+)
+from adaptive_lora.allocation.target import Target
+from adaptive_lora.allocation.when import At, OnPlateau
 from adaptive_lora.errors import InputError, unknown
-from adaptive_lora.model.targets import Target
-
-Shape = Callable[[Sequence[Target]], dict[str, int]]
-"""Targets -> the raw rank of each: what a method gives when nobody names a budget."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """How ranks are chosen. Build one with a preset below, or with your own shape.
-
-    Args:
-        name: shown in results.
-        shape: the raw rank of every target.
-        rank: budget as the parameters of uniform rank `rank`; or
-        budget: budget in parameters, Σ R (I + O). With neither, the raw ranks are used as they are.
-        adaptation: how ranks change while the model trains; None means that they do not.
-        raw_start: start at the raw ranks, whatever the budget; for methods that grow up to it.
-
-    Raises `InputError` when both are given, or one is not a positive whole number.
-
-    >>> half = lambda targets: {target.name: target.full_rank // 2 for target in targets}
-    >>> halves = Method(name="halves", shape=half)
-    """
-
-    name: str
-    shape: Shape
-    rank: int | None = None
-    budget: int | None = None
-    adaptation: Adaptation | None = None
-    raw_start: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.budget is not None:
-            raise InputError(
-                f"method {self.name!r}: give rank ({self.rank}) or budget ({self.budget}), not both"
-            )
-        for field in ("rank", "budget"):
-            if getattr(self, field) is not None:
-                _check_whole(f"method {self.name!r}: {field}", getattr(self, field), at_least=1)
-
-    def budget_parameters(self, targets: Sequence[Target]) -> int | None:
-        """Return the budget on these targets in parameters; None when the raw ranks are used."""
-        return (
-            self.budget if self.rank is None else sum(self.rank * target.cost for target in targets)
-        )
-
-    def initial_pattern(self, targets: Sequence[Target]) -> RankPattern:
-        """Return the rank of every target before training.
-
-        Raises `InputError` when a rank exceeds min(I, O) or the budget cannot be met.
-        """
-        raw = self.shape(targets)
-        for target in targets:
-            if target.name not in raw:
-                raise InputError(
-                    f"the shape of method {self.name!r} gives no rank to target {target.name!r}"
-                )
-        budget = None if self.raw_start else self.budget_parameters(targets)
-        if budget is not None and self.adaptation is not None:
-            budget = int(budget * self.adaptation.schedule.factor)
-        if budget is None:
-            for target in targets:
-                if raw[target.name] > target.full_rank:
-                    raise InputError(
-                        f"rank {raw[target.name]} for {target.name!r} exceeds min(in_features, "
-                        "out_features) = "
-                        f"min({target.in_features}, {target.out_features}) = {target.full_rank}; "
-                        "choose a lower rank"
-                    )
-            return raw
-        if self.rank is not None and self.rank > max(target.full_rank for target in targets):
-            raise InputError(
-                f"rank {self.rank} exceeds min(in_features, out_features) of every target, at most "
-                f"{max(target.full_rank for target in targets)}; choose a lower rank"
-            )
-        costs = {target.name: target.cost for target in targets}
-        # A target the shape gives any rank keeps at least one component; one at rank 0 stays
-        # without.
-        return proportional(
-            raw,
-            costs,
-            budget,
-            minimum={name: min(rank, 1) for name, rank in raw.items()},
-            maximum={
-                target.name: target.full_rank if raw[target.name] else 0 for target in targets
-            },
-        )
-
-
-def _check_whole(what: str, value: object, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{what} is {value!r}; expected a whole number >= {at_least}")
-    if value < at_least:
-        raise InputError(f"{what} is {value}; expected a whole number >= {at_least}")
-    return value
-
-
-def _depth(target: Target) -> float:
-    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single
-    layer."""
-    return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
-
-
-def _uniform(rank: int) -> Shape:
-    return lambda targets: {target.name: rank for target in targets}
-
-
-def _linear(base_rank: int, min_rank: int, position: Callable[[Target], int]) -> Shape:
-    """Return max(r_min, int(r - (r - r_min) i / (L - 1))) with i = position(target)."""
-
-    def rank(target: Target) -> int:
-        fall = (base_rank - min_rank) * position(target) / max(target.n_layers - 1, 1)
-        return max(min_rank, int(base_rank - fall))
-
-    return lambda targets: {target.name: rank(target) for target in targets}
+from adaptive_lora.model.peft_adalora import MaskedByPeft
 
 
 def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
@@ -155,7 +50,7 @@ def lora(rank: int | None = None, *, budget: int | None = None) -> Method:
         return Method(
             name="lora", shape=lambda targets: {t.name: 8 for t in targets}, budget=budget
         )
-    uniform = _check_whole("method 'lora': rank", rank, at_least=1)
+    uniform = check_whole("method 'lora': rank", rank, at_least=1)
     if budget is not None:
         raise InputError(f"method 'lora': give rank ({rank}) or budget ({budget}), not both")
     return Method(name="lora", shape=lambda targets: {t.name: uniform for t in targets})
@@ -170,7 +65,7 @@ def linear_decay(
     Source: system 1, adaptive-lora-placement (2024), strategy "linear decay".
     """
     _check_range("linear_decay", base_rank, min_rank)
-    shape = _linear(base_rank, min_rank, lambda target: target.layer)
+    shape = linear(base_rank, min_rank, lambda target: target.layer)
     return Method(name="linear_decay", shape=shape, rank=rank, budget=budget)
 
 
@@ -182,7 +77,7 @@ def linear_increase(
     Source: Benedek & Wolf 2024, PRILoRA, Findings of EACL.
     """
     _check_range("linear_increase", base_rank, min_rank)
-    shape = _linear(base_rank, min_rank, lambda target: target.n_layers - 1 - target.layer)
+    shape = linear(base_rank, min_rank, lambda target: target.n_layers - 1 - target.layer)
     return Method(name="linear_increase", shape=shape, rank=rank, budget=budget)
 
 
@@ -208,7 +103,7 @@ def empirical(*, base_rank: int = 16, rank: int | None = None, budget: int | Non
 
     Source: system 1, adaptive-lora-placement (2024), strategy "empirical".
     """
-    _check_whole("method 'empirical': base_rank", base_rank, at_least=1)
+    check_whole("method 'empirical': base_rank", base_rank, at_least=1)
 
     def at(depth: float) -> int:
         # In tenths: int(0.6 * 5) is 3 but int(1.2 * 5) would hang on the last bit of a float.
@@ -217,7 +112,7 @@ def empirical(*, base_rank: int = 16, rank: int | None = None, budget: int | Non
 
     return Method(
         name="empirical",
-        shape=lambda targets: {t.name: at(_depth(t)) for t in targets},
+        shape=lambda targets: {t.name: at(depth(t)) for t in targets},
         rank=rank,
         budget=budget,
     )
@@ -266,14 +161,14 @@ def custom(
         raise InputError(f"{origin}: the rank pattern is {pattern!r}; expected {{name: rank}}")
     if layer_ranks is not None:
         ranks_by_layer = [
-            _check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0)
+            check_whole(f"{origin}: layer_ranks[{i}]", value, at_least=0)
             for i, value in enumerate(layer_ranks)
         ]
         shape: Shape = lambda targets: by_layer(origin, ranks_by_layer, targets)
     else:
         assert pattern is not None
         checked = {
-            key: _check_whole(f"{origin}: rank of {key!r}", value, at_least=0)
+            key: check_whole(f"{origin}: rank of {key!r}", value, at_least=0)
             for key, value in pattern.items()
         }
         shape = lambda targets: by_pattern(origin, checked, targets)
@@ -281,8 +176,8 @@ def custom(
 
 
 def _check_range(name: str, base_rank: int, min_rank: int) -> None:
-    _check_whole(f"method {name!r}: min_rank", min_rank, at_least=1)
-    _check_whole(f"method {name!r}: base_rank", base_rank, at_least=1)
+    check_whole(f"method {name!r}: min_rank", min_rank, at_least=1)
+    check_whole(f"method {name!r}: base_rank", base_rank, at_least=1)
     if min_rank > base_rank:
         raise InputError(f"method {name!r}: min_rank {min_rank} exceeds base_rank {base_rank}")
 
@@ -308,7 +203,7 @@ def adalora(
     schedule = Cubic(factor=factor, initial=initial, final=final)
     return Method(
         name="adalora",
-        shape=_uniform(1),
+        shape=uniform(1),
         rank=8 if rank is None and budget is None else rank,
         budget=budget,
         adaptation=Adaptation(
@@ -338,7 +233,7 @@ def squeeze(
     """
     return Method(
         name="squeeze",
-        shape=_uniform(1),
+        shape=uniform(1),
         rank=8 if rank is None and budget is None else rank,
         budget=budget,
         adaptation=Adaptation(
@@ -371,15 +266,15 @@ def peft_adalora(
 
     Source: PEFT's AdaLoraModel; Zhang et al. 2023, AdaLoRA, arXiv 2303.10512.
     """
-    _check_whole("method 'peft_adalora': rank", rank, at_least=1)
+    check_whole("method 'peft_adalora': rank", rank, at_least=1)
     start = math.ceil(1.5 * rank) if initial_rank is None else initial_rank
-    if _check_whole("method 'peft_adalora': initial_rank", start, at_least=1) <= rank:
+    if check_whole("method 'peft_adalora': initial_rank", start, at_least=1) <= rank:
         raise InputError(
             f"method 'peft_adalora': initial_rank {start} must be above the final rank {rank}"
         )
     return Method(
         name="peft_adalora",
-        shape=_uniform(start),
+        shape=uniform(start),
         adaptation=MaskedByPeft(
             importance=Sensitivity(beta1=beta1, beta2=beta2),
             rule=TopK(),
@@ -412,7 +307,7 @@ def grad_delta(
     """
     return Method(
         name="grad_delta",
-        shape=_uniform(initial_rank),
+        shape=uniform(initial_rank),
         rank=rank,
         budget=budget,
         adaptation=Adaptation(
@@ -443,11 +338,11 @@ def plateau(
 
     Source: system 3, LoRA with growth on plateau (2024).
     """
-    _check_whole("method 'plateau': rank_step", rank_step, at_least=1)
+    check_whole("method 'plateau': rank_step", rank_step, at_least=1)
     _check_range("plateau", max_rank, initial_rank)
     return Method(
         name="plateau",
-        shape=_uniform(initial_rank),
+        shape=uniform(initial_rank),
         rank=rank,
         budget=budget,
         raw_start=True,
@@ -501,4 +396,4 @@ def describe(name: str) -> tuple[str, str]:
     """Return (what the method does in one line, its source), read from the preset's docstring."""
     text = inspect.getdoc(METHODS[name]) or ""
     source = re.search(r"^Source: (.+)$", text, re.MULTILINE)
-    return text.splitlines()[0], source.group(1) if source else ""
+    return " ".join(text.split("\n\n")[0].split()), source.group(1) if source else ""

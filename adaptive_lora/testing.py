@@ -36,10 +36,11 @@ from transformers import (
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.allocate import RankPattern, parameters
 from adaptive_lora.allocation.history import Decision
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.methods import Method
 from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.model.resize import unwrap
-from adaptive_lora.model.targets import Target, find_targets
+from adaptive_lora.model.targets import find_targets
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.trainer import AdaptiveTrainer
 
@@ -154,12 +155,10 @@ class Witness(AdaptiveRankCallback):
     def __init__(self, method: Method, history_file: Path) -> None:
         super().__init__(method, history_file)
         self.history_file: Path = history_file
-        self.seen: list[
-            tuple[Decision, RankPattern]
-        ] = []  # each decision, and the ranks of the tensors after it
-        self.growths: list[
-            tuple[int, float]
-        ] = []  # (step, relative change of the logits) at each pure growth
+        # each decision, and the ranks of the tensors after it
+        self.seen: list[tuple[Decision, RankPattern]] = []
+        # (step, relative change of the logits) at each pure growth
+        self.growths: list[tuple[int, float]] = []
         self.misfits: list[str] = []  # optimizer state that is not its parameter's
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -85,9 +85,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "adapter"
-        subprocess.run(
-            [sys.executable, __file__, "--make", str(source)], check=True
-        )  # its memory is not ours
+        # its memory is not ours
+        subprocess.run([sys.executable, __file__, "--make", str(source)], check=True)
         size = (source / "adapter_model.safetensors").stat().st_size
         start = peak_memory()
         wall, processor = time.perf_counter(), time.process_time()

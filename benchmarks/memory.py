@@ -111,9 +111,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
     )
     if config.task == "classification":
         batch["labels"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the peak of training, not of loading
+    # the peak of training, not of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     found: dict[str, Any] = {}
     for _ in range(STEPS):
         model(**batch).loss.backward()

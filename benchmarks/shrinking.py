@@ -31,11 +31,8 @@ from transformers import AutoModelForSequenceClassification, set_seed
 import adaptive_lora as al
 
 TARGETS = r".*attention.*(query|key|value|output\.dense)"
-SCHEDULE, LAST, TURN = (
-    60,
-    42,
-    3,
-)  # steps of the schedule's training, its last decision (70 %), steps of a timed turn
+# steps of the schedule's training, its last decision (70 %), steps of a timed turn
+SCHEDULE, LAST, TURN = (60, 42, 3)
 Step = Callable[[], None]
 
 
@@ -110,9 +107,8 @@ def quartiles(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def measure(folder: str, rank: int, pairs: int) -> dict[str, Any]:
-    total = SCHEDULE + pairs * (
-        TURN + 1
-    )  # the timed steps belong to the training, with all that a controller does there
+    # the timed steps belong to the training, with all that a controller does there
+    total = SCHEDULE + pairs * (TURN + 1)
     times: dict[str, Any] = {"initial": SCHEDULE // 10, "final": total - LAST}
     methods = {
         "adalora": al.methods.adalora(rank, **times),

@@ -1,5 +1,4 @@
-"""Ranks that change in your own training loop: three calls. A tiny random BERT; runs in seconds,
-downloads nothing."""
+"""Ranks that change in your own loop: three calls. A tiny random BERT; seconds, no download."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -9,21 +8,11 @@ import adaptive_lora as al
 STEPS = 120
 torch.manual_seed(0)
 tokens = torch.randint(0, 32, (512, 8))
-labels = (
-    tokens[:, 1] >= 16
-).long()  # learnable: in which half of the vocabulary the second token lies
+labels = (tokens[:, 1] >= 16).long()  # learnable: which half the second token is of
 
-sizes = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-base = BertForSequenceClassification(BertConfig(**sizes))
-method = al.methods.adalora(
-    rank=4, every=10
-)  # starts at 1.5 times the parameters of uniform rank 4, ends exactly there
+sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+base = BertForSequenceClassification(BertConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+method = al.methods.adalora(rank=4, every=10)  # from 1.5 x the parameters of rank 4 to those
 model = al.attach(base, method, targets="all-linear")
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 controller = al.RankController(model, optimizer, method, total_steps=STEPS)
@@ -44,7 +33,5 @@ controller.finish()  # 3: an error if nothing was ever decided
 after = al.ranks(model)
 for name, rank in after.items():
     print(f"{name:45} rank {before[name]} -> {rank}")
-print(
-    f"after: {al.lora_parameters(model):,} LoRA parameters, loss {losses[0]:.3f} -> "
-    f"{losses[-1]:.3f}"
-)
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+print(f"after: {al.lora_parameters(model):,} LoRA parameters")

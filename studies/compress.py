@@ -65,9 +65,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Converting a PEFT adapter to LoRA that is already")
     recipe = recipe_of(options)
     rows: list[Row] = []
-    for seed in dict.fromkeys(
-        options.seeds
-    ):  # seeds outside: when cut off, the pairs so far are whole
+    # seeds outside: when cut off, the pairs so far are whole
+    for seed in dict.fromkeys(options.seeds):
         full = trained(recipe, options.rank, seed, options.output)
         rows += cached(options.output / f"cut-{seed}.json", lambda: cuts(full, seed, options))  # noqa: B023
         for rank in options.ranks:

@@ -128,9 +128,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
     recipe = read_recipe(Path(__file__).with_suffix(".yaml"))
-    if (
-        options.data is not None
-    ):  # a file has no splits: without --eval the records must be cut, not used twice
+    # a file has no splits: without --eval the records must be cut, not used twice
+    if options.data is not None:
         recipe["data"] = {
             k: v for k, v in recipe["data"].items() if k not in ("config", "eval_split")
         }
@@ -257,9 +256,8 @@ def train_or_read(name: str, config: RunConfig, costs: dict[str, int]) -> Figure
             f"{folder} holds a run with other settings; choose another --output, or remove it"
         )
     error: AdaptiveLoraError | None = None
-    if not (
-        folder / RESULT_FILE
-    ).is_file():  # a failed run is a result too; remove its folder to try again
+    # a failed run is a result too; remove its folder to try again
+    if not (folder / RESULT_FILE).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
             (folder.parent / f"{folder.name}.log").open("w", encoding="utf-8") as log,
@@ -399,9 +397,8 @@ def draw(runs: Sequence[Figures], path: Path, *, title: str) -> None:
         done = [one for one in mine if one.status == "ok"]
         for one in done:
             place = seeds.index(one.seed)
-            shift = (
-                0.4 * place / (len(seeds) - 1) - 0.2 if len(seeds) > 1 else 0.0
-            )  # equal accuracies hide one another
+            # equal accuracies hide one another
+            shift = 0.4 * place / (len(seeds) - 1) - 0.2 if len(seeds) > 1 else 0.0
             axis.plot(x + shift, 100 * one.accuracy, "o", color=colours(place), markersize=7)
         if done:
             mean = statistics.fmean(100 * one.accuracy for one in done)

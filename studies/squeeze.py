@@ -32,20 +32,15 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import adaptive_lora as al
-from adaptive_lora.allocation.adaptation import At
 from adaptive_lora.allocation.importance import Magnitude
 from adaptive_lora.allocation.rules import TopK
+from adaptive_lora.allocation.when import At
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.model.adapters import adapters, all_weights
 from adaptive_lora.report.tables import show
 
-RANK, FACTOR, BATCH, PROBE, AFTER = (
-    2,
-    4.0,
-    12,
-    24,
-    (1, 2, 4, 7),
-)  # the probe is read AFTER steps after a cut, too
+# the probe is read AFTER steps after a cut, too
+RANK, FACTOR, BATCH, PROBE, AFTER = (2, 4.0, 12, 24, (1, 2, 4, 7))
 Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]
 State = dict[str, torch.Tensor]
 Treatment = Callable[[Pair, tuple[State, State], tuple[State, State], Pair], None]
@@ -96,11 +91,12 @@ def scale_of_a(
 
 SQUEEZE = al.methods.squeeze(RANK, factor=FACTOR)
 assert SQUEEZE.adaptation is not None
+# the same schedule, no rotation
 DROP = replace(
     SQUEEZE,
     name="drop",
     adaptation=replace(SQUEEZE.adaptation, importance=Magnitude(), rule=TopK()),
-)  # the same schedule, no rotation
+)
 ARMS: dict[str, tuple[al.Method, Treatment]] = {
     "carried over (the library)": (SQUEEZE, carried),
     "first zero, second its mean": (SQUEEZE, mean),

@@ -200,9 +200,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ]
         references = [factor * (r["reference"] or 0.0) for r in found]
         trained = [factor * r["trained"] for r in found]
-        errors = [
-            factor * r["half_width"] for r in found if r["half_width"]
-        ] or None  # no interval where none is known
+        # no interval where none is known
+        errors = [factor * r["half_width"] for r in found if r["half_width"]] or None
         place = range(len(found))
         axis.bar(
             [i - 0.2 for i in place],

@@ -19,9 +19,9 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 import adaptive_lora as al
 from adaptive_lora import methods
-from adaptive_lora.allocation.adaptation import MaskedByPeft
 from adaptive_lora.methods import METHODS, Method
 from adaptive_lora.model.adapters import infer_task_type
+from adaptive_lora.model.peft_adalora import MaskedByPeft
 from adaptive_lora.model.targets import find_targets
 
 STEPS = 6
@@ -32,12 +32,8 @@ WIDTH = {
     "num_hidden_layers": 2,
 }
 TEXT = {**WIDTH, "vocab_size": 64, "max_position_embeddings": 32}
-DECODER = {
-    **TEXT,
-    "num_key_value_heads": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}  # two queries to a key
+# two queries to a key
+DECODER = {**TEXT, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1}
 DISTILBERT = {
     "vocab_size": 64,
     "dim": 16,
@@ -87,9 +83,8 @@ DEEPSEEK_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 
 def bitnet(plain: tuple[str, ...] = ("lm_head",), **quantisation: Any) -> PreTrainedModel:
     """A BitNet whose linear modules, except `plain`, are replaced as `from_pretrained` does for
     this quantisation."""
-    with (
-        warnings.catch_warnings()
-    ):  # it imports torch's compiler, which uses what torch has deprecated
+    # it imports torch's compiler, which uses what torch has deprecated
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from transformers.integrations.bitnet import replace_with_bitnet_linear
     model = hf.BitNetForCausalLM(hf.BitNetConfig(**DECODER))

@@ -53,9 +53,8 @@ def read(
 
 
 def with_heads(base: nn.Module, others: dict[str, torch.Tensor]) -> None:
-    plain = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in others.items()
-    }  # of an adapted output layer
+    # of an adapted output layer
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in others.items()}
     missing = base.load_state_dict(plain, strict=False)
     assert not missing.unexpected_keys
 
@@ -105,10 +104,8 @@ def vllm(
                 continue  # its slice of the packed buffer stays zero
             a, b = pairs[members[part]]
             stacked_a, stacked_b = torch.zeros(slots, a.shape[1]), torch.zeros(b.shape[0], slots)
-            stacked_a[: a.shape[0]], stacked_b[:, : b.shape[1]] = (
-                a,
-                b * scale(members[part]),
-            )  # optimize(): the scale goes into B
+            # optimize(): the scale goes into B
+            stacked_a[: a.shape[0]], stacked_b[:, : b.shape[1]] = (a, b * scale(members[part]))
             add(base, f"{parent}.{part}", lambda x, a=stacked_a, b=stacked_b: x @ a.T @ b.T)
     return base.eval()
 

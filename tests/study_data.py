@@ -53,9 +53,10 @@ def train(config: RunConfig, *, resume: bool = False) -> None:
     if config.data.train == "refused.csv":
         raise InputError("refused.csv has no column 'text'")
     folder.mkdir(parents=True)
+    # JSON is YAML
     (folder / "config.yaml").write_text(
         json.dumps(config.model_dump(mode="json")), encoding="utf-8"
-    )  # JSON is YAML
+    )
     rank = int(config.method.arguments.get("rank", 4))
     draw = random.Random(f"{config.method} {rate} {config.seed}")
     rows = [{"step": step, "loss": 0.7 / step, "learning_rate": rate} for step in range(1, 11)]

@@ -13,7 +13,6 @@ import torch
 from dynamic import DYNAMIC
 
 from adaptive_lora import Method, methods, testing
-from adaptive_lora.allocation.adaptation import Adaptation, At
 from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.importance import (
@@ -24,16 +23,17 @@ from adaptive_lora.allocation.importance import (
     Statistics,
     Uniform,
 )
+from adaptive_lora.allocation.method import Adaptation
 from adaptive_lora.allocation.rules import Grow, Rule, TopK, View
+from adaptive_lora.allocation.when import At
 from adaptive_lora.methods import METHODS
-from adaptive_lora.model import adapters
+from adaptive_lora.model import adapters, deciding
 from adaptive_lora.model.resize import resize, unwrap
 from adaptive_lora.testing import (
     CHECKS,
     Check,
     MakeMethod,
     check_accumulation,
-    check_bounds,
     check_budget,
     check_decides,
     check_growth_keeps_the_function,
@@ -109,13 +109,6 @@ class Remembers(Importance):
         return {name: torch.rand(a.shape[0], generator=generator) for name, (a, _) in pairs.items()}
 
 
-class Overspends(Rule):
-    """One component too many everywhere, and beyond the maximum."""
-
-    def decide(self, view: View) -> dict[str, Resize]:
-        return view.to_pattern({name: rank + 1 for name, rank in view.ranks.items()})
-
-
 class Hoards(Rule):
     """Shrinks everything to rank 1, whatever the budget."""
 
@@ -151,9 +144,7 @@ def shape_of(rank: object) -> Method:
         ),
         (check_initial_pattern, lambda: shape_of(2.0), "expected a whole number"),
         (check_decides, lambda: broken(Uniform(), TopK()), "none changed a rank"),
-        (check_budget, lambda: broken(Uniform(), Overspends()), "the budget is"),
         (check_budget, lambda: broken(Uniform(), Hoards()), "one more component costs"),
-        (check_bounds, lambda: broken(Uniform(), Overspends(), max_rank=4), r"expected 0\.\.4"),
         (check_resume, lambda: broken(Remembers("looks"), Hoards()), "resumed from step 4"),
         (check_same_seed, lambda: broken(Remembers("number"), Hoards()), "the same seed"),
     ],
@@ -215,10 +206,10 @@ def save_late(model: Any, folder: Path) -> None:
             misreport("changes"),
             "the history leads to",
         ),
-        (check_optimizer_state, controller, "resize", resize_badly("moment"), "has shape"),
+        (check_optimizer_state, deciding, "resize", resize_badly("moment"), "has shape"),
         (
             check_growth_keeps_the_function,
-            controller,
+            deciding,
             "resize",
             resize_badly("weights"),
             "changed the logits",
@@ -237,7 +228,7 @@ def test_a_broken_library_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The laws a method cannot break by itself: here the engine is broken under it."""
-    monkeypatch.setattr(controller, "check_state_shapes", lambda *_: None)  # it would notice first
+    monkeypatch.setattr(deciding, "check_state_shapes", lambda *_: None)  # it would notice first
     monkeypatch.setattr(where, name, bad)
     # grad_delta makes one decision, from gradients: a later resize would stumble over the stale
     # moment by itself.

@@ -5,27 +5,43 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_readme import python_blocks
 
+from adaptive_lora import methods
 from adaptive_lora.methods import METHODS
 from adaptive_lora.model.adapters import attach
 from adaptive_lora.testing import CHECKS, Check
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-METHOD, PROOF = python_blocks("docs/add-a-method.md")
+METHOD, WHEN, PROOF = python_blocks("docs/add-a-method.md")
 NAMES: dict[str, Any] = {"__name__": __name__}
 exec(METHOD, NAMES)
+exec(WHEN, NAMES)
 exec(PROOF, NAMES)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_method_of_the_page_conforms(check: Check, tmp_path: Path) -> None:
     NAMES["test_fisher"](check, tmp_path)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_when_of_the_page_decides_in_a_method_that_conforms(
+    check: Check, tmp_path: Path
+) -> None:
+    check(growth_at_every_second_evaluation, tmp_path)
+
+
+def growth_at_every_second_evaluation() -> methods.Method:
+    plain = methods.plateau(initial_rank=1, max_rank=5)
+    assert plain.adaptation is not None
+    return replace(plain, adaptation=replace(plain.adaptation, when=NAMES["Every"](nth=2)))
 
 
 def test_the_method_of_the_page_is_at_most_thirty_lines() -> None:

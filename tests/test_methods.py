@@ -14,10 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 import adaptive_lora as al
 from adaptive_lora import methods
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
 from adaptive_lora.methods import METHODS, Method
 from adaptive_lora.model.adapter_file import tensor_ranks
-from adaptive_lora.model.targets import Target, find_targets
+from adaptive_lora.model.targets import find_targets
 
 GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
 
@@ -135,9 +136,8 @@ def test_rank_is_short_for_the_parameters_of_that_uniform_rank(
     by_rank, by_budget = SHAPES[name](rank=8), SHAPES[name](budget=budget)
     assert by_rank.initial_pattern(medium) == by_budget.initial_pattern(medium)
     assert by_budget.budget_parameters(medium) == budget
-    assert by_rank.budget_parameters(medium) == (
-        None if name == "lora" else budget
-    )  # uniform 8 is no constraint
+    # uniform 8 is no constraint
+    assert by_rank.budget_parameters(medium) == (None if name == "lora" else budget)
 
 
 def test_a_rank_above_the_smaller_side_of_a_target_is_refused() -> None:

@@ -35,14 +35,8 @@ UNSUPPORTED = {
     "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
     "megatron_config": ("Megatron's parallel layers", MERGE),
 }
-MUTATING = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-    "mica",
-)  # starts that change the base weights at every load
+# starts that change the base weights at every load
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def check_supported(adapter: str, config: Any) -> None:
@@ -172,9 +166,8 @@ def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterabl
         )
     whole = config.modules_to_save or []
     absent = [one for one in whole if not any(passes(key, [one]) for key in rest)]
-    if absent and len(absent) == len(
-        whole
-    ):  # PEFT lists "classifier" and "score" for a model that has one of them
+    # PEFT lists "classifier" and "score" for a model that has one of them
+    if absent and len(absent) == len(whole):
         raise IntegrityError(
             f"the adapter in {folder} is incomplete: modules_to_save names {absent[0]!r}, of which "
             "there are no tensors"

@@ -61,9 +61,8 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     folder, config, tensors = read_files(path)
     if not isinstance(config, AdaLoraConfig):
         raise InputError(f"{folder} holds a {kind_of(config)} adapter; expected ADALORA")
-    tensors = {
-        key: tensor for key, tensor in tensors.items() if not key.endswith(".ranknum")
-    }  # r₀ again, by old PEFT
+    # r₀ again, by old PEFT
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".ranknum")}
     pairs, rest = split_tensors(folder, tensors, PARTS, empty=True)
     check_names(folder, config, pairs, rest)
     check_finite(folder, tensors)

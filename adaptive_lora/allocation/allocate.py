@@ -103,36 +103,13 @@ def proportional(
     if not any(weights[name] > 0 for name in costs):
         weights = dict.fromkeys(costs, 1.0)
 
-    exact = {
-        m: Fraction(float(weights[m])) for m in costs
-    }  # a float is a fraction: nothing is rounded before `floor`
-
-    def relaxed(scale: Fraction) -> dict[str, Fraction]:
-        return {
-            m: min(max(scale * exact[m], Fraction(minimum[m])), Fraction(maximum[m])) for m in costs
-        }
-
-    def spent(scale: Fraction) -> Fraction:
-        return sum((costs[m] * rank for m, rank in relaxed(scale).items()), Fraction(0))
-
-    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or
-    # meets its maximum.
-    corners = sorted(
-        {Fraction(bound[m]) / exact[m] for m in costs if exact[m] for bound in (minimum, maximum)}
-        | {Fraction(0)}
-    )
-    position = bisect_right(corners, Fraction(budget), key=spent)
-    scale = corners[position - 1]
-    if position < len(corners):
-        beyond = corners[position]
-        scale += (beyond - scale) * (budget - spent(scale)) / (spent(beyond) - spent(scale))
-    ideal = relaxed(scale)
+    ideal = _relaxed(weights, costs, budget, minimum, maximum)
     pattern = {m: math.floor(ideal[m]) for m in costs}
     # What flooring left over: one component at a time to the largest remainder, ties to the higher
     # weight, then to the earlier target. A target that does not fit now never will, for the rest
     # only falls.
     rest = budget - parameters(pattern, costs)
-    queue = [(pattern[m] - ideal[m], -exact[m], position, m) for position, m in enumerate(costs)]
+    queue = [(pattern[m] - ideal[m], -weights[m], position, m) for position, m in enumerate(costs)]
     heapify(queue)
     while queue:
         over_share, weight, position, m = heappop(queue)
@@ -141,6 +118,39 @@ def proportional(
             rest -= costs[m]
             heappush(queue, (over_share + 1, weight, position, m))
     return pattern
+
+
+def _relaxed(
+    weights: Mapping[str, float],
+    costs: Mapping[str, int],
+    budget: int,
+    minimum: Mapping[str, int],
+    maximum: Mapping[str, int],
+) -> dict[str, Fraction]:
+    """Return clip(λ w_m, lo_m, hi_m) with the λ at which Σ c_m clip(λ w_m, lo_m, hi_m) = budget.
+
+    In fractions: a float is one, and nothing is rounded, so that equal weights get equal shares on
+    every machine.
+    """
+    exact = {m: Fraction(float(weights[m])) for m in costs}
+
+    def at(scale: Fraction) -> dict[str, Fraction]:
+        return {m: min(max(scale * exact[m], Fraction(minimum[m])), Fraction(maximum[m]))
+                for m in costs}  # fmt: skip
+
+    def spent(scale: Fraction) -> Fraction:
+        return sum((costs[m] * rank for m, rank in at(scale).items()), Fraction(0))
+
+    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or
+    # meets its maximum.
+    bounds = [(bound[m], exact[m]) for m in costs if exact[m] for bound in (minimum, maximum)]
+    corners = sorted({Fraction(bound) / weight for bound, weight in bounds} | {Fraction(0)})
+    position = bisect_right(corners, Fraction(budget), key=spent)
+    scale = corners[position - 1]
+    if position < len(corners):
+        beyond = corners[position]
+        scale += (beyond - scale) * (budget - spent(scale)) / (spent(beyond) - spent(scale))
+    return at(scale)
 
 
 def top_k(
@@ -172,22 +182,20 @@ def top_k(
     check_bounds(costs, budget, within, maximum)
     if not all(math.isfinite(score) for values in scores.values() for score in values):
         raise InputError("a component's score is not finite; expected finite numbers")
-    order = {name: position for position, name in enumerate(scores)}
+    rows = enumerate(scores.items())
     ranked = sorted(
-        (
-            (-score, k, order[name], name)
-            for name, values in scores.items()
-            for k, score in enumerate(values)
-        )
+        (-score, k, order, name) for order, (name, row) in rows for k, score in enumerate(row)
     )
     kept: dict[str, list[int]] = {name: [] for name in scores}
-    rest = budget
+    others, rest = [], budget
     for _, k, _, name in ranked:  # what every target must keep
         if len(kept[name]) < within[name]:
             kept[name].append(k)
             rest -= costs[name]
-    for _, k, _, name in ranked:  # then whatever still fits
-        if k not in kept[name] and len(kept[name]) < maximum[name] and costs[name] <= rest:
+        else:
+            others.append((k, name))
+    for k, name in others:  # then whatever still fits
+        if len(kept[name]) < maximum[name] and costs[name] <= rest:
             kept[name].append(k)
             rest -= costs[name]
     return {name: sorted(indices) for name, indices in kept.items()}

@@ -29,13 +29,11 @@ class Decision:
     changes: dict[str, Resize]  # only the targets that changed
     pattern: RankPattern  # all targets, after the decision
     scores: dict[str, float]  # one for each target
-    bytes_after: dict[str, int] = field(
-        default_factory=dict
-    )  # adapters, gradients, optimizer state, statistics
+    # adapters, gradients, optimizer state, statistics
+    bytes_after: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    parts: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # {part: {target: score}} that scores are made of
+    # {part: {target: score}} that scores are made of
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON; a score that is not finite becomes null."""

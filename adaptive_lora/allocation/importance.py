@@ -176,9 +176,8 @@ class GradientNorm(Importance):
         }
 
     def target_scores(self, pairs: Pairs, statistics: Statistics) -> dict[str, float]:
-        steps = {
-            n: statistics["steps"][n].tensor.clamp_min(1) for n in pairs
-        }  # 0: never took part in a step
+        # 0: never took part in a step
+        steps = {n: statistics["steps"][n].tensor.clamp_min(1) for n in pairs}
         return {n: float(statistics["gradient_norm_target"][n].tensor / steps[n]) for n in pairs}
 
 

@@ -32,10 +32,15 @@ class View:
     scores: Mapping[str, float]
     last: bool = True
 
-    def finite(self) -> bool:
-        """True when every score is finite; a decision on others is refused."""
-        everything = [*self.scores.values(), *(s for row in self.components.values() for s in row)]
-        return all(map(math.isfinite, everything))
+    def not_finite(self) -> str | None:
+        """Return the first score that is not finite, with its target; a decision on such scores is
+        refused. None when all are finite."""
+        rows = {name: [self.scores[name], *self.components[name]] for name in self.scores}
+        for name, row in rows.items():
+            for score in row:
+                if not math.isfinite(score):
+                    return f"{score} for {name!r}"
+        return None
 
     def to_pattern(self, pattern: RankPattern) -> dict[str, Resize]:
         """Return the resizes that lead to `pattern`: the best components stay, new ones come

@@ -14,7 +14,7 @@ import typer
 
 from adaptive_lora.cli import adapters as cli_adapters
 from adaptive_lora.cli import study as cli_study
-from adaptive_lora.cli.quiet import quiet, quiet_imports
+from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError, InputError
 from adaptive_lora.files import (
     ADAPTER_FOLDER,
@@ -182,9 +182,8 @@ def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     if isinstance(values.get("model"), str) and locate:
         from adaptive_lora.hub import locate_model
 
-        locate_model(
-            str(Path(values["model"]).expanduser())
-        )  # before the seconds that importing transformers takes
+        # before the seconds that importing transformers takes
+        locate_model(str(Path(values["model"]).expanduser()))
     from adaptive_lora.recipe.config import parse
 
     return parse(values, origin=str(config) if config else "command line")
@@ -402,7 +401,6 @@ def main() -> NoReturn:
     """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no
     tracebacks for bad input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quiet_imports()
     try:
         app(standalone_mode=True)
     except AdaptiveLoraError as error:

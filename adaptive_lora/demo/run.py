@@ -129,9 +129,8 @@ def _frozen(model: str, train: Path, test: Path) -> list[tuple[str, float, str, 
     rows = []
     for name, x, x_test in zip(("pooler", "mean-pooled"), train_views, test_views, strict=True):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # not converged at one of the strengths: another one wins
+            # not converged at one of the strengths: another one wins
+            warnings.simplefilter("ignore")
             scores = [
                 LogisticRegression(C=c, max_iter=2000)
                 .fit(x.numpy(), train_labels)

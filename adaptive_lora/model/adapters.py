@@ -18,15 +18,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType, get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptive_lora.allocation.adaptation import At, MaskedByPeft
 from adaptive_lora.allocation.allocate import RankPattern
-from adaptive_lora.allocation.importance import Sensitivity
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.files import move, read_file
 from adaptive_lora.model.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_files, tensor_shapes
@@ -35,7 +34,6 @@ from adaptive_lora.model.fingerprint import check_fingerprint, write_fingerprint
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.model.targets import (
     ALL_LINEAR,
-    Target,
     describe_targets,
     find_targets,
     head_modules,
@@ -44,7 +42,7 @@ from adaptive_lora.model.targets import (
 from adaptive_lora.naming import inside
 
 if TYPE_CHECKING:
-    from adaptive_lora.methods import Method
+    from adaptive_lora.allocation.method import Method
 
 
 def attach(
@@ -104,59 +102,39 @@ def attach(
         )
     # PEFT cannot create rank 0: such a target starts at rank 1 and is parked.
     created = {name: max(rank, 1) for name, rank in pattern.items()}
+    modules = [model.get_submodule(target.name) for target in found]
     common: dict[str, Any] = {
         "target_modules": target_modules(model, created),
         "lora_dropout": dropout,
         "modules_to_save": whole or None,
         "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
-        "fan_in_fan_out": all(
-            isinstance(model.get_submodule(target.name), Conv1D) for target in found
-        ),
+        "fan_in_fan_out": all(isinstance(module, Conv1D) for module in modules),
     }
-    if isinstance(method.adaptation, MaskedByPeft):
-        config: LoraConfig = _adalora_config(
-            method.adaptation, max(created.values()), scale, common
-        )
-    else:
-        config = LoraConfig(**common, **scaled_config(created, scale))
+    adaptation, largest = method.adaptation, max(created.values())
+    own = None if adaptation is None else adaptation.peft_config(largest, scale, common)
+    return _created(model, own or LoraConfig(**common, **scaled_config(created, scale)), pattern)
+
+
+def _created(model: nn.Module, config: LoraConfig, pattern: RankPattern) -> PeftModel:
+    """Have PEFT make the adapters, and check that they are those of `pattern`."""
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:  # such as the modules of Mamba whose weights a fused kernel takes
         raise InputError(f"PEFT refuses these targets: {error}") from error
-    for name, rank in pattern.items():
-        if rank == 0:
-            park(adapters(peft_model)[name])
-    if ranks(peft_model) != pattern:
+    layers = adapters(peft_model)
+    for name in (name for name, rank in pattern.items() if rank == 0):
+        park(layers[name])
+    made = ranks(peft_model)
+    if made != pattern:
         raise InputError(
             "the adapters PEFT created are not those asked for: "
-            f"{sorted(set(ranks(peft_model).items()) ^ set(pattern.items()))[:6]}. "
-            "PEFT adapts no module whose name holds that of a head module: leave it out of the "
-            "targets"
+            f"{sorted(set(made.items()) ^ set(pattern.items()))[:6]}. PEFT adapts no module whose "
+            "name holds that of a head module: leave it out of the targets"
         )
     if not is_masked(peft_model):
         sync_config(peft_model)
     return peft_model
-
-
-def _adalora_config(
-    adaptation: MaskedByPeft, rank: int, scale: float, common: dict[str, Any]
-) -> AdaLoraConfig:
-    """Return PEFT's config; its schedule is filled in by the controller, who knows the number of
-    steps."""
-    assert isinstance(adaptation.importance, Sensitivity)
-    assert isinstance(adaptation.when, At)
-    return AdaLoraConfig(
-        init_r=rank,
-        target_r=adaptation.target_rank,
-        lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by init_r
-        beta1=adaptation.importance.beta1,
-        beta2=adaptation.importance.beta2,
-        deltaT=int(adaptation.when.every),
-        orth_reg_weight=adaptation.orthogonality,
-        total_step=1,
-        **common,
-    )
 
 
 def is_masked(model: PeftModel) -> bool:
@@ -194,9 +172,8 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
     name = type(model).__name__
     task = next((task for suffix, task in by_suffix.items() if name.endswith(suffix)), None)
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-    return (
-        TaskType.CAUSAL_LM if task == TaskType.SEQ_2_SEQ_LM and not encodes else task
-    )  # LLaVA generates conditionally
+    # LLaVA generates conditionally
+    return TaskType.CAUSAL_LM if task == TaskType.SEQ_2_SEQ_LM and not encodes else task
 
 
 def base_of(model: Any) -> nn.Module:
@@ -226,9 +203,8 @@ def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     if adapter not in layer.lora_A:
         return None
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return (
-        (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)
-    )  # AdaLoRA's are bare parameters
+    # AdaLoRA's are bare parameters
+    return (a, b) if isinstance(a, nn.Parameter) else (a.weight, b.weight)
 
 
 def ranks(model: nn.Module) -> RankPattern:
@@ -432,7 +408,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     found = tensor_shapes(folder / WEIGHTS_NAME)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except Exception as error:  # PEFT raises many kinds; all mean the same to the caller
+    except Exception as error:  # of many kinds; all mean the same to the caller
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model or is damaged: {error}"
         ) from error

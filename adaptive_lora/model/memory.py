@@ -153,6 +153,5 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = peak if platform.system() == "Darwin" else peak * 1024  # kilobytes, except on macOS
-    return max(
-        peak, resident() or 0
-    )  # Linux counts the two apart, and the peak may lag by some pages
+    # Linux counts the two apart, and the peak may lag by some pages
+    return max(peak, resident() or 0)

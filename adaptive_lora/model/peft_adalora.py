@@ -10,21 +10,26 @@ penalty in training only, checkpoints with every component and all statistics.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
-from peft import AdaLoraModel, LoraConfig, LoraModel, PeftModel
+from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel, PeftModel
 from torch import nn
 
-from adaptive_lora.allocation.adaptation import MaskedByPeft
-from adaptive_lora.allocation.allocate import Resize
+from adaptive_lora.allocation.allocate import RankPattern, Resize
 from adaptive_lora.allocation.budget import Cubic
-from adaptive_lora.allocation.importance import Statistic, Statistics
+from adaptive_lora.allocation.importance import Sensitivity, Statistic, Statistics
+from adaptive_lora.allocation.method import Adaptation, Method
+from adaptive_lora.allocation.target import Target
+from adaptive_lora.allocation.when import At
 from adaptive_lora.errors import DivergedError, InputError
 from adaptive_lora.model.adapters import (
     adapters,
     base_of,
     is_masked,
+    lora_parameters,
     park,
     ranks,
     scaled_config,
@@ -32,56 +37,64 @@ from adaptive_lora.model.adapters import (
     target_modules,
     weights,
 )
+from adaptive_lora.model.driver import Driver, Outcome
+from adaptive_lora.model.memory import size
 
 BUFFERS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator: {parameter name: tensor}
 
 
-class PeftAdaLora:
+class PeftAdaLora(Driver):
     """Calls PEFT's `update_and_allocate` after every optimizer step, with the gradients of that
     step.
 
     Args:
         model: attached with `methods.peft_adalora`.
-        adaptation: of that method.
-        total_steps: optimizer steps of the whole training.
+        optimizer: not looked at; nothing is resized before the end.
+        method: that method.
+        total: optimizer steps of the whole training.
 
     Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512; PEFT's documentation of
     `AdaLoraModel.update_and_allocate`.
     """
 
-    def __init__(self, model: PeftModel, adaptation: MaskedByPeft, total_steps: int) -> None:
+    needs_every_step = True
+
+    def __init__(self, model: PeftModel, optimizer: Any, method: Method, total: int) -> None:
+        adaptation = method.adaptation
+        assert isinstance(adaptation, MaskedByPeft)
+        adaptation.schedule.check(total)
         if not is_masked(model):
             raise InputError(
-                "the model has plain LoRA adapters; attach it with methods.peft_adalora to train "
-                "with that"
+                "the model has plain LoRA adapters; attach it with methods.peft_adalora to "
+                "train with that"
             )
         assert isinstance(model.base_model, AdaLoraModel)
         self.model, self._tuner = model, model.base_model
         self._config = cast(Any, model.peft_config[model.active_adapter])
-        assert isinstance(adaptation.schedule, Cubic)
         if type(model) is PeftModel and adaptation.orthogonality:
             raise InputError(
                 "PEFT adds its orthogonality penalty only to models with a task type, and this one "
                 "has none: give "
                 "orthogonality=0, or attach with a task_type"
             )
-        first, last = adaptation.schedule.span(total_steps)
+        first, last = adaptation.schedule.span(total)
         if last < 2:
             raise InputError(
-                f"PEFT's AdaLoRA would allocate after step {last} of {total_steps}, before it has "
+                f"PEFT's AdaLoRA would allocate after step {last} of {total}, before it has "
                 "scored anything: train for "
                 "longer, or lower final"
             )
         self._last = last
         self._config.tinit, self._config.tfinal, self._config.total_step = (
             first,
-            total_steps - last,
-            total_steps,
+            total - last,
+            total,
         )
         # PEFT's masks by gate name, kept here: with them in its config PEFT would drop masked
         # components when it saves.
         self._masks: dict[str, list[bool]] | None = None
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._done = False
         self._without_penalty_in_evaluation()
 
     def _without_penalty_in_evaluation(self) -> None:
@@ -95,6 +108,15 @@ class PeftAdaLora:
 
         self._tuner.register_forward_pre_hook(before)
         self._tuner.register_forward_hook(after, always_call=True)
+
+    def watching(self, step: int) -> bool:
+        return not self._done
+
+    def skip(self, step: int) -> None:
+        """Raise `DivergedError`: PEFT must see the gradients of every step."""
+        raise DivergedError(
+            f"step {step} cannot be skipped: PEFT's AdaLoRA needs its gradients", step=step
+        )
 
     def observe(self, step: int) -> None:
         """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are
@@ -112,19 +134,19 @@ class PeftAdaLora:
                 "observe() found no gradients; call it after loss.backward() and before zero_grad()"
             )
 
-    def step(self, step: int) -> dict[str, float] | None:
-        """Let PEFT score and mask after optimizer step `step`, counted from 1; return the score of
-        every target (the sum over its components) if it set new masks. Raises `DivergedError` when
-        a score is not finite.
+    def step(self, step: int) -> Outcome | None:
+        """Let PEFT score and mask after optimizer step `step`.
+
+        Raises `DivergedError` when a score is not finite.
         """
+        if self._done:
+            return None
         afterwards = [p.grad for p, _ in self._gradients]
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         allocator, before = self._tuner.rankallocator, self._masks
-        moments = (
-            allocator.exp_avg_ipt,
-            allocator.exp_avg_unc,
-        )  # PEFT drops them at the last allocation
+        # PEFT drops them at the last allocation
+        moments = (allocator.exp_avg_ipt, allocator.exp_avg_unc)
         self._config.rank_pattern = before
         self._tuner.update_and_allocate(step)
         self._masks, self._config.rank_pattern = self._config.rank_pattern, None
@@ -138,7 +160,28 @@ class PeftAdaLora:
         }
         if not all(map(math.isfinite, scores.values())):
             raise DivergedError(f"step {step}: PEFT's importance scores are not finite", step=step)
-        return scores
+        alive = {name: float(len(kept)) for name, kept in self.alive().items()}
+        return Outcome(status="masked", scores=scores, parts={"components alive": alive})
+
+    def evaluated(self, step: int, losses: Sequence[float]) -> Outcome | None:
+        return None
+
+    def finish(self) -> Outcome | None:
+        """Turn what is left into plain LoRA."""
+        if self._done:
+            return None
+        before = lora_parameters(self.model)
+        changes = self.to_lora()
+        self._done = True
+        reason = "plain LoRA from PEFT's"
+        return Outcome(status="changed", reason=reason, parameters_before=before, changes=changes)
+
+    @classmethod
+    def planned_bytes(cls, method: Method, model: PeftModel) -> int:
+        # PEFT keeps a score, its mean and its spread for each parameter, and gate.
+        adapted = [p for layer in adapters(model).values() for p in (*(weights(layer) or ()),
+                   *layer.lora_E.values())]  # fmt: skip
+        return 3 * sum(map(size, adapted))
 
     def alive(self) -> dict[str, list[int]]:
         """Return the components of every target whose gate is not zero."""
@@ -151,8 +194,11 @@ class PeftAdaLora:
             for name, gate in gates.items()
         }
 
+    @property
     def statistics(self) -> Statistics:
-        """Return all that PEFT remembers, to be saved."""
+        """All that PEFT remembers, to be saved."""
+        if self._done:
+            return {}
         masks = {
             name: Statistic(torch.tensor(mask), None) for name, mask in (self._masks or {}).items()
         }
@@ -166,7 +212,6 @@ class PeftAdaLora:
         return {**buffers, "mask": masks}
 
     def restore(self, statistics: Statistics) -> None:
-        """Take up what `statistics` returned."""
         for kind in BUFFERS:
             tensors = {
                 name: statistic.tensor for name, statistic in statistics.get(kind, {}).items()
@@ -197,9 +242,8 @@ class PeftAdaLora:
             pairs[name] = a[alive[name]].clone(), (b * (gate.T * factor))[:, alive[name]].clone()
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.get_base_layer())
-        created = {
-            name: max(len(kept), 1) for name, kept in alive.items()
-        }  # PEFT cannot create rank 0
+        # PEFT cannot create rank 0
+        created = {name: max(len(kept), 1) for name, kept in alive.items()}
         plain = LoraConfig(
             target_modules=target_modules(base, created),  # type: ignore[arg-type]
             base_model_name_or_path=config.base_model_name_or_path,
@@ -209,9 +253,8 @@ class PeftAdaLora:
             },
             **scaled_config(created, scale),
         )
-        trained = [
-            parameter for parameter in base.parameters() if parameter.requires_grad
-        ]  # the head
+        # the head
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
         del base.peft_config
         with torch.random.fork_rng():
             model.base_model = LoraModel(base, plain, adapter)
@@ -227,6 +270,44 @@ class PeftAdaLora:
                 park(layer)
         sync_config(model)
         return {name: Resize(tuple(kept)) for name, kept in alive.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedByPeft(Adaptation):
+    """Left to PEFT's `AdaLoraModel`, which multiplies components by a gate and sets gates to zero;
+    ranks change once, at the end, when what is left becomes plain LoRA. PEFT counts components, so
+    there is no budget in parameters.
+
+    Args:
+        target_rank: components at the end, as an average over the targets.
+        orthogonality: weight of PEFT's penalty ‖A Aᵀ − I‖ + ‖Bᵀ B − I‖ in the training loss.
+    """
+
+    importance: Sensitivity
+    when: At
+    schedule: Cubic
+    target_rank: int
+    orthogonality: float = 0.5
+
+    driver: ClassVar[type[Any] | None] = PeftAdaLora
+
+    def peft_config(self, rank: int, scale: float, common: dict[str, Any]) -> AdaLoraConfig:
+        """Return PEFT's config; its schedule is filled in by the driver, who knows the number of
+        steps."""
+        return AdaLoraConfig(
+            init_r=rank,
+            target_r=self.target_rank,
+            lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by init_r
+            beta1=self.importance.beta1,
+            beta2=self.importance.beta2,
+            deltaT=int(self.when.every),
+            orth_reg_weight=self.orthogonality,
+            total_step=1,
+            **common,
+        )
+
+    def last_pattern(self, targets: Sequence[Target]) -> RankPattern:
+        return {target.name: min(self.target_rank, target.full_rank) for target in targets}
 
 
 def _score(

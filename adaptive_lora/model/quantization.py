@@ -202,9 +202,8 @@ def _inexact(
     device: str | None,
 ) -> dict[str, tuple[int, int]]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if quantization != "nf4" or (
-        device == "cuda" and not torch.cuda.is_available()
-    ):  # planned for another machine
+    # planned for another machine
+    if quantization != "nf4" or (device == "cuda" and not torch.cuda.is_available()):
         return {}
     return {
         name: shape for name, shape in shapes.items() if not kernel_is_exact(*shape, dtype, device)

@@ -134,47 +134,22 @@ def resize(
     inner = check_optimizer(optimizer) if optimizer is not None else None
     generator = torch.Generator().manual_seed(seed)
     plans = {name: _plan(name, layers, change) for name, change in changes.items()}
-    if not any((ranks(model) | {name: plan.rank for name, plan in plans.items()}).values()):
+    if not any({**ranks(model), **{name: plan.rank for name, plan in plans.items()}}.values()):
         raise InputError("every adapter would have rank 0; at least one must keep a component")
-    staged_pairs = {
-        name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()
-    }
-    staged = [item for pair in staged_pairs.values() for item in pair]
-    staged_statistics: list[tuple[Statistic, torch.Tensor]] = []
-    for kind in (statistics or {}).values():
-        for name, statistic in kind.items():
-            if name in plans and statistic.dim is not None:
-                if plans[name].rotated:
-                    raise InputError(
-                        "an importance that remembers something of each component cannot be used "
-                        "with a rule that rotates "
-                        "components; use importance.SingularValues"
-                    )
-                new = _take(statistic.tensor, statistic.dim, plans[name], _mean)
-                if statistic.copies:
-                    kept, grown = len(plans[name].keep), plans[name].grow
-                    weight = staged_pairs[name][statistic.dim].value
-                    new.narrow(statistic.dim, kept, grown).copy_(
-                        weight.narrow(statistic.dim, kept, grown)
-                    )
-                staged_statistics.append((statistic, new))
-    for new in (
-        *(tensor for item in staged for tensor in item.tensors()),
-        *(tensor for _, tensor in staged_statistics),
-    ):
-        if not torch.isfinite(new).all():
-            raise DivergedError(
-                "a resize was refused: weights, moments or statistics would not be finite"
-            )
-
+    # Everything is made and looked at before anything is put in place: a resize is whole or not.
+    pairs = {name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()}
+    staged = [item for pair in pairs.values() for item in pair]
+    looked_at = _stage_statistics(statistics or {}, plans, pairs)
+    new = [*(t for item in staged for t in item.tensors()), *(t for _, t in looked_at)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in new):
+        raise DivergedError(
+            "a resize was refused: weights, moments or statistics would not be finite"
+        )
     _swap(staged)
     for item in staged:
         if inner is not None and item.state:
             inner.state[item.parameter].update(item.state)
-    for name, plan in plans.items():
-        unpark(layers[name])
-        layers[name].r[layers[name].active_adapters[0]] = plan.rank
-    for statistic, tensor in staged_statistics:
+    for statistic, tensor in looked_at:
         statistic.tensor = tensor
     for name, plan in plans.items():
         _sync_layer(layers[name], plan.rank)
@@ -182,6 +157,29 @@ def resize(
         sync_config(model)
     if inner is not None:
         check_state_shapes(layers, inner)
+
+
+def _stage_statistics(
+    statistics: Statistics, plans: Mapping[str, Resize], pairs: Mapping[str, list[_Staged]]
+) -> list[tuple[Statistic, torch.Tensor]]:
+    """Return each statistic that counts components of what changes, with its new tensor."""
+    staged = []
+    for name, statistic in (item for row in statistics.values() for item in row.items()):
+        dim = statistic.dim
+        if name not in plans or dim is None:
+            continue
+        plan = plans[name]
+        if plan.rotated:
+            raise InputError(
+                "an importance that remembers something of each component cannot be used with a "
+                "rule that rotates components; use importance.SingularValues"
+            )
+        new = _take(statistic.tensor, dim, plan, _mean)
+        if statistic.copies:
+            grown = (dim, len(plan.keep), plan.grow)
+            new.narrow(*grown).copy_(pairs[name][dim].value.narrow(*grown))
+        staged.append((statistic, new))
+    return staged
 
 
 def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
@@ -306,9 +304,8 @@ def _stage(
             _zero,
         )
         if dim == 0 and plan.grow:
-            bound = 1 / math.sqrt(
-                parameter.shape[1]
-            )  # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
+            bound = 1 / math.sqrt(parameter.shape[1])
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(
                 -bound, bound, generator=generator
             )
@@ -356,7 +353,9 @@ def _is_moment(value: Any) -> bool:
 
 def _sync_layer(layer: Any, rank: int) -> None:
     """Make the layer's own numbers agree with its tensors; the scale stays as it is."""
+    unpark(layer)
     adapter = layer.active_adapters[0]
+    layer.r[adapter] = rank
     layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
     layer.lora_alpha[adapter] = layer.scaling[adapter] * rank
     if rank == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from peft import LoraConfig
 from torch import nn
@@ -18,36 +17,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.naming import inside, split_name
 
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A linear module that carries an adapter. B A has shape (out_features, in_features)."""
-
-    name: str  # full dotted name in the base model
-    kind: str  # the name inside its layer, such as "attention.self.query": the same in every layer
-    stack: (
-        str  # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
-    )
-    layer: int  # 0-based among the layers of this stack that carry targets
-    n_layers: int  # how many such layers the stack has
-    attention: bool  # inside an attention module (otherwise: feed-forward)
-    in_features: int  # I
-    out_features: int  # O
-
-    @property
-    def cost(self) -> int:
-        """Trainable parameters of one component: I + O."""
-        return self.in_features + self.out_features
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank B A can have: min(I, O)."""
-        return min(self.in_features, self.out_features)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -186,9 +160,8 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     >>> config = AlbertConfig(vocab_size=16, embedding_size=8, num_hidden_layers=12, **sizes)
     >>> tiny = AlbertModel(config)
-    >>> coverage(tiny, find_targets(tiny, ["query", "value"]))
-    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over depth
-    see 1 layer']
+    >>> coverage(tiny, find_targets(tiny, ["query", "value"]))  # doctest: +ELLIPSIS
+    ['its layers share weights: each of these 2 adapters serves all 12 layers, and shapes over ...']
     """
     left_out = _claimed_by_peft(model, _linear(model))
     claimed = (
@@ -269,28 +242,13 @@ def _packed(model: nn.Module) -> list[str]:
 def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
     """Return those of `names` that `targets` means."""
     if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
-            return list(names)
-        try:
-            chosen = [name for name in names if re.fullmatch(targets, name)]
-        except re.error as error:
-            raise InputError(
-                f"targets {targets!r} is not a valid regular expression: {error}"
-            ) from None
-        if not chosen:
-            raise InputError(
-                f"targets {targets!r} match no linear module: a string is a regular expression "
-                "over full names; "
-                "give a list for last parts of "
-                f"names.{_listing(names, nearest(targets, [ALL_LINEAR]))}"
-            )
-        return chosen
+        return list(names) if targets.lower() == ALL_LINEAR else _matching(names, targets)
     wanted = list(targets)
     if not wanted:
         raise InputError(f"targets is an empty list.{_listing(names)}")
-    chosen_names: set[str] = set()
+    chosen: set[str] = set()
     for want in wanted:
-        hits = {name for name in names if name == want or name.endswith(f".{want}")}
+        hits = {name for name in names if f".{name}".endswith(f".{want}")}
         if not hits:
             endings = {
                 name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)
@@ -299,8 +257,25 @@ def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
                 f"target {want!r} matches no linear "
                 f"module.{_listing(names, nearest(want, sorted(endings)))}"
             )
-        chosen_names |= hits
-    return [name for name in names if name in chosen_names]
+        chosen |= hits
+    return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    """Return those of `names` that a regular expression matches as a whole."""
+    try:
+        chosen = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise InputError(
+            f"targets {pattern!r} is not a valid regular expression: {error}"
+        ) from None
+    if not chosen:
+        raise InputError(
+            f"targets {pattern!r} match no linear module: a string is a regular expression over "
+            "full names; give a list for last parts of "
+            f"names.{_listing(names, nearest(pattern, [ALL_LINEAR]))}"
+        )
+    return chosen
 
 
 def _listing(names: Sequence[str], hint: str = "") -> str:

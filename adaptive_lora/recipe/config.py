@@ -32,9 +32,8 @@ from adaptive_lora.recipe.presets import expand
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
-Location = Annotated[
-    str, AfterValidator(os.path.expanduser)
-]  # a path, in which ~ is the home folder, or a hub name
+# a path, in which ~ is the home folder, or a hub name
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def _class_name(value: Any) -> Any:
@@ -227,10 +226,8 @@ class RunConfig(_Strict):
             # them.
             dtype = compute_dtype(self.dtype)
             values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-        for name in (
-            "gradient_checkpointing",
-            "gradient_checkpointing_kwargs",
-        ):  # the name before transformers 5.23
+        # the name before transformers 5.23
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             newer = name.replace("gradient", "activation")
             if name in values and newer in {
                 field.name for field in dataclasses.fields(TrainingArguments)

@@ -122,9 +122,8 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     for axis, (kind, row) in zip(axes.flat, table.items(), strict=False):
         for layer, ranks in row.items():
             once = len(row) == 1
-            shift = (
-                0.0 if once else 0.5 * layer / (n_layers - 1) - 0.25
-            )  # equal ranks would hide one another
+            # equal ranks would hide one another
+            shift = 0.0 if once else 0.5 * layer / (n_layers - 1) - 0.25
             colour = "black" if once else colours(layer)
             axis.step(
                 steps, [rank + shift for rank in ranks], where="post", color=colour, linewidth=1.1
@@ -276,9 +275,8 @@ def save(figure: Figure, path: Path, *, close: bool = True) -> Path:
     path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
-        with plt.rc_context(
-            {"svg.hashsalt": path.stem}
-        ):  # or the same figure has other ids at every call
+        # or the same figure has other ids at every call
+        with plt.rc_context({"svg.hashsalt": path.stem}):
             figure.savefig(path, metadata={"Date": None})
     else:
         figure.savefig(path, dpi=130)

@@ -307,9 +307,8 @@ def _grid(names: list[str], grids: list[dict[str, Any]]) -> int:
     places = {
         i: (kind, layer) for kind, row in enumerate(table.values()) for layer, i in row.items()
     }
-    lost = [
-        i for i in range(len(names)) if i not in places
-    ]  # two names with one kind and layer: rows of their own
+    # two names with one kind and layer: rows of their own
+    lost = [i for i in range(len(names)) if i not in places]
     for extra, i in enumerate(lost):
         places[i] = (len(table) + extra, 0)
     grids.append(

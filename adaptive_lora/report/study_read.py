@@ -192,9 +192,8 @@ def read_study(folder: str | Path) -> StudyRecord:
     file = path / RESULTS_FILE
     if not is_study(path):
         raise InputError(f"{path} holds no study: it has neither {RESULTS_FILE} nor {PLAN_FILE}")
-    record = (
-        _read_json(file) if file.is_file() else dict(analyse(path))
-    )  # whose notes say what is missing
+    # whose notes say what is missing
+    record = _read_json(file) if file.is_file() else dict(analyse(path))
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
         raise IntegrityError(
@@ -260,9 +259,8 @@ def _rows(kind: type[Row], rows: Any, name: str, file: Path, problems: list[str]
     good = []
     for number, row in enumerate(rows, start=1):
         try:
-            good.append(
-                kind.model_validate_json(json.dumps(row))
-            )  # JSON has no tuples: a list is one here
+            # JSON has no tuples: a list is one here
+            good.append(kind.model_validate_json(json.dumps(row)))
         except ValidationError as error:
             known = f" ({row['id']})" if isinstance(row, dict) and "id" in row else ""
             problems.append(f"{file.name}: {name} {number}{known} is left out: {_first(error)}")

@@ -55,9 +55,8 @@ def summary_table(run: RunRecord) -> Table:
         table.add_row("seconds, steps", f"{result['train_seconds']:.1f}, {result['steps']}")
     if "memory" in result:
         table.add_row("memory", _memory(result))
-    before = next(
-        (row for row in run.metrics if row.get("step") == 0), {}
-    )  # there with training.eval_on_start
+    # there with training.eval_on_start
+    before = next((row for row in run.metrics if row.get("step") == 0), {})
     names = [
         n
         for n in result["metrics"]

@@ -8,9 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from adaptive_lora.allocation.adaptation import At
-from adaptive_lora.allocation.budget import Cubic
-from adaptive_lora.methods import Method
+from adaptive_lora.allocation.method import Method
 from adaptive_lora.recipe.config import RunConfig
 
 STEPS = 2
@@ -31,13 +29,10 @@ def few(features: Dataset, arguments: TrainingArguments) -> Dataset:
 
 
 def soon(method: Method) -> Method:
-    """Return the method with its decisions in a dry run: after step 1, and after each when there
-    are several. Times given in steps, such as 200 of warm-up, would not fit."""
+    """Return the method with its decisions in a dry run. Times given in steps, such as 200 of
+    warm-up, would not fit."""
     adaptation = method.adaptation
-    if adaptation is None or not isinstance(adaptation.when, At):
+    if adaptation is None:
         return method
-    when, schedule = adaptation.when, adaptation.schedule
-    when = replace(when, start=1, rest=None if when.rest is None else 0, every=1)
-    if isinstance(schedule, Cubic):
-        schedule = replace(schedule, initial=0, final=0)
+    when, schedule = adaptation.when.soon(), adaptation.schedule.soon()
     return replace(method, adaptation=replace(adaptation, when=when, schedule=schedule))

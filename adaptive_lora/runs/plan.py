@@ -12,14 +12,15 @@ import torch
 from peft import PeftModel
 
 from adaptive_lora import methods
-from adaptive_lora.allocation.adaptation import MaskedByPeft
 from adaptive_lora.allocation.allocate import RankPattern, proportional
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
-from adaptive_lora.model.adapters import adapters, all_weights, attach, base_of, lora_parameters
+from adaptive_lora.model.adapters import attach, base_of, lora_parameters
 from adaptive_lora.model.base_model import Base, read_config
-from adaptive_lora.model.memory import account, statistics_bytes, total
+from adaptive_lora.model.deciding import driver_of
+from adaptive_lora.model.memory import account, total
 from adaptive_lora.model.quantization import check_plain, compute_dtype, left_out
-from adaptive_lora.model.targets import Target, find_targets, head_modules
+from adaptive_lora.model.targets import find_targets, head_modules
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.simulation import Shapes, pack, step_bytes
 from adaptive_lora.tasks import TASKS
@@ -249,12 +250,7 @@ def _stage(
     moments = MOMENTS.get(config.training["optim"], 2)
     # A moment has the type of its parameter; Adam's step count is one float.
     parts["optimizer"] = moments * parts["gradients"] + (4 * len(trained) if moments else 0)
-    if isinstance(method.adaptation, MaskedByPeft):
-        # PEFT keeps a score, its mean and its spread for each parameter
-        parts["statistics"] = 3 * parts["adapters"]
-    elif method.adaptation is not None:
-        pairs = {target: all_weights(layer) for target, layer in adapters(model).items()}
-        parts["statistics"] = statistics_bytes(method.adaptation.importance.start(pairs))
+    parts["statistics"] = driver_of(method).planned_bytes(method, model)
     parameters = lora_parameters(model)
     inputs, autocast = _inputs(config, model), _autocast(config, device)
     step = step_bytes(model, inputs, checkpointing=config.checkpointing, autocast=autocast)
@@ -305,8 +301,8 @@ def _last_pattern(method: methods.Method, targets: list[Target]) -> tuple[RankPa
     """Return a pattern with as many parameters as the last, and whether that number is certain."""
     adaptation = method.adaptation
     assert adaptation is not None
-    if isinstance(adaptation, MaskedByPeft):
-        return {t.name: min(adaptation.target_rank, t.full_rank) for t in targets}, True
+    if (known := adaptation.last_pattern(targets)) is not None:
+        return known, True
     most = {t.name: min(adaptation.max_rank or t.full_rank, t.full_rank) for t in targets}
     budget = method.budget_parameters(targets)
     costs = {t.name: t.cost for t in targets}

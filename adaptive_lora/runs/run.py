@@ -42,13 +42,8 @@ from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
-LEARNED = {
-    "text",
-    "label",
-    "classes",
-    "class_numbers",
-    "unanswerable",
-}  # keys of `data` that the training records may complete
+# keys of `data` that the training records may complete
+LEARNED = {"text", "label", "classes", "class_numbers", "unanswerable"}
 WIDTH = 100  # columns of the terminal
 
 

@@ -60,9 +60,8 @@ def take(claims: Path, run: str, *, stale_after: float = STALE_AFTER) -> Claim |
     (staging / OWNER_FILE).write_text(json.dumps(_me()), encoding="utf-8")
     claim = Claim(base / str(last.number + 1 if last else 0))
     try:
-        staging.rename(
-            claim.folder
-        )  # refused when there is one: a claim is never an empty directory
+        # refused when there is one: a claim is never an empty directory
+        staging.rename(claim.folder)
     except OSError:
         (staging / OWNER_FILE).unlink()
         staging.rmdir()
@@ -163,9 +162,8 @@ class Heartbeat:
                     return
                 try:
                     os.utime(self.claim.folder / OWNER_FILE)
-                except (
-                    OSError
-                ):  # a file system that is away for a moment; if for long, another takes over
+                except OSError:
+                    # A file system that is away for a moment; if for long, another takes over.
                     continue
 
 

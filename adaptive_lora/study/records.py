@@ -49,9 +49,8 @@ class Outcome(TypedDict):
     status: Literal["ok", "failed"]
     reason: str | None
     files: dict[str, str]
-    component_parameters: (
-        int | None
-    )  # of the costliest target: the unit in which budgets can differ
+    # of the costliest target: the unit in which budgets can differ
+    component_parameters: int | None
     costs: Costs
 
 
@@ -84,9 +83,8 @@ class RunRow(TypedDict):
     learning_rate: float | None
     seed: int
     settings: dict[str, Any]
-    metrics: dict[
-        str, float | None
-    ]  # without seconds and speeds; eval_main, eval_test_main: the task's first metric
+    # without seconds and speeds; eval_main, eval_test_main: the task's first metric
+    metrics: dict[str, float | None]
     lora_parameters: int | None
     budget_parameters: int | None
     initial_ranks: dict[str, int]
@@ -129,9 +127,8 @@ class TableRow(TypedDict):
     sd: float | None
     ci95: tuple[float, float] | None
     lora_parameters: int | None  # the mean over seeds, where they differ
-    parameters_equal: (
-        bool | None
-    )  # to the baseline's, within one component; None: nothing to compare with
+    # to the baseline's, within one component; None: nothing to compare with
+    parameters_equal: bool | None
     note: str | None
     comparison: Comparison | None  # None for the baseline
 

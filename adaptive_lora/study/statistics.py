@@ -191,7 +191,7 @@ def verdict(difference: float, p_holm: float, floor: float, *, greater_is_better
     is.
 
     >>> [verdict(0.02, 0.01, floor, greater_is_better=True) for floor in (0.015, 0.03)]
-    ('better', 'tie')
+    ['better', 'tie']
     """
     if p_holm > 1 - LEVEL + 1e-12 or abs(difference) <= floor:
         return "tie"

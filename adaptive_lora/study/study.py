@@ -20,10 +20,8 @@ from adaptive_lora.study.records import COSTS_FILE, OUTCOMES, RESULTS_FILE, RUNS
 from adaptive_lora.study.study_file import Study
 from adaptive_lora.study.worker import TRAIN
 
-POLL, SETTLE = (
-    0.5,
-    10.0,
-)  # seconds: between two looks; for workers to see that nothing is left, before they are ended
+# seconds: between two looks; for workers to see that nothing is left, before they are ended
+POLL, SETTLE = (0.5, 10.0)
 
 
 def run_study(

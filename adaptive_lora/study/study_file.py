@@ -12,12 +12,8 @@ from adaptive_lora.files import load_yaml, read_file, read_recipe, set_key
 from adaptive_lora.study.selection import RULES
 
 LEARNING_RATE = "training.learning_rate"
-FALLS = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "mse",
-)  # what metrics that are better when lower end with
+# what metrics that are better when lower end with
+FALLS = ("loss", "perplexity", "bits_per_byte", "mse")
 
 
 @dataclass(frozen=True, kw_only=True)

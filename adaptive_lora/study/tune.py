@@ -135,9 +135,8 @@ def tune(tuning: Tuning, output: str | Path, *, train: str = TRAIN) -> list[Tria
         raise InputError(f"{folder} holds a search with other objectives; choose another --output")
     function = load(train)
     for cut in search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        search.tell(
-            cut.number, state=optuna.trial.TrialState.FAIL
-        )  # cut off; its run is taken up if it is proposed again
+        # cut off; its run is taken up if it is proposed again
+        search.tell(cut.number, state=optuna.trial.TrialState.FAIL)
         search.enqueue_trial(cut.params)
     while (number := _over(search)) < tuning.trials:
         search.sampler = _sampler(optuna, tuning, number)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.cli.quiet import quiet_imports
 from adaptive_lora.errors import AdaptiveLoraError, IntegrityError
 from adaptive_lora.files import ADAPTER_FOLDER, CHECKPOINT_FOLDER, RESULT_FILE
 from adaptive_lora.study import claims
@@ -197,7 +196,6 @@ def main() -> None:
         threading.Thread(target=lambda: os.read(0, 1) or os._exit(130), daemon=True).start()
     threads = str(read_plan(options.folder)["threads"])
     os.environ.update(dict.fromkeys(THREADS, threads) | QUIET)  # before torch and numpy load
-    quiet_imports()
     train = load(options.train)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(threads))

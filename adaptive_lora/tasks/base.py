@@ -18,10 +18,8 @@ from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks.data import RECORD, Split
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
-ROW, LENGTH = (
-    "row",
-    "length",
-)  # columns of every features table: the record's row in its split from 0; tokens
+# columns of every features table: the record's row in its split from 0; tokens
+ROW, LENGTH = ("row", "length")
 
 
 class Task(ABC):
@@ -35,9 +33,8 @@ class Task(ABC):
     """
 
     auto_class: Any  # transformers' Auto class with the right head
-    metrics: tuple[
-        str, ...
-    ]  # what `score` returns, once learned; the first is reported first unless a recipe says
+    # what `score` returns, once learned; the first is reported first unless a recipe says
+    metrics: tuple[str, ...]
     needs_outputs: ClassVar[bool] = True  # whether `predict` reads the outputs of a forward pass
     training: ClassVar[dict[str, Any]] = {}  # fields of TrainingArguments that this task needs
 
@@ -175,12 +172,8 @@ def positions(model_config: PretrainedConfig) -> int | None:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(model_config)
-    except (
-        ValueError,
-        KeyError,
-        ImportError,
-        NotImplementedError,
-    ):  # code of its own, or a base that has no AutoModel
+    except (ValueError, KeyError, ImportError, NotImplementedError):
+        # Code of its own, or a base that has no AutoModel.
         return int(limit)
     for name, module in model.named_modules():
         if (

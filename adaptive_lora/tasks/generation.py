@@ -77,9 +77,8 @@ def generate(
         ):
             width = len(prompts[batch[0]])
             config.max_new_tokens = rooms[batch[0]]
-            padding = [
-                width - len(prompts[i]) for i in batch
-            ]  # a causal model goes on from the right end
+            # a causal model goes on from the right end
+            padding = [width - len(prompts[i]) for i in batch]
             pad = tokenizer.pad_token_id
             ids = [
                 [pad] * n + prompts[i] if not seq2seq else prompts[i] + [pad] * n

@@ -46,9 +46,8 @@ class ImageClassification(ClassTask):
         split.require(self.column, *([self.label] if labelled else []))
         rows = range(len(split.records))
         columns: dict[str, Any] = {ROW: list(rows), LENGTH: [1] * len(rows)}
-        if isinstance(
-            split.records.features[self.column], datasets.Image
-        ):  # a hub data set holds the images themselves
+        # a hub data set holds the images themselves
+        if isinstance(split.records.features[self.column], datasets.Image):
             images = split.records.select_columns([self.column])
         else:
             images = Dataset.from_dict({self.column: self._paths(split)})

@@ -23,10 +23,8 @@ from adaptive_lora.tasks.base import IGNORED, ROW, Task, by_record
 from adaptive_lora.tasks.data import Split
 from adaptive_lora.tasks.generation import generate
 
-BYTES, PROMPT = (
-    "bytes",
-    "prompt_ids",
-)  # columns: bytes of the text that bears loss; what generation starts from
+# columns: bytes of the text that bears loss; what generation starts from
+BYTES, PROMPT = ("bytes", "prompt_ids")
 
 
 class WritingTask(Task):
@@ -200,9 +198,10 @@ def _check_direction(config: RunConfig, model_config: PretrainedConfig) -> None:
     means nothing."""
     if model_config.is_encoder_decoder or type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return
+    # XLM: "causal"
     if not getattr(model_config, "is_decoder", False) and not getattr(
         model_config, "causal", False
-    ):  # XLM: "causal"
+    ):
         raise InputError(
             f"{config.model!r} is an encoder ({model_config.model_type}), which reads a text in "
             "both directions and cannot "

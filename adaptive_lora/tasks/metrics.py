@@ -104,9 +104,8 @@ def regression(predicted: ArrayLike, target: ArrayLike) -> dict[str, float]:
         return dict.fromkeys(("pearson", "spearman", "mse"), math.nan)
     pearson = spearman = 0.0
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", stats.NearConstantInputWarning
-        )  # a collapsed model's correlation is mere noise
+        # a collapsed model's correlation is mere noise
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         if (x != x[0]).any() and (y != y[0]).any():
             pearson, spearman = (
                 float(stats.pearsonr(x, y).statistic),

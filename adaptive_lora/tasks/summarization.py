@@ -99,9 +99,8 @@ class Summarization(WritingTask):
     def score(
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
     ) -> dict[str, float]:
-        first = np.argsort(features[ROW])[
-            : self.generation.rows
-        ]  # not the longest, which come first in evaluation
+        # not the longest, which come first in evaluation
+        first = np.argsort(features[ROW])[: self.generation.rows]
         some = features.select(first)
         written = self.write(some[PROMPT], model)
         return {

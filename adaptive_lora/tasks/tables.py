@@ -200,11 +200,8 @@ def _array(values: list[Any]) -> pa.Array:
 def _misfit(values: list[Any], name: str, path: Path) -> InputError:
     """Return what to say of values that make no column: the first record with which they make none,
     and why."""
-    fit, unfit, reason = (
-        0,
-        len(values) + 1,
-        "",
-    )  # of so many records from the first a column can be made, or none
+    # of so many records from the first a column can be made, or none
+    fit, unfit, reason = (0, len(values) + 1, "")
     while unfit - fit > 1:
         middle = (fit + unfit) // 2
         try:

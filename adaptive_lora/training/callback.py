@@ -12,12 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from adaptive_lora.allocation import history
-from adaptive_lora.allocation.adaptation import MaskedByPeft, OnPlateau
 from adaptive_lora.allocation.history import Decision
+from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.methods import Method
 from adaptive_lora.model.adapter_file import tensor_ranks
-from adaptive_lora.model.adapters import is_masked, ranks
+from adaptive_lora.model.adapters import ranks
+from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.model.resize import resize
 from adaptive_lora.training.controller import RankController
@@ -99,8 +99,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
             # The Trainer resumes by loading the adapter into the model: it must have that
             # checkpoint's ranks first.
             self._resumed_from = Path(model_id)
-            if not is_masked(model):  # those always keep their first ranks
-                match_ranks(model, self._resumed_from)
+            match_ranks(model, self._resumed_from)
             # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
             return plain_load(
                 model_id,
@@ -162,7 +161,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
             return
         if "eval_loss" in kwargs["metrics"]:
             self.controller.evaluated(kwargs["metrics"]["eval_loss"])
-        elif isinstance(self.method.adaptation.when, OnPlateau):
+        elif self.method.adaptation.when.needs_evaluation:
             raise InputError(
                 f"method {self.method.name!r} waits for a plateau of eval_loss, but the evaluation "
                 "gave only "
@@ -220,7 +219,7 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
             "ranks cannot change under DeepSpeed or FSDP, which keep parameters of their own; "
             "train without"
         )
-    if args.fp16 and isinstance(method.adaptation, MaskedByPeft):
+    if args.fp16 and driver_of(method).needs_every_step:
         raise InputError(
             "PEFT's AdaLoRA needs the gradients of every step, and fp16's loss scaler skips some: "
             "use bf16"
@@ -231,7 +230,7 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
             f"({max(args.n_gpu, args.world_size)} devices), "
             "whose replicas keep the old shapes; run on one device (CUDA_VISIBLE_DEVICES=0)"
         )
-    if isinstance(method.adaptation.when, OnPlateau) and args.eval_strategy == IntervalStrategy.NO:
+    if method.adaptation.when.needs_evaluation and args.eval_strategy == IntervalStrategy.NO:
         raise InputError(
             f"method {method.name!r} waits for a plateau of the evaluation loss, but nothing is "
             "evaluated; give an "
@@ -243,4 +242,5 @@ def match_ranks(model: PeftModel, checkpoint: Path) -> None:
     """Give `model` the ranks of the adapter saved in `checkpoint`; a target absent there gets rank
     0."""
     saved, now = tensor_ranks(checkpoint / "adapter_model.safetensors"), ranks(model)
-    resize(model, {name: saved.get(name, 0) for name in now if saved.get(name, 0) != now[name]})
+    if saved:  # none in a checkpoint of PEFT's AdaLoRA, which keeps its first ranks to the end
+        resize(model, {name: saved.get(name, 0) for name in now if saved.get(name, 0) != now[name]})

@@ -183,9 +183,8 @@ class AdaptiveLoRA:
         }
         self._arguments.setdefault("per_device_eval_batch_size", batch_size)
         try:
-            TrainingArguments(
-                output_dir="unused", **self._arguments
-            )  # now, while the model is as it was
+            # now, while the model is as it was
+            TrainingArguments(output_dir="unused", **self._arguments)
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"training_arguments: {error}") from error
         self._output = Path(output_dir) if output_dir is not None else None

@@ -74,9 +74,8 @@ class AdaptiveTrainerMixin(_Base):
         self.add_callback(SaveAfterEpoch)
         self._at_start: str | None = None  # digest of what is trained, where it can be taken
         self._skipping = False  # is this step to be dropped?
-        self._loss_before = torch.tensor(
-            0.0
-        )  # the Trainer's running sum of losses at the start of this step
+        # the Trainer's running sum of losses at the start of this step
+        self._loss_before = torch.tensor(0.0)
         # The Trainer would log a NaN loss as the mean of earlier ones; here it never gets that far.
         self.args.logging_nan_inf_filter = False
         # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of
@@ -167,9 +166,8 @@ class AdaptiveTrainerMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         tokens = (inputs["labels"] != -100).sum()
         loss, outputs = super().compute_loss(model, inputs, True, None, **kwargs)
-        loss = (
-            loss * tokens / num_items_in_batch
-        )  # from the mean over these tokens to their share of all in the step
+        # from the mean over these tokens to their share of all in the step
+        loss = loss * tokens / num_items_in_batch
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -249,9 +247,8 @@ class AdaptiveTrainerMixin(_Base):
         )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self._skipping
-        ):  # now the Trainer has counted the step, and the row comes before any checkpoint
+        # now the Trainer has counted the step, and the row comes before any checkpoint
+        if self._skipping:
             self._skipping = False
             due = self.control.should_log
             self.log({"skipped_steps": self.skipped_steps + 1})

@@ -95,14 +95,12 @@ def test_written_in_native_form_peft_answers_the_same(name: str, tmp_path: Path)
     native = with_updates(adapter, one_scale(adapter.updates))
     write_adapter(native, tmp_path / "out")
     again = PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval()
-    assert (
-        apart(logits(model), logits(again)) <= 1e-5
-    )  # B is rounded once more where its scale changed
+    # B is rounded once more where its scale changed
+    assert apart(logits(model), logits(again)) <= 1e-5
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     (scale,) = {update.scale for update in native.updates.values()}
-    assert config["lora_alpha"] / config["r"] == pytest.approx(
-        scale
-    )  # what vLLM applies to every target
+    # what vLLM applies to every target
+    assert config["lora_alpha"] / config["r"] == pytest.approx(scale)
     assert state_dict(read_adapter(tmp_path / "out")).keys() == state_dict(adapter).keys()
 
 

@@ -137,9 +137,8 @@ def test_what_is_left_is_the_best_approximation_of_each_update() -> None:
         best = u[:, :k] * values[:k] @ v_t[:k]
         ours = left[name].scale * left[name].b.double() @ left[name].a.double()
         assert torch.allclose(ours, best, atol=1e-6 * float(values[0]))  # the factors are float32
-        assert torch.allclose(
-            left[name].a.norm(dim=1), left[name].b.norm(dim=0), rtol=1e-5
-        )  # balanced
+        # balanced
+        assert torch.allclose(left[name].a.norm(dim=1), left[name].b.norm(dim=0), rtol=1e-5)
         assert result.kept[name] == pytest.approx(
             float((values[:k] ** 2).sum() / (values**2).sum())
         )
@@ -186,9 +185,8 @@ def test_all_of_the_energy_is_the_same_function_and_padding_is_dropped(tmp_path:
         apart(before, logits(PeftModel.from_pretrained(make_bert(), str(tmp_path / "out")).eval()))
         <= 1e-5
     )
-    assert (
-        al.compress(tmp_path / "in", budget=0.9).parameters_after == result.parameters_after
-    )  # nothing else to keep
+    # nothing else to keep
+    assert al.compress(tmp_path / "in", budget=0.9).parameters_after == result.parameters_after
 
 
 def test_a_rank_is_the_budget_of_that_uniform_rank_and_can_differ_by_layer(tmp_path: Path) -> None:

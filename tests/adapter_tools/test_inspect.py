@@ -64,9 +64,8 @@ def test_the_facts_are_those_of_a_dense_update(folder: Path) -> None:
         assert facts.rank == layers[name].r["default"]
         assert facts.scale == layers[name].scaling["default"]
         assert facts.norm == pytest.approx(float(dense.norm()), rel=1e-6)
-        assert facts.spectrum == pytest.approx(
-            values.tolist(), rel=1e-5
-        )  # the dense update is float32
+        # the dense update is float32
+        assert facts.spectrum == pytest.approx(values.tolist(), rel=1e-5)
         assert facts.effective_rank == pytest.approx(effective_rank(values.tolist()), rel=1e-5)
         shares = (values**2).cumsum(0) / (values**2).sum()
         assert facts.needed_99 == int((shares < 0.99).sum()) + 1
@@ -124,9 +123,8 @@ def test_what_other_readers_would_do_is_said(folder: Path, tmp_path: Path) -> No
             torch.nn.init.normal_(layer.lora_B["default"].weight)
     native = al.inspect(al.save(model, tmp_path / "native"))
     assert not any("lora_alpha" in warning for warning in native.warnings)
-    assert not any(
-        "layers (not in" in warning for warning in native.warnings
-    )  # no kind is in the last layer
+    # no kind is in the last layer
+    assert not any("layers (not in" in warning for warning in native.warnings)
     al.resize(model, {QUERY: 0})
     gaps = al.inspect(al.save(model, tmp_path / "gaps"))
     assert any(
@@ -159,8 +157,7 @@ def test_bad_input_is_one_message(folder: Path, tmp_path: Path, command: Command
     ):
         (folder / "there.png").write_text("mine")
         ended = command("inspect", *arguments)
-        assert ended.code == (
-            0 if arguments == (tmp_path,) else 2
-        )  # a folder that holds `adapter` is read like a run
+        # a folder that holds `adapter` is read like a run
+        assert ended.code == (0 if arguments == (tmp_path,) else 2)
         assert message in ended.err
     assert (folder / "there.png").read_text() == "mine"

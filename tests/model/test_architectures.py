@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 import adaptive_lora as al
 from adaptive_lora import methods
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
 from adaptive_lora.methods import METHODS
 from adaptive_lora.model.adapters import infer_task_type
-from adaptive_lora.model.targets import Target, coverage, find_targets, head_modules
+from adaptive_lora.model.targets import coverage, find_targets, head_modules
 
 HEADS = [name for name, architecture in ARCHITECTURES.items() if architecture.heads]
 MIXTURES = ["mixtral", "qwen2-moe", "deepseek-v3"]
@@ -234,9 +235,8 @@ def test_what_peft_takes_for_experts_is_left_out_and_refused_by_name() -> None:
             InputError, match=r"PEFT takes .*mlp\.(gate|down)_proj.* leave them out of the targets"
         ):
             al.attach(base, methods.lora(2), targets)
-    assert al.ranks(
-        al.attach(base, methods.lora(2), ["q_a_proj"])
-    )  # nothing was changed by the refusals
+    # nothing was changed by the refusals
+    assert al.ranks(al.attach(base, methods.lora(2), ["q_a_proj"]))
 
 
 # --- packed weights ---

@@ -117,9 +117,8 @@ def test_gates_that_never_opened_leave_plain_lora_at_its_start() -> None:
     model, before = controller.model, logits(controller.model)
     controller.finish()
     assert set(al.ranks(model).values()) == {4}
-    assert all(
-        a.any() and not b.any() for a, b in map(weights, adapters(model).values())
-    )  # and it can be trained
+    # and it can be trained
+    assert all(a.any() and not b.any() for a, b in map(weights, adapters(model).values()))
     assert torch.equal(before, logits(model))
 
 

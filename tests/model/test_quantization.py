@@ -306,9 +306,8 @@ def test_conv1d_of_gpt2_is_quantised_and_its_adapter_fits_the_full_precision_mod
     model = al.attach(base, al.methods.lora(2))
     assert set(al.ranks(model)) == set(quantizable(GPT2Model(config)))
     al.save(model, tmp_path / "adapter")
-    with pytest.warns(
-        UserWarning, match="fan_in_fan_out"
-    ):  # PEFT finds the right layout, and says so
+    # PEFT finds the right layout, and says so
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
         plain = PeftModel.from_pretrained(
             GPT2Model.from_pretrained(tmp_path / "gpt2"), tmp_path / "adapter"
         )

@@ -186,9 +186,8 @@ def test_rank_zero_costs_nothing_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_resize_works_while_an_old_graph_is_alive() -> None:
     model, optimizer = trained(OPTIMIZERS["adamw fused"])
-    alive = train(
-        model, optimizer, range(6, 7)
-    )  # its graph still holds the gradient nodes of the old shapes
+    # its graph still holds the gradient nodes of the old shapes
+    alive = train(model, optimizer, range(6, 7))
     resize(model, dict.fromkeys(al.ranks(model), 2), optimizer)
     train(model, optimizer, range(7, 9))
     assert alive.requires_grad
@@ -262,9 +261,8 @@ def test_conv1d_grows_without_changing_the_function() -> None:
     with torch.no_grad():
         before = model(ids).logits
         resize(model, dict.fromkeys(al.ranks(model), 5))
-        torch.testing.assert_close(
-            model(ids).logits, before, rtol=1e-6, atol=1e-5
-        )  # logits of size 50
+        # logits of size 50
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(

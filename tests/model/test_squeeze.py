@@ -15,7 +15,6 @@ from test_resize import OPTIMIZERS, QUERY, batch, logits, make_model, train, tra
 import adaptive_lora as al
 from adaptive_lora import DivergedError, InputError, Resize, methods
 from adaptive_lora.allocation import history
-from adaptive_lora.allocation.adaptation import At
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.importance import (
     Importance,
@@ -25,6 +24,7 @@ from adaptive_lora.allocation.importance import (
     Statistic,
 )
 from adaptive_lora.allocation.singular import rotation, singular_values
+from adaptive_lora.allocation.when import At
 from adaptive_lora.model.adapters import adapters, all_weights, weights
 from adaptive_lora.model.resize import resize
 
@@ -216,13 +216,8 @@ def test_a_row_of_history_remembers_the_rotation_and_old_rows_have_none() -> Non
 def test_the_default_cuts_in_four_stages_from_twice_the_budget() -> None:
     method = methods.squeeze()
     assert isinstance(method.adaptation.when, At)
-    assert method.adaptation.when.steps(100) == [
-        30,
-        40,
-        50,
-        60,
-        70,
-    ]  # the first is at the start of the fall
+    # the first is at the start of the fall
+    assert method.adaptation.when.steps(100) == [30, 40, 50, 60, 70]
     assert method.adaptation.schedule.at(30, 100, 8) == 16
     assert method.adaptation.schedule.at(70, 100, 8) == 8
     with pytest.raises(InputError, match="steps between decisions are 0"):

@@ -110,9 +110,8 @@ def test_every_column_sorts_both_ways(study: StudyRecord, opened: Open) -> None:
                 exact = heads.nth(number).inner_text().startswith("Run")
                 shown = [amount(text, exact) for text in column(page, table, number)]
                 known = [value for missing, value in shown if not missing]
-                assert not any(
-                    missing for missing, _ in shown[: len(known)]
-                )  # the unknown last, either way
+                # the unknown last, either way
+                assert not any(missing for missing, _ in shown[: len(known)])
                 assert known == sorted(known, reverse=direction == "descending"), (
                     table,
                     number,
@@ -354,9 +353,8 @@ def test_the_keyboard_reaches_every_control_and_walks_the_heatmap(
     page.locator("#results-body th button").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("#results-body th").first.get_attribute("aria-sort") == "ascending"
-    assert (
-        page.evaluate("document.activeElement.textContent") == "Method"
-    )  # sorting does not lose the focus
+    # sorting does not lose the focus
+    assert page.evaluate("document.activeElement.textContent") == "Method"
     page.locator("#rank-body svg.heatmap").first.focus()
     seen = []
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp"):

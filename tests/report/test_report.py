@@ -169,9 +169,8 @@ def test_the_two_stacks_of_an_encoder_decoder_are_told_apart(
         (True, False, True, False),
         (False, True, False, True),
     ]
-    assert (
-        pixels(rank_heatmap({"t5": ranks}, tmp_path / "t5.png")).shape[0] > 500
-    )  # 18 kinds, not 10
+    # 18 kinds, not 10
+    assert pixels(rank_heatmap({"t5": ranks}, tmp_path / "t5.png")).shape[0] > 500
 
 
 @pytest.mark.parametrize("columns", ["60", "100", "300"])

@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.files import read_recipe
 from adaptive_lora.methods import Method, build
-from adaptive_lora.model.targets import Target, find_targets, head_modules
+from adaptive_lora.model.targets import find_targets, head_modules
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.runs.run import run
 

@@ -194,9 +194,10 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_used(
 ) -> None:
     finished, folder = request.getfixturevalue(origin), tmp_path / "run"
     shutil.copytree(finished, folder)
+    # by number: 10, 8
     shutil.copytree(
         folder / "checkpoints" / "checkpoint-8", folder / "checkpoints" / "checkpoint-10"
-    )  # by number: 10, 8
+    )
     shutil.copytree(
         folder / "checkpoints" / "checkpoint-8", folder / "checkpoints" / "checkpoint-old"
     )

@@ -83,9 +83,8 @@ def test_the_study_of_compression_pairs_by_seed_and_draws(tmp_path: Path) -> Non
     assert [row[0] for row in cells] == ["800 (whole)", "200"]
     by_name = dict(zip(columns, cells[1], strict=True))
     assert by_name["compress"] == "80.00"
-    assert (
-        by_name["compress - PEFT"] == "+1.00 [+1.00, +1.00]"
-    )  # of two pairs: the third has no partner
+    # of two pairs: the third has no partner
+    assert by_name["compress - PEFT"] == "+1.00 [+1.00, +1.00]"
     assert by_name["compress - whole"] == "-1.00 [-1.00, -1.00]"
     assert "rank 2 0.4000 / 0.4000" in notes[1]
     study["draw"](rows, tmp_path / "figure.png")

@@ -200,9 +200,8 @@ def test_a_claim_of_a_living_process_holds_and_of_a_dead_one_is_taken_over_once(
     assert claims.take(tmp_path, "r") is None  # this process lives
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    _own(
-        tmp_path / "r" / "0", pid=dead.pid, started=1.0
-    )  # that number, if anybody's now, is not of that time
+    # that number, if anybody's now, is not of that time
+    _own(tmp_path / "r" / "0", pid=dead.pid, started=1.0)
     again = claims.take(tmp_path, "r")
     assert again is not None
     assert again.number == 1
@@ -374,9 +373,8 @@ def test_failed_runs_are_rows_with_their_reason_and_fail_nobody_else(tmp_path: P
     record = finished(tmp_path / "s", study(grid=grid))
     failed = [run for run in record["runs"] if run["status"] == "failed"]
     assert len(failed) == 6
-    assert (
-        failed[0]["reason"] == f"diverged in runs/{failed[0]['id']}"
-    )  # without the place of the study
+    # without the place of the study
+    assert failed[0]["reason"] == f"diverged in runs/{failed[0]['id']}"
     assert [(row["learning_rate"], row["seeds"], row["failed"]) for row in record["table"]] == [
         (1e-3, 3, 0)
     ] * 2

@@ -93,9 +93,8 @@ def test_study_and_tune_as_commands(
         assert ended.code == 0, ended.err
         assert "linear_decay" in ended.out
         assert "results.json" in ended.out
-        assert max(map(len, ended.out.splitlines())) <= max(
-            100, len(str(tmp_path)) + 60
-        )  # paths aside
+        # paths aside
+        assert max(map(len, ended.out.splitlines())) <= max(100, len(str(tmp_path)) + 60)
     costs = json.loads((tmp_path / "out" / "costs.json").read_text())
     assert all(
         cost["attempts"] == 1 and cost["train_seconds"] > 0 and cost["peak_memory_bytes"] > 0

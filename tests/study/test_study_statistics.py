@@ -153,9 +153,8 @@ def test_the_bootstrap_with_five_pairs_is_the_enumeration_and_with_more_close_to
     d = [0.3, -0.1, 0.5, 0.2, -0.4]
     means = [sum(draw) / 5 for draw in itertools.product(d, repeat=5)]
     low, high = np.mean(np.array(means) <= 1e-15), np.mean(np.array(means) >= -1e-15)
-    assert ours.paired_bootstrap(d) == pytest.approx(
-        2 * min(low, high), abs=2e-3
-    )  # sums of 0 but for rounding
+    # sums of 0 but for rounding
+    assert ours.paired_bootstrap(d) == pytest.approx(2 * min(low, high), abs=2e-3)
     six = [*d, 0.1]
     exact = np.array([sum(draw) / 6 for draw in itertools.product(six, repeat=6)])
     # 10,000 draws: the standard error of 2 p is below 0.01.
@@ -206,9 +205,8 @@ def test_selection_rules() -> None:
     assert BestMedian().choose(figures, greater_is_better=True) == "high"
     assert BestWorst().choose(figures, greater_is_better=True) == "even"
     assert BestMean().choose(figures, greater_is_better=False) == "even"
-    for rule in (
-        RULES.values()
-    ):  # a setting with a failed run only where there is no other; the first of equals
+    # a setting with a failed run only where there is no other; the first of equals
+    for rule in RULES.values():
         assert rule().choose({"a": [None, None], "b": [None, 0.1]}, greater_is_better=True) == "b"
         assert rule().choose({"a": [0.5], "b": [0.5]}, greater_is_better=True) == "a"
         assert rule().choose({"a": [None], "b": [None]}, greater_is_better=True) == "a"

@@ -272,9 +272,8 @@ def test_only_the_output_and_its_end_bear_loss(llama_folder: str, tmp_path: Path
     found = {}
     for item in [*prepared.train, *prepared.eval]:
         length = sum(label == IGNORED for label in item["labels"])
-        assert (
-            item["labels"][length:] == item["input_ids"][length:]
-        )  # one masked stretch, at the start
+        # one masked stretch, at the start
+        assert item["labels"][length:] == item["input_ids"][length:]
         found[tuple(item["input_ids"][:length])] = item["input_ids"][length:]
     expected = {
         tuple(tokenizer(prompt_of(r["instruction"], r["input"]))["input_ids"]): [
@@ -284,9 +283,8 @@ def test_only_the_output_and_its_end_bear_loss(llama_folder: str, tmp_path: Path
         for r in records
     }
     assert found == expected
-    assert tokenizer.unk_token_id not in {
-        i for prompt in found for i in prompt
-    }  # the vocabulary knows the headings
+    # the vocabulary knows the headings
+    assert tokenizer.unk_token_id not in {i for prompt in found for i in prompt}
     assert all(prompt[0] == tokenizer.bos_token_id for prompt in found)
     assert [heading in prompt_of("a", "b") for heading in HEADINGS] == [True, True, True]
     assert [heading in prompt_of("a", "") for heading in HEADINGS] == [True, False, True]

@@ -150,9 +150,8 @@ def test_only_two_classes_have_a_positive_one() -> None:
 
 def test_a_constant_guess_earns_no_matthews_correlation() -> None:
     assert classification(one_hot([1, 1, 1], 2), [0, 1, 1])["matthews"] == 0.0
-    assert (
-        classification(one_hot([1, 1, 1], 2), [1, 1, 1])["matthews"] == 0.0
-    )  # right, and still nothing told apart
+    # right, and still nothing told apart
+    assert classification(one_hot([1, 1, 1], 2), [1, 1, 1])["matthews"] == 0.0
 
 
 def test_a_nan_logit_spoils_every_metric_and_a_masked_class_none() -> None:
@@ -426,9 +425,8 @@ def test_where_sentences_end(text: str, count: int) -> None:
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text).split()
     values = rouge([text], [" ".join(words[::-1])])
     assert values["rougeLsum"] == pytest.approx(100 * count / len(words))
-    assert rouge([" ".join(words[::-1])], [text])["rougeLsum"] == pytest.approx(
-        values["rougeLsum"]
-    )  # references too
+    # references too
+    assert rouge([" ".join(words[::-1])], [text])["rougeLsum"] == pytest.approx(values["rougeLsum"])
 
 
 def test_other_scripts_score_nothing() -> None:

@@ -374,9 +374,8 @@ def test_records_with_too_long_a_question_can_be_dropped(bert_folder: str, tmp_p
     outputs = logits_on_the_labels(prepared.train)
     assert prepared.task.score(outputs, None, prepared.train, None)["exact_match"] == 100.0
     split = load_splits(prepared.task.data).eval
-    with pytest.raises(
-        InputError, match="record 4: a question of 18 tokens"
-    ):  # each is there for an answer
+    # each is there for an answer
+    with pytest.raises(InputError, match="record 4: a question of 18 tokens"):
         prepared.task.features(split, labelled=False)
     with pytest.raises(InputError, match=r"record 1: a question .*\(8 such records\)"):
         prepared_questions(

@@ -315,9 +315,8 @@ def test_a_causal_summary_of_reviews_needs_no_template(llama_folder: str, tmp_pa
         task="summarization",
         max_target_length=4,
     )
-    assert (
-        "Summary" not in VOCABULARY
-    )  # so the heading is an unknown token here; a real vocabulary has it
+    # so the heading is an unknown token here; a real vocabulary has it
+    assert "Summary" not in VOCABULARY
     assert prepared.task.show(prepared.train[0]).endswith("]")
 
 

@@ -41,9 +41,8 @@ def fresh(kind: str = "bert") -> Any:
     )
 
 
-def tuner(
-    kind: str = "bert", **options: Any
-) -> AdaptiveLoRA:  # twelve steps: 48 items, batch 8, two epochs
+# twelve steps: 48 items, batch 8, two epochs
+def tuner(kind: str = "bert", **options: Any) -> AdaptiveLoRA:
     given = {
         "warmup_steps": 5,
         "max_r": 8,

@@ -103,10 +103,8 @@ def test_a_checkpoint_in_the_last_step_of_an_epoch_holds_what_its_evaluation_dec
 ) -> None:
     """The stock Trainer makes it before the epoch's evaluation, which a resumed run would never
     make."""
-    options: dict[str, Any] = {
-        "eval_strategy": "epoch",
-        "per_device_train_batch_size": 8,
-    }  # four steps an epoch
+    # four steps an epoch
+    options: dict[str, Any] = {"eval_strategy": "epoch", "per_device_train_batch_size": 8}
     whole = make_trainer(tmp_path / "whole", DYNAMIC[name](), **options)
     whole.train()
     ends = [row["step"] for row in whole.state.log_history if "eval_loss" in row]

@@ -381,9 +381,8 @@ def test_skipped_steps_are_counted_over_a_resume_which_ends_as_if_never_stopped(
 def test_the_mean_over_no_steps_is_not_logged_as_0(tmp_path: Path) -> None:
     trainer = skipper(tmp_path, max_steps=1)
     spoil(trainer.model, backward=1, change=CHANGES["nan"])
-    with pytest.raises(
-        NothingLearnedError
-    ):  # and every step having been skipped, nothing is learned
+    # and every step having been skipped, nothing is learned
+    with pytest.raises(NothingLearnedError):
         trainer.train()
     assert not [row for row in trainer.state.log_history if "loss" in row or "train_loss" in row]
 
@@ -428,12 +427,10 @@ def test_a_skipped_step_leaves_the_scores_of_the_ranks_alone_and_counts(
     trainer.train()
     controller = dynamic.callback_of(trainer).controller
     assert (trainer.skipped_steps, controller.step_count) == (2, trainer.state.global_step)
-    watched = (
-        4 if name == "grad_delta unbudgeted" else 5
-    )  # the last step whose gradients every method looks at
-    if any(
-        "start_" not in key for key in watch.after[2]
-    ):  # weight changes alone take nothing in at a step
+    # the last step whose gradients every method looks at
+    watched = 4 if name == "grad_delta unbudgeted" else 5
+    # weight changes alone take nothing in at a step
+    if any("start_" not in key for key in watch.after[2]):
         assert [step for step in watch.still() if step <= watched] == [3, 4]
     assert any(row.status == "changed" for row in controller.history)
     assert not [row for row in controller.history if row.status == "refused"]
@@ -516,17 +513,15 @@ def test_one_adapter_that_learned_is_enough(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_was_trained_before_must_change_too(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, max_steps=10, save_strategy="steps", save_steps=10
-    )  # one epoch
+    # one epoch
+    trainer = make_trainer(tmp_path, max_steps=10, save_strategy="steps", save_steps=10)
     trainer.train()
     again = AdaptiveTrainer(trainer.model, trainer.args, train_dataset=records())
     again.args.learning_rate = 1e-300
     with pytest.raises(NothingLearnedError, match="no trainable parameter changed"):
         again.train()
-    again.train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-10")
-    )  # makes no step: nothing was to change
+    # makes no step: nothing was to change
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
 def test_a_resumed_run_must_change_what_the_checkpoint_held(tmp_path: Path) -> None:

@@ -232,9 +232,8 @@ def test_adapters_that_sft_casts_to_bf16_on_a_quantized_model(
     with torch.no_grad():
         for parameter in loaded.parameters():
             if parameter.requires_grad:
-                parameter.data = (
-                    parameter.data.bfloat16()
-                )  # the base is float32 here, and PEFT loads adapters as that
+                # the base is float32 here, and PEFT loads adapters as that
+                parameter.data = parameter.data.bfloat16()
         here = trainer.model.get_base_model().eval()(input_ids=TOKENS).logits
         there = loaded(input_ids=TOKENS).logits
     assert apart(here, there) <= 1e-6

@@ -1,5 +1,4 @@
-"""A user's own ranks: one per layer, or a pattern over target names, from a file or directly
-(method `custom`)."""
+"""Shapes: the rank of every target before training, by its place or as the user wrote it."""
 
 from __future__ import annotations
 
@@ -7,9 +6,33 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError, nearest, unknown
 from adaptive_lora.files import read_file
-from adaptive_lora.model.targets import Target
+
+Shape = Callable[[Sequence[Target]], dict[str, int]]
+"""Targets -> the raw rank of each: what a method gives when nobody names a budget."""
+
+
+def depth(target: Target) -> float:
+    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single
+    layer."""
+    return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
+
+
+def uniform(rank: int) -> Shape:
+    """Return the shape with this rank everywhere."""
+    return lambda targets: {target.name: rank for target in targets}
+
+
+def linear(base_rank: int, min_rank: int, position: Callable[[Target], int]) -> Shape:
+    """Return max(r_min, int(r - (r - r_min) i / (L - 1))) with i = position(target)."""
+
+    def rank(target: Target) -> int:
+        fall = (base_rank - min_rank) * position(target) / max(target.n_layers - 1, 1)
+        return max(min_rank, int(base_rank - fall))
+
+    return lambda targets: {target.name: rank(target) for target in targets}
 
 
 def read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:

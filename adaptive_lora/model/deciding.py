@@ -1,0 +1,264 @@
+"""`Deciding`: lets a method look at a live model and change its ranks, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from adaptive_lora.allocation.allocate import Resize, check_bounds, parameters
+from adaptive_lora.allocation.importance import Pairs, Scores, Statistics
+from adaptive_lora.allocation.method import Method
+from adaptive_lora.allocation.rules import View
+from adaptive_lora.allocation.when import When
+from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.model.adapters import (
+    adapters,
+    all_weights,
+    lora_parameters,
+    ranks,
+    targets_of,
+    weights,
+)
+from adaptive_lora.model.driver import Driver, Outcome, Static, check_plain
+from adaptive_lora.model.memory import statistics_bytes
+from adaptive_lora.model.resize import check_optimizer, check_state_shapes, resize
+
+
+def driver_of(method: Method) -> type[Driver]:
+    """Return the class that drives a model trained with `method`."""
+    if method.adaptation is None:
+        return Static
+    return method.adaptation.driver or Deciding
+
+
+class Deciding(Driver):
+    """Importance, when, schedule and rule of a method, on a live model.
+
+    Raises `InputError` at once for an unsupported optimizer, a schedule that does not fit, a budget
+    below the minimum; and, naming the class, for parts of the method that answer what they may not.
+    """
+
+    def __init__(self, model: PeftModel, optimizer: Any, method: Method, total: int) -> None:
+        check_plain(model, method)
+        assert method.adaptation is not None
+        self.model, self.optimizer, self.total = model, optimizer, total
+        self.adaptation = method.adaptation
+        self.layers = adapters(model)
+        self._statistics: Statistics = {}
+        check_optimizer(optimizer)
+        check_state_shapes(self.layers, optimizer)
+        targets = targets_of(model)
+        low, high = self.adaptation.min_rank, self.adaptation.max_rank
+        self.costs = {target.name: target.cost for target in targets}
+        self.budget = method.budget_parameters(targets)
+        self.minimum = {target.name: min(low, target.full_rank) for target in targets}
+        self.maximum = {
+            target.name: min(high or target.full_rank, target.full_rank) for target in targets
+        }
+        if self.budget is not None:
+            check_bounds(self.costs, self.budget, self.minimum, self.maximum)
+        self.adaptation.schedule.check(total)
+        self.steps = decision_steps(self.adaptation.when, total)
+        self._due = frozenset(self.steps)
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._statistics
+
+    def watching(self, step: int) -> bool:
+        return self.adaptation.when.needs_evaluation or step < self.steps[-1]
+
+    def observe(self, step: int) -> None:
+        check_state_shapes(self.layers, self.optimizer)
+        # A target that took no part in this step (LayerDrop, a layer whose output nobody uses)
+        # shows nothing.
+        pairs = {
+            name: pair
+            for name, pair in self._pairs().items()
+            if all(p.grad is not None for p in pair)
+        }
+        if not pairs:
+            raise InputError(
+                "observe() found no gradients; call it after loss.backward() and before zero_grad()"
+            )
+        self._start()
+        self.adaptation.importance.observe(pairs, self._statistics)
+
+    def skip(self, step: int) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        if not self._statistics:
+            # Of every adapter, also of one at rank 0: it may grow later.
+            pairs = {name: all_weights(layer) for name, layer in self.layers.items()}
+            self._statistics = self.adaptation.importance.start(pairs)
+            _check_statistics(self.adaptation.importance, self._statistics, pairs)
+
+    def step(self, step: int) -> Outcome | None:
+        if step not in self._due:
+            return None
+        return self._decide(step, last=step == self.steps[-1])
+
+    def evaluated(self, step: int, losses: Sequence[float]) -> Outcome | None:
+        when = self.adaptation.when
+        if not when.needs_evaluation:
+            return None
+        answer = when.decides(losses)
+        if answer not in (True, False):
+            raise InputError(
+                f"{type(when).__name__}.decides({list(losses)}) returned {answer!r}; expected True "
+                "or False"
+            )
+        if answer:  # any decision may be the last
+            return self._decide(step, last=not self.steps or step >= self.steps[-1])
+        reason = f"loss {losses[-1]:.6g}, best {min(losses):.6g}: no plateau"
+        return Outcome(status="kept", reason=reason)
+
+    def forget(self) -> None:
+        self._statistics = {}
+
+    def restore(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+        check_state_shapes(self.layers, self.optimizer)
+
+    @classmethod
+    def planned_bytes(cls, method: Method, model: PeftModel) -> int:
+        assert method.adaptation is not None
+        pairs = {target: all_weights(layer) for target, layer in adapters(model).items()}
+        return statistics_bytes(method.adaptation.importance.start(pairs))
+
+    def _pairs(self) -> Pairs:
+        return {
+            name: pair
+            for name, layer in self.layers.items()
+            if (pair := weights(layer)) is not None
+        }
+
+    def _decide(self, step: int, *, last: bool) -> Outcome:
+        view, parts = self._view(step, last=last)
+        seen: dict[str, Any] = {"budget": view.budget, "scores": dict(view.scores), "parts": parts}
+        if (culprit := view.not_finite()) is not None:
+            importance = type(self.adaptation.importance).__name__
+            reason = f"a score is not finite: {importance} gave {culprit}"
+            return Outcome(status="refused", reason=reason, **seen)
+        changes = self.adaptation.rule.decide(view)
+        _check_changes(self.adaptation.rule, changes, view)
+        before = lora_parameters(self.model)
+        resize(self.model, changes, self.optimizer, self._statistics, seed=step)
+        decided = {**view.ranks, **{name: change.rank for name, change in changes.items()}}
+        if changes and ranks(self.model) != decided:
+            raise IntegrityError("the ranks after a resize are not those decided")
+        status = "changed" if changes else "kept"
+        return Outcome(status=status, parameters_before=before, changes=changes, **seen)
+
+    def _view(self, step: int, *, last: bool) -> tuple[View, dict[str, dict[str, float]]]:
+        importance, pairs, now = self.adaptation.importance, self._pairs(), ranks(self.model)
+        rows = importance.scores(pairs, self._statistics)
+        _check_scores(importance, rows, pairs)
+        targets = importance.target_scores(pairs, self._statistics)
+        if targets.keys() != pairs.keys():
+            raise InputError(
+                f"{type(importance).__name__}.target_scores() returned {_some(targets)}; expected "
+                f"a number for each of the {len(pairs)} targets that have a rank"
+            )
+        budget = self.budget
+        if budget is not None:
+            budget = self.adaptation.schedule.at(step, self.total, budget)
+            if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+                raise InputError(
+                    f"{type(self.adaptation.schedule).__name__}.at({step}, {self.total}, "
+                    f"{self.budget}) returned {budget!r}; expected a whole number of parameters"
+                )
+        view = View(
+            ranks=now,
+            costs=self.costs,
+            budget=budget,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            components={name: rows[name].tolist() if name in rows else [] for name in now},
+            scores={**dict.fromkeys(now, 0.0), **targets},
+            last=last,
+        )
+        return view, importance.target_parts(pairs, self._statistics)
+
+
+def decision_steps(when: When, total: int) -> list[int]:
+    """Return the steps of `when` for a training of `total` steps.
+
+    Raises `InputError`, naming the class, for steps that cannot be, or no moment at all.
+    """
+    steps = when.steps(total)
+    name = type(when).__name__
+    whole = isinstance(steps, list) and all(type(step) is int for step in steps)
+    if not whole or steps != sorted(set(steps)) or not all(1 <= step <= total for step in steps):
+        raise InputError(
+            f"{name}.steps({total}) returned {steps!r}; expected a list of whole numbers in "
+            f"1..{total}, ascending"
+        )
+    if not steps and not when.needs_evaluation:
+        raise InputError(
+            f"{name}.steps({total}) returned [] and {name}.needs_evaluation is False: nothing "
+            "would ever be decided; expected at least one step"
+        )
+    return steps
+
+
+def _check_statistics(importance: Any, statistics: Statistics, pairs: Pairs) -> None:
+    """Raise `InputError` unless what counts components has one entry for each."""
+    for kind, row in statistics.items():
+        for name, statistic in row.items():
+            dim, shape = statistic.dim, tuple(statistic.tensor.shape)
+            rank = len(pairs[name][0]) if name in pairs else -1
+            if dim is not None and (dim >= len(shape) or shape[dim] != rank):
+                raise InputError(
+                    f"{type(importance).__name__}.start() returned {kind!r} of shape {shape} for "
+                    f"{name!r}, with components along dimension {dim}; expected {rank} there (or "
+                    "dim=None for what belongs to the adapter as a whole)"
+                )
+
+
+def _check_scores(importance: Any, scores: Scores, pairs: Pairs) -> None:
+    """Raise `InputError` unless there is one score for each component of each target."""
+    name = type(importance).__name__
+    if scores.keys() != pairs.keys():
+        raise InputError(
+            f"{name}.scores() returned {_some(scores)}; expected a tensor for each of the "
+            f"{len(pairs)} targets that have a rank"
+        )
+    for target, (a, _) in pairs.items():
+        row = scores[target]
+        shape = tuple(row.shape) if isinstance(row, torch.Tensor) else row
+        if shape != (len(a),):
+            raise InputError(
+                f"{name}.scores() returned shape {shape} for {target!r}; expected ({len(a)},), one "
+                "score for each component"
+            )
+
+
+def _check_changes(rule: Any, changes: Mapping[str, Resize], view: View) -> None:
+    """Raise `InputError` for changes outside the bounds or above the budget."""
+    name = type(rule).__name__
+    pattern = dict(view.ranks)
+    for target, change in changes.items():
+        if target not in pattern:
+            raise InputError(f"{name}.decide() returned a change of {target!r}, which is no target")
+        low, high = view.minimum[target], view.maximum[target]
+        if change.rank < min(low, pattern[target]) or change.rank > max(high, pattern[target]):
+            raise InputError(
+                f"{name}.decide() returned rank {change.rank} for {target!r}; expected "
+                f"{low}..{high}"
+            )
+        pattern[target] = change.rank
+    spent = parameters(pattern, view.costs)
+    if changes and view.budget is not None and spent > view.budget:
+        raise InputError(
+            f"{name}.decide() returned ranks of {spent:,} parameters; the budget is {view.budget:,}"
+        )
+
+
+def _some(values: Mapping[str, Any]) -> str:
+    shown = ", ".join(list(values)[:3]) + (" ..." if len(values) > 3 else "")
+    return f"{len(values)} entries ({shown})" if values else "no entry"
