@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class AdaptiveLoraError(Exception):
@@ -55,3 +56,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown(what: str, name: Any, known: Collection[str], listed: str = "Known") -> str:
+    """Return the message for a name that is not among `known`: `what`, the nearest spelling, and
+    all that there are, introduced by `listed`.
+
+    >>> unknown("unknown form 'nativ'", "nativ", ["native", "merged"])
+    "unknown form 'nativ'. Did you mean 'native'? Known: native, merged"
+    """
+    return f"{what}.{nearest(str(name), known)} {listed}: {', '.join(known)}"

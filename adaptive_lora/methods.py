@@ -37,7 +37,7 @@ from adaptive_lora.allocation.shapes import (
 )
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.allocation.when import At, OnPlateau
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, unknown
 from adaptive_lora.model.peft_adalora import MaskedByPeft
 
 
@@ -382,15 +382,12 @@ def build(name: str, arguments: Mapping[str, Any]) -> Method:
     'lora'
     """
     if name not in METHODS:
-        raise InputError(
-            f"unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}"
-        )
+        raise InputError(unknown(f"unknown method {name!r}", name, METHODS))
     accepted = inspect.signature(METHODS[name]).parameters
     for key in arguments:
         if key not in accepted:
             raise InputError(
-                f"method {name!r} has no argument {key!r}.{nearest(key, accepted)} It takes: "
-                f"{', '.join(accepted)}"
+                unknown(f"method {name!r} has no argument {key!r}", key, accepted, "It takes")
             )
     return METHODS[name](**arguments)
 

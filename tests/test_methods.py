@@ -14,10 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 import adaptive_lora as al
 from adaptive_lora import methods
-from adaptive_lora.adapter_tools.file import tensor_ranks
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
 from adaptive_lora.methods import METHODS, Method
+from adaptive_lora.model.adapter_file import tensor_ranks
 from adaptive_lora.model.targets import find_targets
 
 GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]

@@ -1,20 +1,19 @@
-"""The base model an adapter belongs to, in full precision: where it is, of which class, with which
-head."""
+"""The base model an adapter belongs to, as the adapter says it, in full precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 
+from adaptive_lora.adapter_tools.folder import Adapter
 from adaptive_lora.errors import InputError
-from adaptive_lora.hub import locate_model
+from adaptive_lora.model.base_model import Base, model_class, read_base, read_config
+from adaptive_lora.model.targets import linear_features
 
 BY_TASK_TYPE = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -25,79 +24,61 @@ BY_TASK_TYPE = {
 }
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base model that can be loaded again and again, each time with the same weights.
-
-    Args:
-        name: a folder, or a name on the hub.
-        kind: a class of transformers, or one of its Auto classes.
-        arguments: for `from_pretrained`: what shapes the head.
-    """
-
-    name: str
-    kind: Any
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def load(self) -> Any:
-        """Return the model in float32, in evaluation mode. Raises `InputError` when it cannot be
-        had.
-
-        Weights the checkpoint lacks (a head) are drawn with a fixed seed, so that two loads are
-        equal.
-        """
-        where = {"local_files_only": locate_model(self.name)}
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            try:
-                model = self.kind.from_pretrained(
-                    self.name, dtype=torch.float32, **where, **self.arguments
-                )
-            # transformers and safetensors raise many kinds; all mean the same to the caller
-            except Exception as error:
-                raise InputError(
-                    f"cannot load the base model {self.name!r} as {self.kind.__name__}: {error}"
-                ) from error
-        return model.eval()
-
-    def config(self) -> Any:
-        """Return the configuration in the base model's folder."""
-        local = locate_model(self.name)
-        try:
-            return AutoConfig.from_pretrained(self.name, local_files_only=local)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"cannot load the configuration of the base model {self.name!r}: {error}"
-            ) from error
-
-
 def base_of_adapter(
-    config: Mapping[str, Any], heads: Mapping[str, torch.Tensor], name: str | None = None
-) -> Base | None:
-    """Return the base model of a PEFT adapter; None when nothing says which one it is.
+    adapter: Adapter, name: str | None = None, *, trust_remote_code: bool = False
+) -> Base:
+    """Return the base model of an adapter.
 
-    The class comes from PEFT's record of it (`auto_mapping`), else from `task_type`, else from the
-    base model's own `architectures`; the number of labels from the trained head.
+    Class and head come from the adapter's own record. One without (of PEFT alone, or of version 0.1
+    at first) leaves them to be derived: the class from PEFT's `auto_mapping` or `task_type`, else
+    from the base model's `architectures`; the number of labels from the trained head.
 
     Args:
-        config: the content of `adapter_config.json`.
-        heads: the adapter's tensors of modules trained whole.
-        name: where the base model is now, if not where `config` says.
+        name: where the base model is now, if not where the adapter says.
+        trust_remote_code: whether the user lets code that comes with the base model run; that it
+            ran in the training is no leave to.
+
+    Raises `InputError` when nothing says which base model it is, or it needs code that may not run.
     """
-    name = name or config.get("base_model_name_or_path")
+    name = name or adapter.base
     if not name:
-        return None
+        raise InputError(f"the adapter in {adapter.folder} does not say which base model it is for")
     name = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
-    recorded = (config.get("auto_mapping") or {}).get("base_model_class", "")
-    kind = getattr(transformers, recorded, None) or BY_TASK_TYPE.get(config.get("task_type") or "")
-    base = Base(name, kind)
+    record = None if adapter.folder is None else read_base(adapter.folder)
+    if record is not None and record["remote_code"] and not trust_remote_code:
+        raise InputError(
+            f"the base model {name!r} is made by code of its own, which runs only if you trust it: "
+            "--trust-remote-code"
+        )
+    kind = model_class(record["class"]) if record is not None else None
     if kind is None:
-        architectures = base.config().architectures or [""]
-        base = Base(name, getattr(transformers, architectures[0], transformers.AutoModel))
-    widths = [tensor.shape[0] for tensor in heads.values() if tensor.dim() == 2]
-    if widths and ("Classification" in base.kind.__name__):
-        return Base(name, base.kind, {"num_labels": min(widths)})
-    return base
+        mapping: Mapping[str, Any] = adapter.config.auto_mapping or {}
+        kind = model_class(mapping.get("base_model_class"))
+        kind = kind or BY_TASK_TYPE.get(adapter.config.task_type or "")
+    if kind is None:
+        architectures = read_config(name, trust_remote_code=trust_remote_code).architectures
+        kind = model_class((architectures or [None])[0]) or transformers.AutoModel
+    return Base(
+        name,
+        kind,
+        _head(adapter, kind) if record is None else record["head"],
+        trust_remote_code,
+    )
+
+
+def _head(adapter: Adapter, kind: Any) -> dict[str, Any]:
+    """Return the number of labels by the width of the trained head."""
+    widths = [tensor.shape[0] for tensor in adapter.rest.values() if tensor.dim() == 2]
+    return {"num_labels": min(widths)} if widths and "Classification" in kind.__name__ else {}
+
+
+def load_base(base: Base) -> Any:
+    """Return the model in float32, in evaluation mode. Weights its files lack (a head) are drawn
+    with a fixed seed, so that two loads are equal. Raises as `Base.load`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, _ = base.load(dtype=torch.float32)
+    return model.eval()
 
 
 def is_quantised(base: Base) -> bool:
@@ -108,8 +89,6 @@ def is_quantised(base: Base) -> bool:
 def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]], name: str) -> None:
     """Raise `InputError` unless every target {name: (I, O)} is a module of `model` with these
     features."""
-    from adaptive_lora.model.targets import linear_features
-
     modules = dict(model.named_modules())
     for target, (in_features, out_features) in shapes.items():
         if target not in modules:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-from adaptive_lora.adapter_tools.file import PREFIX
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.naming import split_name
+from adaptive_lora.model.adapter_file import PREFIX
+from adaptive_lora.naming import passes, split_name
 
 Tensors = dict[str, torch.Tensor]
 MERGE = "merge it into the base model instead: PeftModel.merge_and_unload()"
@@ -38,11 +37,6 @@ UNSUPPORTED = {
 }
 # starts that change the base weights at every load
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-
-def kind_of(config: PeftConfig) -> str:
-    """Return the kind of adapter, such as "LORA"."""
-    return str(PeftType(config.peft_type).value)
 
 
 def check_supported(adapter: str, config: Any) -> None:
@@ -171,7 +165,7 @@ def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterabl
             + (f" (and {len(absent) - 1} more)" if len(absent) > 1 else "")
         )
     whole = config.modules_to_save or []
-    absent = [one for one in whole if not any(f".{one}." in f".{key}" for key in rest)]
+    absent = [one for one in whole if not any(passes(key, [one]) for key in rest)]
     # PEFT lists "classifier" and "score" for a model that has one of them
     if absent and len(absent) == len(whole):
         raise IntegrityError(
@@ -187,18 +181,8 @@ def _expected(config: Any, key: str) -> bool:
         return False
     whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
     return (
-        any(f".{one}." in f".{key}" for one in whole)
+        passes(key, whole)
         or (config.bias != "none" and key.endswith(".bias"))
         or "trainable_tokens" in key
         or "shared.weight" in key  # T5's embeddings
     )
-
-
-def check_finite(folder: Path | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `IntegrityError` when a tensor holds a NaN or an infinity."""
-    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise IntegrityError(
-            f"the adapter in {folder} holds NaN or infinite values in {len(bad)} tensors, first "
-            f"{bad[0]!r}"
-        )

@@ -23,11 +23,10 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from adaptive_lora.adapter_tools.checks import check_supported, kind_of
+from adaptive_lora.adapter_tools.checks import check_supported
 from adaptive_lora.adapter_tools.folder import (
     Adapter,
     Update,
-    check_output,
     one_scale,
     read_adapter,
     with_updates,
@@ -36,7 +35,8 @@ from adaptive_lora.adapter_tools.folder import (
 from adaptive_lora.allocation.allocate import RankPattern, parameters, top_k
 from adaptive_lora.allocation.singular import balanced
 from adaptive_lora.errors import DivergedError, InputError
-from adaptive_lora.model.adapters import adapters, non_finite, targets_of, weights
+from adaptive_lora.files import check_new
+from adaptive_lora.model.adapters import adapters, kind_of, non_finite, targets_of, weights
 from adaptive_lora.model.resize import check_model, resize
 
 Spectra = dict[str, tuple[float, ...]]
@@ -162,7 +162,7 @@ def compress(
     """
     if isinstance(adapter, str | Path):
         if output is not None:
-            check_output(output)
+            check_new(output)
         source = read_adapter(adapter)
         result, updates = truncate(source.updates, budget=budget, rank=rank, energy=energy)
         smaller = with_updates(source, updates)
@@ -194,7 +194,8 @@ def truncate(
         leave=False,
     ):
         a, b, values = balanced(update.a.detach().cpu(), update.b.detach().cpu())
-        factors[name] = Update(a.to(update.a.dtype), b.to(update.b.dtype), update.scale)
+        given = updates[name]  # what is written is no larger than what was read
+        factors[name] = Update(a.to(given.a.dtype), b.to(given.b.dtype), update.scale)
         spectra[name] = tuple((update.scale * values).tolist())
     after = choose(spectra, costs, budget=allowed, energy=energy)
     left = {

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig
 
-from adaptive_lora.adapter_tools.checks import check_finite, check_names, kind_of, split_tensors
+from adaptive_lora.adapter_tools.checks import check_names, split_tensors
 from adaptive_lora.adapter_tools.folder import (
     Adapter,
     Update,
-    check_output,
     read_files,
+    times,
     with_updates,
     write_adapter,
 )
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import check_new
+from adaptive_lora.model.adapters import check_finite, kind_of
 
 PARTS = {"a": ".lora_A", "b": ".lora_B", "gate": ".lora_E"}
 CARRIED = (
@@ -42,9 +44,9 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     """Return the AdaLoRA checkpoint in the folder `path` as plain LoRA, and write it to the folder
     `output` if given.
 
-    Exact, up to rounding the gates into B. Components that PEFT masked, and gates that are zero,
-    are left out; a target without any is left out. Works in mid-schedule too, where it gives the
-    function the checkpoint has then.
+    Exact, up to one rounding of gates times B to float32. Components that PEFT masked, and gates
+    that are zero, are left out; a target without any is left out. Works in mid-schedule too, where
+    it gives the function the checkpoint has then.
 
     Args:
         path: a folder that PEFT saved, or a checkpoint of a Trainer.
@@ -55,7 +57,7 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     `SVDLinear`.
     """
     if output is not None:
-        check_output(output)
+        check_new(output)
     folder, config, tensors = read_files(path)
     if not isinstance(config, AdaLoraConfig):
         raise InputError(f"{folder} holds a {kind_of(config)} adapter; expected ADALORA")
@@ -94,7 +96,7 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
         alpha = config.lora_alpha if config.lora_alpha > 0 else rank
         gates = gate.double() * (alpha / (config.init_r + 1e-5) / scale)
         if bool(alive.any()):
-            updates[name] = Update(a[alive], (b.double() * gates).to(b.dtype)[:, alive], scale)
+            updates[name] = Update(a[alive], times(b[:, alive], gates[alive]), scale)
     if not updates:
         raise InputError(
             f"the adapter in {folder} has no target left: every gate is zero, so it changes "

@@ -7,15 +7,12 @@ removed again.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +21,28 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from adaptive_lora.adapter_tools.base_model import Base, base_of_adapter, check_fits, is_quantised
-from adaptive_lora.adapter_tools.file import PREFIX
+from adaptive_lora.adapter_tools.base_model import (
+    base_of_adapter,
+    check_fits,
+    is_quantised,
+    load_base,
+)
 from adaptive_lora.adapter_tools.folder import (
-    COMPANIONS,
     Adapter,
-    check_output,
-    find_folder,
+    copy_companions,
+    new_folder,
     read_adapter,
     write_adapter,
 )
 from adaptive_lora.adapter_tools.forms import Shapes, max_lora_rank, native, uniform
 from adaptive_lora.adapter_tools.probe import answers, difference, probe_inputs
-from adaptive_lora.errors import InputError, IntegrityError, nearest
+from adaptive_lora.errors import InputError, IntegrityError, unknown
+from adaptive_lora.files import check_new, read_file, write_json
+from adaptive_lora.model.adapter_file import PREFIX
 from adaptive_lora.model.adapters import load
+from adaptive_lora.model.base_model import BASE_FILE, Base
 from adaptive_lora.model.targets import linear_features
-from adaptive_lora.runs.resuming import CONFIG_FILE
+from adaptive_lora.naming import passes
 
 FORMS = ("native", "uniform", "merged", "gguf")
 # of the largest logit, in float32: one matrix product in another order moves it by some 1e-7
@@ -94,6 +97,7 @@ def export(
     model: str | None = None,
     check: bool = True,
     converter: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write the adapter `source` in another form to the new folder `output`.
 
@@ -101,19 +105,20 @@ def export(
         source: a PEFT LoRA adapter folder, or a run directory.
         to: `native`, `uniform` (see `forms`), `merged` (base model and adapter in one, safetensors)
             or `gguf` (llama.cpp).
-        model: the base model, a folder or a name on the hub; by default what the adapter or the run
-            names.
+        model: the base model, a folder or a name on the hub; by default what the adapter names.
         check: read the result back on the base model and compare answers to seeded random inputs.
         converter: llama.cpp's convert_lora_to_gguf.py, for `gguf`; without it the uniform form is
             written.
+        trust_remote_code: whether code that comes with the base model may run; an adapter's own
+            record never decides that.
 
     Raises `InputError` for a request that cannot be met, `IntegrityError` for damaged files and
     when the result answers otherwise (more than 1e-5 of the largest logit, float32); nothing is
     left behind then.
     """
-    path = check_output(output)
+    path = check_new(output)
     if to not in FORMS:
-        raise InputError(f"unknown form {to!r}.{nearest(to, FORMS)} Known: {', '.join(FORMS)}")
+        raise InputError(unknown(f"unknown form {to!r}", to, FORMS))
     if converter is not None and (to != "gguf" or not Path(converter).is_file()):
         what = (
             f"there is no file {converter}"
@@ -130,12 +135,14 @@ def export(
             f"llama.cpp reads no module trained whole, and the adapter has {first!r}; use --to "
             "merged"
         )
-    base = _base(source, adapter, model) if check or to == "merged" or model is not None else None
+    base = None
+    if check or to == "merged" or model is not None:
+        base = _base(adapter, model, trust_remote_code)
     if to == "merged":
         assert base is not None
         return _merged(adapter, base, path, check=check)
 
-    loaded = base.load() if base is not None else None
+    loaded = load_base(base) if base is not None else None
     modules = _modules(loaded, adapter, base) if loaded is not None and base is not None else None
     written = native(adapter) if to == "native" else uniform(adapter, modules)
     before = _on(loaded, adapter) if check else None
@@ -149,7 +156,7 @@ def export(
             assert base is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                reloaded = PeftModel.from_pretrained(base.load(), str(path))
+                reloaded = PeftModel.from_pretrained(load_base(base), str(path))
             worst = difference(answers(reloaded, inputs), expected)
             _refuse_above(worst, "reloaded by PEFT")
         notes = _notes(written, modules, base)
@@ -172,26 +179,14 @@ class _removed_on_failure:  # noqa: N801
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _base(source: str | Path, adapter: Adapter, model: str | None) -> Base:
-    remedy = "give the base model with --model, or write without comparing: --no-check"
-    if (
-        find_folder(source) != Path(source).expanduser()
-        and (Path(source).expanduser() / CONFIG_FILE).is_file()
-    ):
-        from adaptive_lora.runs.use import finished_task
-
-        config, task = finished_task(Path(source).expanduser(), model=model)
-        trusted = {"trust_remote_code": True} if config.trust_remote_code else {}
-        return Base(config.model, task.auto_class, {**task.model_arguments(), **trusted})
+def _base(adapter: Adapter, model: str | None, trust_remote_code: bool) -> Base:
     try:
-        base = base_of_adapter(adapter.config.to_dict(), adapter.rest, model)
-        if base is None:
-            raise InputError(
-                f"the adapter in {adapter.folder} does not say which base model it is for"
-            )
+        base = base_of_adapter(adapter, model, trust_remote_code=trust_remote_code)
         base.config()
     except InputError as error:
-        raise InputError(f"{error}; {remedy}") from error
+        raise InputError(
+            f"{error}; give the base model with --model, or write without comparing: --no-check"
+        ) from error
     return base
 
 
@@ -201,16 +196,11 @@ def _modules(model: nn.Module, adapter: Adapter, base: Base) -> Shapes:
         name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()
     }
     check_fits(model, shapes, base.name)
-    heads = tuple(adapter.config.modules_to_save or ())
-    linear = {
-        name: features
-        for name, m in model.named_modules()
-        if (features := linear_features(m)) is not None
-    }
+    heads = adapter.config.modules_to_save or ()
     return {
         name: features
-        for name, features in linear.items()
-        if not any(f".{h}." in f".{name}." for h in heads)
+        for name, module in model.named_modules()
+        if (features := linear_features(module)) is not None and not passes(name, heads)
     }
 
 
@@ -262,9 +252,14 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
             "full-precision model it was made from with --model"
         )
     dtype = getattr(base.config(), "dtype", None) or torch.float32
-    model = base.load()
+    model = load_base(base)
     _modules(model, adapter, base)
     notes = _untie(model, adapter)
+    if "num_labels" in base.head and "id2label" not in base.head:
+        notes.append(
+            f"the class names are not known: the adapter has no {BASE_FILE}, which neither PEFT "
+            "nor version 0.1 at first wrote"
+        )
     before = _on(model, adapter)
     inputs = probe_inputs(before.get_base_model()) if check else []
     expected = answers(before, inputs)
@@ -284,7 +279,7 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
                 if dtype != torch.float32
                 else answers(merged, inputs)
             )
-            reloaded = Base(str(path), type(merged)).load()
+            reloaded = load_base(replace(base, name=str(path), kind=type(merged)))
             read_back = answers(reloaded, inputs)
             _refuse_above(
                 difference(read_back, rounded),
@@ -318,43 +313,21 @@ def _untie(model: Any, adapter: Adapter) -> list[str]:
 
 
 def _write_model(model: Any, path: Path, sources: list[Path | None]) -> None:
-    """Write model and configuration beside `path` and move them there, with the tokenizer of the
-    first that has one."""
-
-    def write(staging: Path) -> None:
+    """Write model and configuration to the new folder `path`, with the tokenizer of the first
+    source that has one."""
+    with new_folder(path) as staging:
         model.save_pretrained(staging)
         _say_labels(staging / CONFIG_NAME, model.config)
-        for folder in filter(None, sources):
-            files = [
-                file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()
-            ]
-            for file in files:
-                shutil.copy(file, staging)
-            if files:
-                break
-
-    _staged(path, write)
+        any(copy_companions(source, staging) for source in sources)
 
 
 def _say_labels(file: Path, config: Any) -> None:
     """Write the labels where transformers leaves them out: two are its default, but not that of
     every architecture."""
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_file(file, "configuration")
     if config.id2label and "id2label" not in values:
         values |= {"id2label": config.id2label, "label2id": config.label2id}
-        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _staged(path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            staging = Path(folder) / "new"
-            staging.mkdir()
-            write(staging)
-            staging.rename(check_output(path))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        write_json(file, dict(sorted(values.items())), indent=2)
 
 
 def _gguf(

@@ -10,36 +10,34 @@ by name, with a way out.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import shutil
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from adaptive_lora.adapter_tools.checks import (
     Tensors,
-    check_finite,
     check_names,
     check_supported,
-    kind_of,
     split_tensors,
 )
-from adaptive_lora.adapter_tools.file import PREFIX
 from adaptive_lora.allocation.allocate import RankPattern
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.model.adapters import scaled_config
+from adaptive_lora.files import ADAPTER_FOLDER, check_new, whole
+from adaptive_lora.model.adapter_file import CONFIG_NAME, LORA_A, LORA_B, PREFIX, WEIGHTS_NAME
+from adaptive_lora.model.adapters import check_finite, check_kind, read_config, scaled_config
+from adaptive_lora.model.base_model import BASE_FILE
 from adaptive_lora.model.fingerprint import FINGERPRINT_FILE
 
 # What belongs to the base model's text or images rather than to the adapter, and is copied along.
@@ -110,7 +108,7 @@ def find_folder(path: str | Path) -> Path:
     """Return the adapter folder at `path`: itself, or `adapter` inside a run directory. Raises
     `InputError` without one."""
     folder = Path(path).expanduser()
-    for candidate in (folder, folder / "adapter"):
+    for candidate in (folder, folder / ADAPTER_FOLDER):
         if (candidate / CONFIG_NAME).is_file():
             return candidate
     if not folder.exists():
@@ -131,34 +129,11 @@ def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
     files.
     """
     folder = find_folder(path)
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file() and (folder / WEIGHTS_NAME).is_file():
-        raise InputError(
-            f"{folder} holds its weights as a pickle ({WEIGHTS_NAME}), which can run any code when "
-            "it is read; expected "
-            f"{SAFETENSORS_WEIGHTS_NAME}. If you trust it, convert it once: "
-            f"PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(NEW_FOLDER)"
-        )
-    if not file.is_file():
-        raise InputError(
-            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; expected the weights of the adapter there"
-        )
-    where = folder / CONFIG_NAME
+    config = read_config(folder)
     try:
-        kind = json.loads(where.read_text(encoding="utf-8"))["peft_type"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's advice for training
-            config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
-        raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-    if kind_of(config) != kind:
-        raise IntegrityError(
-            f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}"
-        )
-    try:
-        tensors = load_file(file)
-    except Exception as error:  # as above, of safetensors
-        raise IntegrityError(f"{file} is damaged: {error}") from error
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except Exception as error:  # of many kinds; all mean the same to the caller
+        raise IntegrityError(f"{folder / WEIGHTS_NAME} is damaged: {error}") from error
     return folder, config, tensors
 
 
@@ -186,16 +161,10 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     {'encoder.layer.0.attention.self.query': (4, 4.0)}
     """
     folder, config, tensors = read_files(path)
-    kind = kind_of(config)
-    if kind == "ADALORA":
-        raise InputError(
-            f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora "
-            f"convert {folder} --output NEW"
-        )
-    if not isinstance(config, LoraConfig) or kind != "LORA":
-        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
+    check_kind(folder, config)
+    assert isinstance(config, LoraConfig)
     check_supported(f"the adapter in {folder}", config)
-    pairs, rest = split_tensors(folder, tensors, {"a": ".lora_A.weight", "b": ".lora_B.weight"})
+    pairs, rest = split_tensors(folder, tensors, {"a": LORA_A, "b": LORA_B})
     check_names(folder, config, pairs, rest)
     updates = {
         name: Update(parts["a"], parts["b"], _scale(folder, config, name, parts["a"].shape[0]))
@@ -231,20 +200,23 @@ def _scale(folder: Path, config: LoraConfig, name: str, rank: int) -> float:
 
 def one_scale(updates: Mapping[str, Update]) -> dict[str, Update]:
     """Return the same updates with one constant scale, the most frequent; what differs from it goes
-    into B.
-
-    Exact in float32 up to one rounding of B; a scale that is not positive becomes 1.
-    """
+    into B (see `times`). Where no scale is positive it is 1."""
     counts = Counter(update.scale for update in updates.values() if update.scale > 0)
     scale = max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
     return {
         name: update
         if update.scale == scale
-        else Update(
-            update.a, (update.b.double() * (update.scale / scale)).to(update.b.dtype), scale
-        )
+        else Update(update.a, times(update.b, update.scale / scale), scale)
         for name, update in updates.items()
     }
+
+
+def times(b: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """Return factor · B, exact but for one rounding to float32: in B's dtype where that holds it
+    (16 bits hold a power of two times B, and little else), else in float32."""
+    exact = b.double() * factor
+    same = exact.to(b.dtype)
+    return same if torch.equal(same.double(), exact) else exact.float()
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
@@ -288,55 +260,49 @@ def _target_modules(names: Iterable[str], known: Iterable[str]) -> Any:
 def state_dict(adapter: Adapter) -> Tensors:
     """Return the tensors by their names in an adapter file."""
     pairs = {
-        f"{PREFIX}{name}.lora_{part}.weight": tensor.contiguous()
+        f"{PREFIX}{name}{end}": tensor.contiguous()
         for name, update in adapter.updates.items()
-        for part, tensor in (("A", update.a), ("B", update.b))
+        for end, tensor in ((LORA_A, update.a), (LORA_B, update.b))
     }
     return {**pairs, **adapter.rest}
-
-
-def check_output(output: str | Path) -> Path:
-    """Return the path of a folder to be made. Raises `InputError` when something is there
-    already."""
-    path = Path(output).expanduser()
-    if path.exists() or path.is_symlink():
-        raise InputError(f"output {path} exists; give another name or remove it")
-    return path
 
 
 def write_adapter(adapter: Adapter, output: str | Path) -> Path:
     """Write the adapter as a folder that PEFT reads, with the tokenizer of the folder it came from,
     and return its path.
 
-    Written beside and moved into place when complete. Raises `InputError` when `output` exists or
-    cannot be written, `IntegrityError` when a tensor is not finite.
+    Raises `InputError` when `output` exists or cannot be written, `IntegrityError` when a tensor is
+    not finite.
     """
-    path = check_output(output)
     tensors = state_dict(adapter)
     check_finite(adapter.folder, tensors)
+    with new_folder(output) as staging, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on the config
+        adapter.config.save_pretrained(str(staging))
+        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        copy_companions(adapter.folder, staging, FINGERPRINT_FILE, BASE_FILE)
+    return Path(output).expanduser()
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """Yield a folder that becomes `output` when it is complete; see `files.whole`. Raises
+    `InputError` when `output` exists or cannot be written."""
+    path = check_new(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder,
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # PEFT's advice on the config
-            staging = Path(folder) / "new"
+        with whole(path) as staging:
             staging.mkdir()
-            adapter.config.save_pretrained(str(staging))
-            save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            for file in _companions(adapter.folder) if adapter.folder is not None else ():
-                shutil.copy(file, staging)
-            staging.rename(check_output(path))
+            yield staging
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
-    return path
 
 
-def _companions(folder: Path) -> list[Path]:
-    return [
-        file
-        for pattern in (*COMPANIONS, FINGERPRINT_FILE)
-        for file in folder.glob(pattern)
-        if file.is_file()
-    ]
+def copy_companions(source: Path | None, target: Path, *further: str) -> bool:
+    """Copy the companions in the folder `source`, and files named `further`; return whether there
+    were any."""
+    patterns = (*COMPANIONS, *further) if source is not None else ()
+    files = [file for pattern in patterns for file in Path(source or "").glob(pattern)]
+    for file in filter(Path.is_file, files):
+        shutil.copy(file, target)
+    return any(map(Path.is_file, files))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from adaptive_lora.adapter_tools.folder import Adapter, Update, with_updates
+from adaptive_lora.adapter_tools.folder import Adapter, Update, one_scale, times, with_updates
 from adaptive_lora.naming import split_name
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -38,17 +38,8 @@ def max_lora_rank(rank: int) -> int | None:
 
 
 def native(adapter: Adapter) -> Adapter:
-    """Return the adapter with one scale, the most frequent one; other scales go into B, in float32
-    if B cannot hold it."""
-    scales = [update.scale for update in adapter.updates.values() if update.scale > 0]
-    scale = max(set(scales), key=lambda one: (scales.count(one), one)) if scales else 1.0
-    updates = {
-        name: update
-        if update.scale == scale
-        else Update(update.a, _times(update.b, update.scale / scale), scale)
-        for name, update in adapter.updates.items()
-    }
-    return with_updates(adapter, updates)
+    """Return the adapter with one scale; see `one_scale`."""
+    return with_updates(adapter, one_scale(adapter.updates))
 
 
 def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
@@ -66,7 +57,7 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
         update = adapter.updates.get(name) or Update(
             some.a.new_zeros(0, inputs), some.b.new_zeros(outputs, 0), 1.0
         )
-        a, b = update.a.new_zeros(rank, inputs), _times(update.b, update.scale)
+        a, b = update.a.new_zeros(rank, inputs), times(update.b, update.scale)
         a[: update.rank] = update.a
         updates[name] = Update(
             a, torch.cat([b, b.new_zeros(outputs, rank - update.rank)], dim=1), 1.0
@@ -78,14 +69,6 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
     config = copy.copy(result.config)
     config.target_modules = sorted(short)
     return replace(result, config=config)
-
-
-def _times(b: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return factor · B, in B's dtype where that is exact enough for it to hold, else in
-    float32."""
-    exact = b.double() * factor
-    same = exact.to(b.dtype)
-    return same if b.dtype == torch.float32 or torch.equal(same.double(), exact) else exact.float()
 
 
 def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[int, int]]:

@@ -14,7 +14,7 @@ import torch
 from adaptive_lora.adapter_tools.compress import choose
 from adaptive_lora.adapter_tools.folder import Adapter, read_adapter
 from adaptive_lora.allocation.singular import singular_values
-from adaptive_lora.errors import InputError
+from adaptive_lora.files import check_new_file, finite
 from adaptive_lora.naming import by_kind, split_name
 
 FIGURES = (".png", ".pdf", ".svg")
@@ -72,13 +72,8 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for strict JSON; a number that is not finite becomes
         None."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        plain: dict[str, Any] = finite(asdict(self))
+        return plain
 
 
 def effective_rank(values: Sequence[float]) -> float:
@@ -251,13 +246,4 @@ def summary(inspection: Inspection) -> list[str]:
 def check_figure(path: Path) -> None:
     """Raise `InputError` for a figure that exists, has no folder to go to, or an ending that
     matplotlib does not know."""
-    if path.suffix.lower() not in FIGURES:
-        raise InputError(
-            f"figure {path} has the ending {path.suffix!r}; expected one of {', '.join(FIGURES)}"
-        )
-    if path.exists():
-        raise InputError(f"figure {path} exists; give another name or remove it")
-    if not path.parent.is_dir():
-        raise InputError(
-            f"the folder of figure {path} does not exist; make it, or give another name"
-        )
+    check_new_file(path, "figure", FIGURES)

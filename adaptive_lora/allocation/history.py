@@ -3,15 +3,13 @@ pattern."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaptive_lora.allocation.allocate import RankPattern, Resize
-
-HISTORY_FILE = "allocations.jsonl"
+from adaptive_lora.files import to_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +37,7 @@ class Decision:
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON; a score that is not finite becomes null."""
-        row = asdict(self)
-        row["scores"] = _without_nan(self.scores)
-        row["parts"] = {part: _without_nan(scores) for part, scores in self.parts.items()}
-        return json.dumps(row, allow_nan=False)
-
-
-def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: score if abs(score) < float("inf") else None for name, score in scores.items()}
+        return to_json(asdict(self))
 
 
 def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
@@ -55,7 +46,7 @@ def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
 
 def write(path: Path, rows: Iterable[Decision]) -> None:
     """Write all rows, replacing the file."""
-    path.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(row.to_json() + "\n" for row in rows))
 
 
 def from_json(row: Mapping[str, Any]) -> Decision:

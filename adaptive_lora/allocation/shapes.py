@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from adaptive_lora.allocation.target import Target
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, nearest, unknown
 from adaptive_lora.files import read_file
 
 Shape = Callable[[Sequence[Target]], dict[str, int]]
@@ -44,11 +44,9 @@ def read_ranks(file: Path) -> tuple[dict[str, int] | None, list[int] | None]:
             f"{file} holds a {type(content).__name__}; expected an object with layer_ranks or "
             "rank_pattern"
         )
-    allowed = {"strategy_name", "layer_ranks", "rank_pattern"}
-    for key in content.keys() - allowed:
-        raise InputError(
-            f"{file}: unknown key {key!r}.{nearest(str(key), allowed)} Expected {sorted(allowed)}"
-        )
+    allowed = ["layer_ranks", "rank_pattern", "strategy_name"]
+    for key in content.keys() - set(allowed):
+        raise InputError(unknown(f"{file}: unknown key {key!r}", key, allowed, "Expected"))
     if ("layer_ranks" in content) == ("rank_pattern" in content):
         raise InputError(
             f"{file}: expected exactly one of layer_ranks and rank_pattern, got {sorted(content)}"

@@ -3,7 +3,6 @@ library, and prints."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adaptive_lora.cli.quiet import quiet
+from adaptive_lora.files import check_new, to_json
 
 app = typer.Typer()
 
@@ -33,6 +33,10 @@ def export(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Write only; compare nothing with the adapter.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Let code that comes with the base model run."),
+    ] = False,
 ) -> None:
     """Write an adapter in the form that PEFT, vLLM, llama.cpp or others need, and check that it
     answers the same."""
@@ -40,7 +44,15 @@ def export(
     from adaptive_lora.report.tables import WIDTH
 
     quiet()
-    done = write(adapter, to, output, model=model, check=not no_check, converter=converter)
+    done = write(
+        adapter,
+        to,
+        output,
+        model=model,
+        check=not no_check,
+        converter=converter,
+        trust_remote_code=trust_remote_code,
+    )
     for line in done.lines():
         wrapped = textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
         typer.echo(line if line.startswith(" ") else wrapped)
@@ -76,12 +88,12 @@ def compress(
 ) -> None:
     """Shrink any trained adapter under one budget for all its layers, by singular values."""
     from adaptive_lora.adapter_tools.compress import compress as shrink
-    from adaptive_lora.adapter_tools.folder import check_output, find_folder
+    from adaptive_lora.adapter_tools.folder import find_folder
     from adaptive_lora.report.figures import rank_heatmap
     from adaptive_lora.report.tables import kept_table, show
 
     quiet()
-    check_output(output)
+    check_new(output)
     folder, before = find_folder(adapter), None
     if data is not None or run is not None:
         from adaptive_lora.runs import use
@@ -155,7 +167,7 @@ def inspect(
         check_figure(figure)
     found = look(adapter)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        typer.echo(to_json(found.to_dict(), indent=2))
     else:
         show(adapter_table(rows(found), found.folder))
         for line in summary(found):

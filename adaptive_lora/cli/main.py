@@ -3,7 +3,6 @@ prints."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +16,15 @@ from adaptive_lora.cli import adapters as cli_adapters
 from adaptive_lora.cli import study as cli_study
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError, InputError
+from adaptive_lora.files import (
+    ADAPTER_FOLDER,
+    check_new,
+    check_new_file,
+    read_recipe,
+    set_key,
+    write_json,
+)
+from adaptive_lora.naming import set_dotted
 
 if TYPE_CHECKING:
     from adaptive_lora.recipe.config import RunConfig
@@ -154,23 +162,21 @@ def train(
         return
     for figure in report(resolved.output):
         typer.echo(f"figure: {figure}")
-    typer.echo(f"adapter: {Path(resolved.output) / 'adapter'}")
+    typer.echo(f"adapter: {Path(resolved.output) / ADAPTER_FOLDER}")
 
 
 def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     """Return the recipe that --config, the flags and --set make together; by name of the command's
     parameter."""
-    from adaptive_lora.files import read_recipe, set_key
-
     config = flags["config"]
     values: dict[str, Any] = read_recipe(config) if config else {}
     if config is None and flags["preset"] is None:
         values["task"] = "classification"
     for flag, key in _FLAGS.items():
         if flags.get(flag) is not None:
-            _assign(values, key, flags[flag])
+            set_dotted(values, key, flags[flag], origin="command line")
     if text := flags["text"]:
-        _assign(values, "data.text", text[0] if len(text) == 1 else text)
+        set_dotted(values, "data.text", text[0] if len(text) == 1 else text, origin="command line")
     for assignment in flags["set_"] or []:
         set_key(values, assignment)
     if isinstance(values.get("model"), str) and locate:
@@ -183,15 +189,6 @@ def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     return parse(values, origin=str(config) if config else "command line")
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"recipe key {parent} is {values!r}; expected a mapping")
-    values[last] = value
-
-
 @app.command()
 def evaluate(
     folder: Run,
@@ -202,12 +199,8 @@ def evaluate(
     model: BaseModel = None,
 ) -> None:
     """Score a run's saved adapter on any file."""
-    if output is not None and output.exists():
-        raise InputError(f"output {output} exists; give another name or remove it")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(
-            f"the folder of output {output} does not exist; make it, or give another name"
-        )
+    if output is not None:
+        output = check_new_file(output)
     quiet()
     from adaptive_lora.runs import use
 
@@ -217,7 +210,7 @@ def evaluate(
     for name, value in metrics.items():
         typer.echo(f"{name:<28}{value:.6g}")
     if output is not None:
-        output.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_json(output, metrics, indent=2)
 
 
 @app.command()
@@ -320,8 +313,8 @@ def plan(
     }
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device is {device!r}; expected cpu or cuda")
-    if output is not None and output.exists():
-        raise InputError(f"output {output} exists; give another name or remove it")
+    if output is not None:
+        output = check_new(output)
     quiet()
     resolved = _resolve(flags)
     from adaptive_lora.report import memory

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, get_peft_model_state_dict
-from safetensors import safe_open
+from peft.utils import PeftType, get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptive_lora.allocation.allocate import RankPattern
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
+from adaptive_lora.files import move, read_file
+from adaptive_lora.model.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_files, tensor_shapes
+from adaptive_lora.model.base_model import write_base
 from adaptive_lora.model.fingerprint import check_fingerprint, write_fingerprint
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.model.targets import (
@@ -359,9 +361,9 @@ def save(model: PeftModel, path: str | Path) -> Path:
     folder.
 
     Saved as r = max rank, lora_alpha = scale · r, rank_pattern and alpha_pattern with full names; a
-    target of rank 0 is left out. Beside it lies a fingerprint of the base model, which `load`
-    compares. Files are written beside and moved into place one by one, the config last; other files
-    stay.
+    target of rank 0 is left out. Beside it lies what the base model is, for `export`, and its
+    fingerprint, which `load` compares. Files are written beside and moved into place one by one,
+    the config last; other files stay.
 
     Raises `DivergedError` on a NaN or an infinity, before anything is written.
     """
@@ -379,19 +381,15 @@ def save(model: PeftModel, path: str | Path) -> Path:
     sync_config(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         model.save_pretrained(staging, selected_adapters=[model.active_adapter])
         write_fingerprint(model, Path(staging))
-        for file in sorted(
-            _files(Path(staging)), key=lambda file: file.name == "adapter_config.json"
-        ):
+        write_base(model, Path(staging))
+        files = [file for file in Path(staging).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
             if file.name != "README.md" or not (folder / file.name).exists():
-                os.replace(file, folder / file.name)
+                move(file, folder / file.name)
     return folder
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.is_file())
 
 
 def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -406,54 +404,70 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     """
     _check_base(model)
     folder = Path(path)
-    weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} is no adapter: it has no adapter_config.json. Give the folder that save() "
-            "wrote"
-        )
-    if not weights_file.is_file():
-        raise InputError(
-            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled adapters (.bin) are not read: "
-            "convert them"
-        )
+    check_kind(folder, read_config(folder))
+    found = tensor_shapes(folder / WEIGHTS_NAME)
     try:
-        kind = PeftConfig.from_pretrained(str(folder)).peft_type
-    except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
-        raise IntegrityError(
-            f"{folder / 'adapter_config.json'} is damaged: {type(error).__name__}: {error}"
-        ) from error
-    if kind != "LORA":
-        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
-    try:
-        with safe_open(weights_file, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # of many kinds; all mean the same to the caller
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model or is damaged: {error}"
         ) from error
-    expected = {
-        name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model).items()
-    }
-    if found != expected:
-        odd = sorted(
-            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
-        )
+    loaded = get_peft_model_state_dict(peft_model)
+    expected = {name: list(tensor.shape) for name, tensor in loaded.items()}
+    odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    if odd:
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first "
             f"{odd[0]} "
             f"(in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
         )
-    bad = tuple(
-        n
-        for n, t in get_peft_model_state_dict(peft_model).items()
-        if not bool(torch.isfinite(t).all())
-    )
-    if bad:
-        raise IntegrityError(
-            f"the adapter in {folder} holds NaN or infinite values, first in {bad[0]}"
-        )
+    check_finite(folder, loaded)
     check_fingerprint(peft_model, folder)
     keep_trainable(peft_model)
     return peft_model
+
+
+def kind_of(config: PeftConfig) -> str:
+    """Return the kind of adapter, such as "LORA"."""
+    return str(PeftType(config.peft_type).value)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Return PEFT's config of the adapter in `folder`, of any kind. Raises `InputError` for what is
+    no adapter folder or is pickled, `IntegrityError` for a damaged config."""
+    check_files(folder)
+    where = folder / CONFIG_NAME
+    try:
+        kind = read_file(where, "adapter's config")["peft_type"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice for training
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # JSON and PEFT raise many kinds; all mean the same to the caller
+        raise IntegrityError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    if kind_of(config) != kind:
+        raise IntegrityError(
+            f"{where} has the peft_type {kind!r}, which PEFT reads as {kind_of(config)}"
+        )
+    return config
+
+
+def check_kind(folder: Path, config: PeftConfig) -> None:
+    """Raise `InputError` unless `config` is that of a LoRA adapter."""
+    kind = kind_of(config)
+    if kind == "ADALORA":
+        raise InputError(
+            f"{folder} holds an AdaLoRA adapter; expected LoRA. Convert it first: adaptive-lora "
+            f"convert {folder} --output NEW"
+        )
+    if kind != "LORA":
+        raise InputError(f"{folder} holds a {kind} adapter; expected LORA")
+
+
+def check_finite(folder: Path | None, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `IntegrityError` when a tensor holds a NaN or an infinity."""
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise IntegrityError(
+            f"the adapter in {folder} holds NaN or infinite values in {len(bad)} tensors, first "
+            f"{bad[0]!r}"
+        )

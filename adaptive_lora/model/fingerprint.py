@@ -8,7 +8,6 @@ Names do not tell them apart: folders move, and their content changes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from adaptive_lora.errors import IntegrityError
+from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import read_file, write_json
 from adaptive_lora.model.targets import head_modules
+from adaptive_lora.naming import inside
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 SAMPLES = 1024  # values of a tensor, evenly spaced: any training of it changes most of them
@@ -43,9 +44,7 @@ def digests(model: nn.Module) -> Digests:
 def write_fingerprint(model: nn.Module, folder: Path) -> None:
     """Write the digests of the base of `model`, with or without adapters, into an adapter's
     folder."""
-    (folder / FINGERPRINT_FILE).write_text(
-        json.dumps(digests(model), indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(folder / FINGERPRINT_FILE, digests(model))
 
 
 def check_fingerprint(model: nn.Module, folder: Path) -> None:
@@ -60,9 +59,9 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_file(file, "fingerprint")
         pairs = {str(name): (str(kind), str(digest)) for name, (kind, digest) in saved.items()}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+    except (InputError, ValueError, AttributeError, TypeError) as error:
         raise IntegrityError(f"{file} is damaged: {error}") from error
     compared, other = 0, []
     for name, weight in _weights(model):
@@ -84,7 +83,7 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    heads = tuple(f"{head}." for head in head_modules(base))
+    heads = head_modules(base)
     for name, weight in base.named_parameters():
         whole = (
             type(weight) in (nn.Parameter, torch.Tensor)
@@ -93,7 +92,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         )
         skipped = (
             name.endswith("bias")
-            or name.startswith(heads)
+            or inside(name, heads)
             or any(part in name for part in NOT_THE_BASE)
         )
         if whole and weight.is_floating_point() and not skipped:

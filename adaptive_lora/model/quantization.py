@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.targets import head_modules
+from adaptive_lora.naming import inside
 
 Quantization = Literal["none", "nf4", "int8"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -132,13 +133,12 @@ def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = {}
     for name, module in model.named_modules():
-        inside_head = any(name == head or name.startswith(f"{head}.") for head in heads)
         # Exact types, as transformers has it: what derives from Linear may use its weight in ways
         # of its own.
         if (
             type(module) not in (nn.Linear, Conv1D)
             or module is output
-            or inside_head
+            or inside(name, heads)
             or owners[id(module.weight)] > 1
         ):
             continue

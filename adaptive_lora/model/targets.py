@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError, nearest
-from adaptive_lora.naming import split_name
+from adaptive_lora.naming import inside, split_name
 
 ALL_LINEAR = "all-linear"
 
@@ -110,7 +110,7 @@ def _linear(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if (features := linear_features(module)) is not None
         and module is not output_embeddings
-        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+        and not inside(name, heads)
     }
 
 

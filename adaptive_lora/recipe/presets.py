@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, unknown
 
 # Keys of `data` that say where the records are on the hub; a recipe with files of its own does not
 # take them.
@@ -92,9 +92,7 @@ def expand(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
-        raise InputError(
-            f"unknown preset {name!r}.{nearest(str(name), PRESETS)} Known: {', '.join(PRESETS)}"
-        )
+        raise InputError(unknown(f"unknown preset {name!r}", name, PRESETS))
     if values.get("task") not in (None, preset["task"]):
         raise InputError(
             f"preset {name!r} is for the task {preset['task']}; got the task {values['task']!r}. "

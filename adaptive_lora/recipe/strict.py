@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,7 +33,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     path, known, inside = _place(kind, problem["loc"])
     key = ".".join(path) or "it"
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}.{nearest(path[-1], known)} Known here: {', '.join(known)}"
+        return unknown(f"unknown key {key}", path[-1], known, "Known here")
     if problem["type"] == "value_error":  # raised by a validator of ours: its message is complete
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":

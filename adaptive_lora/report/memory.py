@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import pyplot as plt
 from rich.table import Table
 
+from adaptive_lora.files import write_json
 from adaptive_lora.report.figures import save
 from adaptive_lora.report.tables import show
 
@@ -81,8 +81,7 @@ def write_plan(plan: Plan, folder: Path) -> list[Path]:
         for stage in plan.stages
     ]
     file = folder / "plan.json"
-    text = json.dumps({"device": plan.device, "stages": stages, "notes": plan.notes}, indent=2)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_json(file, {"device": plan.device, "stages": stages, "notes": plan.notes}, indent=2)
     bars = {
         stage.name: {**parts_of(stage.account), "activations": stage.activations}
         for stage in plan.stages

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.adapter_tools.file import tensor_ranks
 from adaptive_lora.allocation.history import Decision, from_json, replay
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import ADAPTER_FOLDER, HISTORY_FILE, METRICS_FILE, RESULT_FILE
+from adaptive_lora.model.adapter_file import WEIGHTS_NAME, tensor_ranks
 
 KEYS = {
     "status",
@@ -51,16 +52,16 @@ def read_run(folder: str | Path) -> RunRecord:
     the initial ranks to those.
     """
     path = Path(folder)
-    result_file = path / "result.json"
+    result_file = path / RESULT_FILE
     if not result_file.is_file():
-        raise InputError(f"{path} holds no finished run: it has no result.json")
+        raise InputError(f"{path} holds no finished run: it has no {RESULT_FILE}")
     result = _json(result_file)
     missing = KEYS - result.keys() if isinstance(result, dict) else KEYS
     if missing:
         raise IntegrityError(
             f"{result_file} is not the result of a run: it lacks {', '.join(sorted(missing))}"
         )
-    metrics = read_metrics(path / "metrics.jsonl")
+    metrics = read_metrics(path / METRICS_FILE)
     ranks, initial = dict(result["ranks"]), dict(result["initial_ranks"])
     if result["status"] == "ok":
         check_tensors(path, ranks)
@@ -70,7 +71,7 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics,
         ranks,
         initial,
-        read_history(path / "allocations.jsonl", initial, ranks),
+        read_history(path / HISTORY_FILE, initial, ranks),
     )
 
 
@@ -98,7 +99,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def check_tensors(folder: Path, ranks: dict[str, int]) -> None:
     """Raise `IntegrityError` unless the tensors saved in the run directory have `ranks`; one
     without tensors has 0."""
-    tensors = tensor_ranks(folder / "adapter" / "adapter_model.safetensors")
+    tensors = tensor_ranks(folder / ADAPTER_FOLDER / WEIGHTS_NAME)
     saved = {name: tensors.pop(name, 0) for name in ranks} | tensors
     if saved != ranks:
         odd = next(name for name in saved if saved[name] != ranks.get(name))

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptive_lora.allocation.history import HISTORY_FILE, Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.files import ADAPTER_FOLDER, HISTORY_FILE, METRICS_FILE, RESULT_FILE
 from adaptive_lora.report.read import check_tensors, read_history, read_metrics
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.records import (
@@ -264,7 +265,7 @@ def _details(folder: Path, run: RunRow, problems: list[str]) -> Details:
     history: list[Decision] = []
     memory = None
     try:
-        metrics = read_metrics(folder / "metrics.jsonl")
+        metrics = read_metrics(folder / METRICS_FILE)
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
@@ -273,12 +274,12 @@ def _details(folder: Path, run: RunRow, problems: list[str]) -> Details:
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     try:
-        if run["status"] == "ok" and (folder / "adapter").is_dir():
+        if run["status"] == "ok" and (folder / ADAPTER_FOLDER).is_dir():
             check_tensors(folder, run["ranks"])
     except IntegrityError as error:
         problems.append(str(error))
     try:
-        memory = _memory(folder / "result.json")
+        memory = _memory(folder / RESULT_FILE)
     except IntegrityError as error:
         problems.append(str(error))
     return Details(folder, metrics, history, memory)

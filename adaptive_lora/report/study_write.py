@@ -3,12 +3,11 @@ figures."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from adaptive_lora.errors import InputError
+from adaptive_lora.files import move, write_text
 from adaptive_lora.report.html import render
 from adaptive_lora.report.page_data import page_data
 from adaptive_lora.report.study_figures import draw_figures
@@ -38,8 +37,8 @@ def report_study(folder: str | Path) -> list[Path]:
 
 
 def _write(study: StudyFolder) -> list[Path]:
-    staging = Path(tempfile.mkdtemp(prefix=".report-", dir=study.folder))
-    try:
+    with TemporaryDirectory(prefix=".report-", dir=study.folder) as folder:
+        staging = Path(folder)
         drawn = draw_figures(study, staging / FIGURES)
         texts = {
             "report.html": render(study.head["name"], page_data(study)),
@@ -47,16 +46,12 @@ def _write(study: StudyFolder) -> list[Path]:
             "results.csv": csv_text(study),
         }
         for name, text in texts.items():
-            (staging / name).write_text(text, encoding="utf-8", newline="\n")
-        for name in texts:
-            os.replace(staging / name, study.folder / name)
+            write_text(study.folder / name, text)
         for old in (study.folder / FIGURES).glob("ranks-[0-9]*-*.[ps][nv]g"):
             old.unlink()  # of a method that the study no longer has
         for figure in sorted((staging / FIGURES).glob("*")):
             (study.folder / FIGURES).mkdir(exist_ok=True)
-            os.replace(figure, study.folder / FIGURES / figure.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            move(figure, study.folder / FIGURES / figure.name)
     return [
         *(study.folder / name for name in texts),
         *(study.folder / FIGURES / figure.name for figure in drawn),

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.hub import locate_model
+from adaptive_lora.errors import InputError
+from adaptive_lora.model.base_model import Base, access, read_config
 from adaptive_lora.model.quantization import (
+    Quantization,
     bitsandbytes_config,
     check_available,
     check_plain,
@@ -23,6 +23,7 @@ from adaptive_lora.model.quantization import (
     skipped,
 )
 from adaptive_lora.model.targets import head_modules
+from adaptive_lora.naming import inside
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks import TASKS, Task
 
@@ -30,18 +31,15 @@ from adaptive_lora.tasks import TASKS, Task
 def load_task(config: RunConfig) -> Task:
     """Return the task of a recipe, bound to the tokenizer (or image processor) and configuration of
     its model."""
-    arguments = _locate(config)
+    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     images = config.task == "image_classification"
     try:
-        model_config = AutoConfig.from_pretrained(config.model, **arguments)
         processor: Any = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(
-            config.model, **arguments
+            config.model, **access(config.model, trust_remote_code=config.trust_remote_code)
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = "image processor" if images else "tokenizer"
-        raise InputError(
-            f"cannot load the configuration or {what} of {config.model!r}: {error}"
-        ) from error
+        raise InputError(f"cannot load the {what} of {config.model!r}: {error}") from error
     if not images:
         # transformers makes a tokenizer up if there is none.
         if len(set(processor.get_vocab()) - set(processor.all_special_tokens)) < 2:
@@ -75,29 +73,16 @@ def load_model(
         check_available()
         check_plain(task.model_config, config.model)
     dtype = compute_dtype(config.dtype) if quantized or config.dtype != "auto" else None
-    arguments = {
-        **_locate(config),
-        **task.model_arguments(),
-        **({} if dtype is None else {"dtype": dtype}),
-    }
+    base = Base(config.model, task.auto_class, task.model_arguments(), config.trust_remote_code)
     missing_keys: list[str] = []
-    try:
-        if random_weights:
-            model = _from_config(config, task, torch.device("cpu"), dtype)
-            if quantized:
-                quantize_in_place(model, config.quantization, dtype or torch.float32)
-        elif quantized:
-            model, missing_keys = _load_quantized(config, task, dtype or torch.float32, arguments)
-        else:
-            model, missing_keys = _from_pretrained(config, task, arguments)
-    except SafetensorError as error:
-        raise IntegrityError(f"the weights of {config.model!r} are damaged: {error}") from error
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"cannot load the model {config.model!r} for {config.task}: {error}"
-        ) from error
+    if random_weights:
+        model = base.draw(dtype=dtype)
+        if quantized:
+            quantize_in_place(model, config.quantization, dtype or torch.float32)
+    elif quantized:
+        model, missing_keys = _load_quantized(base, config.quantization, dtype or torch.float32)
+    else:
+        model, missing_keys = base.load(**({} if dtype is None else {"dtype": dtype}))
     pad = getattr(task.tokenizer, "pad_token_id", None)
     if getattr(model.config, "pad_token_id", None) is None and pad is not None:
         model.config.pad_token_id = pad
@@ -108,43 +93,15 @@ def load_model(
     return model, _modules_of(missing_keys, model)
 
 
-def _from_pretrained(
-    config: RunConfig, task: Task, arguments: dict[str, Any]
-) -> tuple[Any, list[str]]:
-    loaded: Any = task.auto_class.from_pretrained(
-        config.model, **arguments, output_loading_info=True
-    )
-    return loaded[0], loaded[1]["missing_keys"]
-
-
-def _from_config(
-    config: RunConfig, task: Task, device: torch.device, dtype: torch.dtype | None
-) -> Any:
-    """Return the model of the recipe with weights drawn at random, or without storage on the device
-    "meta"."""
-    model_config = AutoConfig.from_pretrained(
-        config.model, **_locate(config), **task.model_arguments()
-    )
-    arguments = {
-        "trust_remote_code": config.trust_remote_code,
-        **({} if dtype is None else {"dtype": dtype}),
-    }
-    with device:
-        return task.auto_class.from_config(model_config, **arguments)
-
-
 def _load_quantized(
-    config: RunConfig, task: Task, dtype: torch.dtype, arguments: dict[str, Any]
+    base: Base, quantization: Quantization, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
     absent: list[str] = []
-    skeleton = _from_config(config, task, torch.device("meta"), dtype)
+    skeleton = base.draw(device="meta", dtype=dtype)
     while True:
-        settings = bitsandbytes_config(
-            config.quantization, dtype, skipped(skeleton, config.quantization, dtype, absent)
-        )
-        model, missing_keys = _from_pretrained(
-            config, task, arguments | {"quantization_config": settings}
-        )
+        left = skipped(skeleton, quantization, dtype, absent)
+        settings = bitsandbytes_config(quantization, dtype, left)
+        model, missing_keys = base.load(dtype=dtype, quantization_config=settings)
         # transformers leaves a module that has no weights in the files half converted: it must not
         # be quantised.
         lacking = [
@@ -165,13 +122,5 @@ def _leave_the_file(model: Any) -> None:
 
 
 def _modules_of(missing_keys: Iterable[str], model: Any) -> list[str]:
-    heads = tuple(f"{head}." for head in head_modules(model))
-    return sorted({name.rpartition(".")[0] for name in missing_keys if not name.startswith(heads)})
-
-
-def _locate(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained`, after making sure that the model can be had."""
-    return {
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": locate_model(config.model),
-    }
+    heads = head_modules(model)
+    return sorted({name.rpartition(".")[0] for name in missing_keys if not inside(name, heads)})

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from adaptive_lora import methods
 from adaptive_lora.allocation.allocate import RankPattern, proportional
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
-from adaptive_lora.hub import locate_model
 from adaptive_lora.model.adapters import attach, base_of, lora_parameters
+from adaptive_lora.model.base_model import Base, read_config
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.memory import account, total
 from adaptive_lora.model.quantization import check_plain, compute_dtype, left_out
@@ -203,38 +202,23 @@ def parse_size(text: str) -> int:
 def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, quantised modules replaced by stand-ins of their
     size."""
-    where = {
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": locate_model(config.model),
-    }
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1
-    try:
-        model_config = AutoConfig.from_pretrained(config.model, **where, **head)
-        if config.quantization != "none":
-            check_plain(model_config, config.model)
-        dtype = _base_dtype(config, model_config, device)
-        # its fused kernels keep no matrix of attention weights, with dropout neither
-        if device == "cuda":
-            for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
-                if getattr(model_config, name, 0):
-                    setattr(model_config, name, 0.0)
-        with torch.device("meta"):
-            code = {"trust_remote_code": config.trust_remote_code}
-            model = (
-                TASKS[config.task]
-                .model_class(model_config)
-                .from_config(model_config, dtype=dtype, **code)
-            )
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"cannot plan {config.task} with the model {config.model!r}: {error}"
-        ) from error
+    trusted = config.trust_remote_code
+    model_config = read_config(config.model, head, trust_remote_code=trusted)
+    if config.quantization != "none":
+        check_plain(model_config, config.model)
+    dtype = _base_dtype(config, model_config, device)
+    # its fused kernels keep no matrix of attention weights, with dropout neither
+    if device == "cuda":
+        for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
+            if getattr(model_config, name, 0):
+                setattr(model_config, name, 0.0)
+    kind = TASKS[config.task].model_class(model_config)
+    model = Base(config.model, kind, head, trusted).draw(model_config, device="meta", dtype=dtype)
     if config.quantization != "none":
         pack(model, config.quantization, dtype, device)
         for name in head_modules(model):

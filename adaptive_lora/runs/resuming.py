@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adaptive_lora import methods
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.files import read_recipe
+from adaptive_lora.files import CHECKPOINT_FOLDER, CONFIG_FILE, read_recipe
+from adaptive_lora.model.adapter_file import WEIGHTS_NAME
+from adaptive_lora.naming import flatten
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.training.controller import STATE_FILE, TENSOR_FILE
-
-CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 
 
 def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
@@ -84,7 +83,7 @@ def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
                 f"{path} is a symbolic link; a checkpoint is resumed only from files of its own"
             )
     state_files = ("trainer_state.json", *([STATE_FILE] if dynamic else []))
-    tensor_files = ("adapter_model.safetensors", *([TENSOR_FILE] if dynamic else []))
+    tensor_files = (WEIGHTS_NAME, *([TENSOR_FILE] if dynamic else []))
     for name in (*state_files, *tensor_files, "optimizer.pt", "scheduler.pt", "rng_state*.pth"):
         if not any(checkpoint.glob(name)):
             raise IntegrityError(f"the checkpoint {checkpoint} has no {name}")
@@ -105,17 +104,7 @@ def _check_checkpoint(checkpoint: Path, *, dynamic: bool) -> None:
 
 def _differences(before: RunConfig, now: RunConfig) -> list[str]:
     """Return the dotted keys whose values differ, except where the run is stored."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v
-            for key, item in value.items()
-            for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()
-        }
-
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return sorted(
         key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key)
     )

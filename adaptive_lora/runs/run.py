@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,8 +16,17 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_lora import methods
-from adaptive_lora.allocation.history import HISTORY_FILE
-from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, nearest
+from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError, unknown
+from adaptive_lora.files import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    write_json,
+    write_text,
+)
 from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.model.memory import account, peak_memory, process_memory
 from adaptive_lora.model.quantization import compute_dtype, left_out
@@ -26,15 +34,14 @@ from adaptive_lora.model.targets import coverage, find_targets
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.dry_run import few, soon, two_steps
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.resuming import CHECKPOINT_FOLDER, CONFIG_FILE, check_folder
+from adaptive_lora.runs.resuming import check_folder
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
-from adaptive_lora.training.trainer import MetricsFile, finite, use_progress
+from adaptive_lora.training.trainer import MetricsFile, use_progress
 
-METRICS_FILE, RESULT_FILE, ADAPTER_FOLDER = "metrics.jsonl", "result.json", "adapter"
 # keys of `data` that the training records may complete
 LEARNED = {"text", "label", "classes", "class_numbers", "unanswerable"}
 WIDTH = 100  # columns of the terminal
@@ -120,7 +127,7 @@ def _train(
         main_process = trainer.is_world_process_zero()
         folder.mkdir(parents=True, exist_ok=True)
         if main_process:
-            (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            write_text(folder / CONFIG_FILE, config.to_yaml())
     except OSError as error:
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
@@ -148,14 +155,8 @@ def _train(
             failure |= {"step": error.step, "where": list(error.where)}
         failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
         if main_process:
-            _write_result(
-                folder,
-                {
-                    **failure,
-                    **_facts(config, model, method, initial_ranks, trainer.optimizer, before),
-                    "metrics": {},
-                },
-            )
+            facts = _facts(config, model, method, initial_ranks, trainer.optimizer, before)
+            write_json(folder / RESULT_FILE, {**failure, **facts, "metrics": {}}, indent=2)
         raise
     result = {
         "status": "ok",
@@ -169,24 +170,18 @@ def _train(
         "train_seconds": seconds,
     }
     if main_process:
-        _write_result(folder, result)
+        write_json(folder / RESULT_FILE, result, indent=2)
     return result
 
 
 def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
     """Raise `InputError` for what the Trainer would find out only when it gets there."""
     if metric is not None and metric not in task.metrics:
-        raise InputError(
-            f"metric is {metric!r}.{nearest(metric, task.metrics)} Known here: "
-            f"{', '.join(task.metrics)}"
-        )
+        raise InputError(unknown(f"metric is {metric!r}", metric, task.metrics, "Known here"))
     known = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", *task.metrics)]
     wanted = arguments.metric_for_best_model
     if wanted is not None and wanted not in known:
-        raise InputError(
-            f"training.metric_for_best_model is {wanted!r}.{nearest(wanted, known)} Known: "
-            f"{', '.join(known)}"
-        )
+        raise InputError(unknown(f"training.metric_for_best_model is {wanted!r}", wanted, known))
     if arguments.fp16 and arguments.device.type == "cpu":
         raise InputError(
             "training.fp16 is true and there is no GPU; expected bf16, or neither for float32"
@@ -263,10 +258,3 @@ def versions() -> dict[str, str]:
 
     names = ("adaptive-lora", "torch", "transformers", "peft", "datasets", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _write_result(folder: Path, result: dict[str, Any]) -> None:
-    text = json.dumps(finite(result), indent=2, allow_nan=False)
-    staging = folder / f".{RESULT_FILE}"
-    staging.write_text(text + "\n", encoding="utf-8")
-    os.replace(staging, folder / RESULT_FILE)

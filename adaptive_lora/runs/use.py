@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
-import os
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -20,19 +18,26 @@ from datasets import Dataset
 from peft import PeftModel
 
 from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.files import read_file, read_recipe
+from adaptive_lora.files import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    RESULT_FILE,
+    check_new_file,
+    read_file,
+    read_recipe,
+    to_json,
+    whole,
+)
 from adaptive_lora.model.adapters import load
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.resuming import CONFIG_FILE
-from adaptive_lora.runs.run import ADAPTER_FOLDER, RESULT_FILE
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.base import ROW
 from adaptive_lora.tasks.data import Split, columns_of, load_splits, numbered, text_columns
 from adaptive_lora.tasks.language_model import WritingTask
 from adaptive_lora.tasks.tables import read_table
-from adaptive_lora.training.trainer import finite, use_progress
+from adaptive_lora.training.trainer import use_progress
 
 WRITERS = (".jsonl", ".csv", ".parquet")
 
@@ -153,16 +158,7 @@ def predict(run: FinishedRun, source: str, output: str | Path) -> int:
     before anything is computed when `output` exists, has an unknown ending, or a column is there
     already.
     """
-    output = Path(output)
-    if output.suffix.lower() not in WRITERS:
-        raise InputError(
-            f"output {output} has the ending {output.suffix!r}; expected one of "
-            f"{', '.join(WRITERS)}"
-        )
-    if output.exists():
-        raise InputError(f"output {output} exists; give another name or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"the folder of output {output} does not exist")
+    output = check_new_file(output, endings=WRITERS)
     split = _records(run, source, "input")
     columns = columns_of(split.records)
     taken = [name for name in ("prediction", "probability", "score") if name in columns]
@@ -174,14 +170,11 @@ def predict(run: FinishedRun, source: str, output: str | Path) -> int:
     table: pa.Table = split.records.select_columns(columns).with_format("arrow")[:]
     for name in predictions[0]:
         table = table.append_column(name, pa.array([found[name] for found in predictions]))
-    staging = output.with_name(f".{output.name}")
     try:
-        _write(staging, table)
-        os.replace(staging, output)
+        with whole(output) as staging:
+            _write(staging, table)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error}") from error
-    finally:
-        staging.unlink(missing_ok=True)
     return table.num_rows
 
 
@@ -234,7 +227,7 @@ def _cell(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=_text)
+    return to_json(value, ensure_ascii=False, default=_text)
 
 
 def _text(value: Any) -> str:

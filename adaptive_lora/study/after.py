@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptive_lora.study.outcomes import ADAPTER_FILE, CONFIG_FILE, RESULT_FILE
-from adaptive_lora.study.plan import write_atomically
+from adaptive_lora.files import ADAPTER_FOLDER, CONFIG_FILE, RESULT_FILE, write_json, write_text
 
 if TYPE_CHECKING:
     from adaptive_lora.recipe.config import RunConfig
@@ -47,11 +46,10 @@ def make(config: RunConfig, *, source: Path, do: Change, resume: bool = False) -
     from adaptive_lora.runs import use
     from adaptive_lora.runs.run import versions
     from adaptive_lora.tasks.data import load_splits
-    from adaptive_lora.training.trainer import finite
 
     use.finished_task(source)
     folder = Path(config.output)
-    adapter = (folder / ADAPTER_FILE).parent
+    adapter = folder / ADAPTER_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     do(source, config, adapter)
@@ -79,6 +77,5 @@ def make(config: RunConfig, *, source: Path, do: Change, resume: bool = False) -
         "train_seconds": seconds,
         "versions": versions(),
     }
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    text = json.dumps(finite(result), indent=2, allow_nan=False)
-    write_atomically(folder / RESULT_FILE, text + "\n")
+    write_text(folder / CONFIG_FILE, config.to_yaml())
+    write_json(folder / RESULT_FILE, result, indent=2)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.errors import IntegrityError, nearest
-from adaptive_lora.study.outcomes import RESULT_FILE, UnusableError, read_outcome, read_result
+from adaptive_lora.errors import IntegrityError, unknown
+from adaptive_lora.files import RESULT_FILE
+from adaptive_lora.study.outcomes import UnusableError, read_outcome, read_result
 from adaptive_lora.study.plan import read_plan, read_study_head
 from adaptive_lora.study.records import (
     RUNS,
@@ -184,7 +185,11 @@ def _notes_on_runs(
         if lacking:
             known = lacking[0]["metrics"]
             notes.append(
-                f"{len(lacking)} runs have no metric {metric!r}.{nearest(metric, known)} They "
-                f"have: {', '.join(sorted(known))}"
+                unknown(
+                    f"{len(lacking)} runs have no metric {metric!r}",
+                    metric,
+                    sorted(known),
+                    "They have",
+                )
             )
     return notes

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
+from adaptive_lora.errors import AdaptiveLoraError, InputError, unknown
 from adaptive_lora.study import claims
 from adaptive_lora.study.records import CLAIMS, LOGS
 from adaptive_lora.study.study_file import Study
@@ -189,9 +189,7 @@ EXECUTORS: dict[str, type[Executor]] = {"local": Local, "slurm": Slurm, "ray": R
 def executor_named(name: str) -> type[Executor]:
     """Return the executor of that name. Raises `InputError` naming the nearest."""
     if name not in EXECUTORS:
-        raise InputError(
-            f"unknown executor {name!r}.{nearest(name, EXECUTORS)} Known: {', '.join(EXECUTORS)}"
-        )
+        raise InputError(unknown(f"unknown executor {name!r}", name, EXECUTORS))
     return EXECUTORS[name]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptive_lora.errors import InputError
+from adaptive_lora.naming import set_dotted
 
 LABEL = "label"
 
@@ -32,7 +33,7 @@ def expand(
         ]
         recipe = copy.deepcopy(dict(base))
         for key, value in sorted(assignments, key=lambda pair: pair[0].count(".")):
-            _assign(recipe, key, copy.deepcopy(value))
+            set_dotted(recipe, key, copy.deepcopy(value), origin=f"study: axis {key}")
         yield {axis: labels[axis][place] for axis, place in chosen.items()}, recipe
 
 
@@ -84,13 +85,3 @@ def _assignments(axis: str, value: Any) -> list[tuple[str, Any]]:
     if is_labelled(value):
         return [(str(key), item) for key, item in value.items() if key != LABEL]
     return [(axis, value)]
-
-
-def _assign(recipe: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node = recipe
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise InputError(f"study: axis {key}: {parent} is {node!r}; expected a mapping")
-    node[last] = value

@@ -10,15 +10,11 @@ from typing import Any
 
 import yaml
 
-from adaptive_lora.study.plan import identity, write_atomically
+from adaptive_lora.files import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, RESULT_FILE, write_json
+from adaptive_lora.study.plan import identity
 from adaptive_lora.study.records import OUTCOMES, RUNS, VERSION, Outcome, PlannedRun
 
-RESULT_FILE, CONFIG_FILE, ADAPTER_FILE = (
-    "result.json",
-    "config.yaml",
-    "adapter/adapter_model.safetensors",
-)
-DIGESTED = (RESULT_FILE, CONFIG_FILE, "metrics.jsonl", "allocations.jsonl")
+DIGESTED = (RESULT_FILE, CONFIG_FILE, METRICS_FILE, HISTORY_FILE)
 
 
 class UnusableError(Exception):
@@ -40,9 +36,7 @@ def write_outcome(study: Path, outcome: Outcome) -> None:
     """Write the outcome of a run, whole or not at all."""
     folder = study / OUTCOMES
     folder.mkdir(exist_ok=True)
-    write_atomically(
-        folder / f"{outcome['id']}.json", json.dumps(outcome, indent=1, allow_nan=False) + "\n"
-    )
+    write_json(folder / f"{outcome['id']}.json", outcome)
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from adaptive_lora.errors import InputError, IntegrityError, nearest
+from adaptive_lora.errors import InputError, IntegrityError, nearest, unknown
+from adaptive_lora.files import read_file, write_text
+from adaptive_lora.naming import flatten
 from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study.grid import expand, is_labelled
 from adaptive_lora.study.records import PLAN_FILE, STUDY_FILE, VERSION, After, PlannedRun
@@ -43,7 +44,7 @@ def plan_of(study: Study, recipes: Iterable[Mapping[str, Any]]) -> list[PlannedR
     """Return the runs of recipes made by a function. The axes are the keys in which they differ;
     `method` is one axis."""
     resolved = [_resolve(recipe, f"run {number}") for number, recipe in enumerate(recipes, start=1)]
-    flat = [_flat(recipe) for recipe in resolved]
+    flat = [flatten(recipe) for recipe in resolved]
     keys = [
         key
         for key in dict.fromkeys(k for one in flat for k in one)
@@ -86,9 +87,12 @@ def _checked(study: Study, plan: list[PlannedRun]) -> list[PlannedRun]:
     methods = list(dict.fromkeys(one["method"] for one in plan))
     if study.baseline not in methods:
         raise InputError(
-            f"study {study.name}: baseline is "
-            f"{study.baseline!r}.{nearest(str(study.baseline), methods)} "
-            f"Methods of the study: {', '.join(methods)}"
+            unknown(
+                f"study {study.name}: baseline is {study.baseline!r}",
+                study.baseline,
+                methods,
+                "Methods of the study",
+            )
         )
     return plan
 
@@ -199,16 +203,6 @@ def identity(config: Mapping[str, Any], *, threads: int, after: After | None = N
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        k: v
-        for key, item in value.items()
-        for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
-    }
-
-
 def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
     """Write study.yaml and plan.json. Raises `InputError` when the folder holds something else, or
     another study."""
@@ -227,14 +221,10 @@ def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            before, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
-        )
+        write_text(before, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True))
         head = {"version": VERSION, "threads": study.threads, "axes": axes_of(plan)}
         lines = ",\n".join(json.dumps(one, allow_nan=False) for one in plan)
-        write_atomically(
-            folder / PLAN_FILE, json.dumps(head)[:-1] + ', "runs": [\n' + lines + "\n]}\n"
-        )
+        write_text(folder / PLAN_FILE, json.dumps(head)[:-1] + ', "runs": [\n' + lines + "\n]}\n")
     except OSError as error:
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
 
@@ -280,19 +270,7 @@ def read_study_head(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    from adaptive_lora.files import read_file
-
     values = read_file(file, "study")
     if not isinstance(values, dict):
         raise IntegrityError(f"{file} is damaged: it holds no mapping")
     return values
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file such that a reader, or a kill, finds the old one or the new one."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, file)
-
-
-Recipes = Callable[[], Iterable[Mapping[str, Any]]]

@@ -3,7 +3,6 @@ missing is done."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError
+from adaptive_lora.files import write_json
 from adaptive_lora.study.analysis import analyse
 from adaptive_lora.study.executors import Executor, Local
 from adaptive_lora.study.outcomes import UnusableError, read_outcome
-from adaptive_lora.study.plan import make_plan, plan_of, write_atomically, write_plan
+from adaptive_lora.study.plan import make_plan, plan_of, write_plan
 from adaptive_lora.study.progress import Bar, Watch
 from adaptive_lora.study.records import COSTS_FILE, OUTCOMES, RESULTS_FILE, RUNS, StudyRecord
 from adaptive_lora.study.study_file import Study
@@ -86,11 +86,9 @@ def write_results(folder: Path) -> StudyRecord:
     """Read the study in `folder`, write results.json and costs.json there, and return the
     record."""
     record = analyse(folder)
-    write_atomically(
-        folder / COSTS_FILE, json.dumps(record["costs"], indent=1, allow_nan=False) + "\n"
-    )
+    write_json(folder / COSTS_FILE, record["costs"])
     lasting = {key: value for key, value in record.items() if key != "costs"}
-    write_atomically(folder / RESULTS_FILE, json.dumps(lasting, indent=1, allow_nan=False) + "\n")
+    write_json(folder / RESULTS_FILE, lasting)
     return record
 
 

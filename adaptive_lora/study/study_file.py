@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, unknown
 from adaptive_lora.files import load_yaml, read_file, read_recipe, set_key
 from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study.selection import RULES
@@ -31,9 +31,7 @@ class Select(Strict):
     @classmethod
     def _rule_is_known(cls, rule: str) -> str:
         if rule not in RULES:
-            raise InputError(
-                f"select.rule is {rule!r}.{nearest(rule, RULES)} Known: {', '.join(RULES)}"
-            )
+            raise InputError(unknown(f"select.rule is {rule!r}", rule, RULES))
         return rule
 
 
@@ -97,10 +95,7 @@ class Study(Strict):
             select.axes = [LEARNING_RATE] if LEARNING_RATE in self.grid else []
         for axis in select.axes:
             if axis not in self.grid:
-                raise InputError(
-                    f"select.axes names {axis!r}.{nearest(axis, self.grid)} Axes: "
-                    f"{', '.join(self.grid)}"
-                )
+                raise InputError(unknown(f"select.axes names {axis!r}", axis, self.grid, "Axes"))
         select.by = select.by or report.metric
         if report.greater_is_better is None:
             report.greater_is_better = rises(report.metric)
@@ -169,8 +164,5 @@ def _with_paths(value: Any, paths: Mapping[str, str]) -> Any:
         return value
     name, slash, rest = value[1:].partition("/")
     if name not in paths:
-        raise InputError(
-            f"${name} in {value!r} is not among paths.{nearest(name, paths)} Known: "
-            f"{', '.join(paths)}"
-        )
+        raise InputError(unknown(f"${name} in {value!r} is not among paths", name, paths))
     return f"{paths[name]}{slash}{rest}"

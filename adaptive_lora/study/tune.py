@@ -15,13 +15,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from adaptive_lora.errors import AdaptiveLoraError, InputError, nearest
-from adaptive_lora.files import read_file, set_key
+from adaptive_lora.errors import AdaptiveLoraError, InputError, unknown
+from adaptive_lora.files import read_file, set_key, write_json
 from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study import claims
 from adaptive_lora.study.grid import expand
 from adaptive_lora.study.outcomes import UnusableError, is_over, read_outcome, read_result
-from adaptive_lora.study.plan import make_plan, write_atomically
+from adaptive_lora.study.plan import make_plan
 from adaptive_lora.study.records import CLAIMS, PlannedRun
 from adaptive_lora.study.study_file import Count, Report, Study, Text, rises
 from adaptive_lora.study.worker import TRAIN, load, perform
@@ -217,16 +217,13 @@ def _figures(
         value = known.get(name)
         if value is None or not math.isfinite(value):
             raise InputError(
-                f"the run has no metric {name!r}.{nearest(name, known)} It has: "
-                f"{', '.join(sorted(known))}"
+                unknown(f"the run has no metric {name!r}", name, sorted(known), "It has")
             )
         figures.append(float(value))
     return figures, None
 
 
 def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
-    import json
-
     finished = [t for t in search.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     best = {t.number for t in search.best_trials} if finished else set()
     trials = [
@@ -242,12 +239,8 @@ def _result(folder: Path, search: Any, tuning: Tuning) -> list[Trial]:
         if t.state.name == "COMPLETE" or "reason" in t.user_attrs
     ]
     rows = [trial.__dict__ for trial in trials]
-    text = json.dumps(
-        {"name": tuning.name, "objectives": tuning.objectives, "trials": rows},
-        indent=1,
-        allow_nan=False,
-    )
-    write_atomically(folder / TRIALS_FILE, text + "\n")
+    record = {"name": tuning.name, "objectives": tuning.objectives, "trials": rows}
+    write_json(folder / TRIALS_FILE, record)
     return trials
 
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.files import ADAPTER_FOLDER, CHECKPOINT_FOLDER, RESULT_FILE
 from adaptive_lora.study import after, claims
-from adaptive_lora.study.outcomes import RESULT_FILE, digests, is_over, write_outcome
+from adaptive_lora.study.outcomes import digests, is_over, write_outcome
 from adaptive_lora.study.plan import read_plan
 from adaptive_lora.study.records import CLAIMS, LOGS, RUNS, VERSION, Outcome, PlannedRun
 
@@ -131,7 +132,7 @@ def _train(folder: Path, planned: PlannedRun, train: Train, *, begun: bool) -> N
             )
         if (folder / RESULT_FILE).is_file():  # written last, and whole
             return
-        if any((folder / "checkpoints").glob("checkpoint-*")):
+        if any((folder / CHECKPOINT_FOLDER).glob("checkpoint-*")):
             try:
                 train(config, resume=True)
                 return
@@ -164,12 +165,10 @@ def _log(file: Path) -> Iterator[None]:
 
 def _costliest_component(folder: Path) -> int | None:
     """Return I + O of the costliest target with an adapter; None without a saved adapter."""
-    from adaptive_lora.adapter_tools.file import component_costs
-    from adaptive_lora.study.outcomes import ADAPTER_FILE
+    from adaptive_lora.model.adapter_file import WEIGHTS_NAME, component_costs
 
-    if not (folder / ADAPTER_FILE).is_file():
-        return None
-    return max(component_costs(folder / ADAPTER_FILE).values(), default=None)
+    file = folder / ADAPTER_FOLDER / WEIGHTS_NAME
+    return max(component_costs(file).values(), default=None) if file.is_file() else None
 
 
 def _cuda_peak() -> int:

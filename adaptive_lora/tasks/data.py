@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.errors import InputError, unknown
 from adaptive_lora.recipe.config import DataConfig
 from adaptive_lora.tasks.tables import read_table
 
@@ -49,8 +49,9 @@ class Split:
         for column in columns:
             if column not in present:
                 raise InputError(
-                    f"{self.source} has no column {column!r}.{nearest(column, present)} Its "
-                    f"columns: {', '.join(present)}"
+                    unknown(
+                        f"{self.source} has no column {column!r}", column, present, "Its columns"
+                    )
                 )
 
 

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
-from adaptive_lora.adapter_tools.file import tensor_ranks
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import InputError, IntegrityError
+from adaptive_lora.model.adapter_file import tensor_ranks
 from adaptive_lora.model.adapters import ranks
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.quantization import keep_trainable

@@ -17,9 +17,10 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
 from adaptive_lora.allocation.allocate import RankPattern
-from adaptive_lora.allocation.history import HISTORY_FILE, Decision
+from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.importance import GradientNorm, WeightDelta
 from adaptive_lora.errors import InputError, nearest
+from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.methods import grad_delta
 from adaptive_lora.model.adapters import attach, infer_task_type, ranks, save
 from adaptive_lora.model.targets import ALL_LINEAR

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import logging
 import math
 import sys
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
+from adaptive_lora.files import to_json, write_text
 from adaptive_lora.model.adapters import base_of, infer_task_type, non_finite, weights
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.training.callback import SaveAfterEpoch
@@ -337,7 +337,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.path.write_text("".join(map(self._line, state.log_history)), encoding="utf-8")
+            write_text(self.path, "".join(map(self._line, state.log_history)))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -346,19 +346,7 @@ class MetricsFile(TrainerCallback):
 
     @staticmethod
     def _line(row: dict[str, Any]) -> str:
-        return json.dumps(finite(row), allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with every float that is not finite replaced by None: strict JSON has no
-    NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return to_json(row) + "\n"
 
 
 _SHOWN = (

@@ -29,6 +29,7 @@ from adaptive_lora.adapter_tools.probe import answers as all_answers
 from adaptive_lora.adapter_tools.probe import difference, probe_inputs
 from adaptive_lora.methods import METHODS
 from adaptive_lora.model.adapters import adapters, weights
+from adaptive_lora.model.base_model import BASE_FILE
 
 pytest_plugins = ("model_folders",)
 # Conv1D, grouped queries, an encoder with a head, encoder and decoder with tied embeddings, images.
@@ -333,7 +334,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("{adapter} --to merged --no-check", "does not say which base model it is for"),
         ("{adapter} --to native --model {bases}/absent", "does not exist; give a folder"),
-        ("{adapter} --to native --model {bases}/gpt2", "has no module 'model.layers.0."),
+        ("{adapter} --to native --model {bases}/gpt2", "is a 'gpt2' model; expected 'llama'"),
+        ("{bare} --to native --model {bases}/gpt2", "has no module 'model.layers.0."),
         ("{adapter} --to merged --model {bases}/wide", "has 32 inputs and"),
         (
             "{adapter} --to merged --model {bases}/quantised",
@@ -351,7 +353,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bad_input_is_one_message_and_leaves_nothing(
     arguments: str, message: str, adapter: Path, bases: Path, command: Command, tmp_path: Path
 ) -> None:
-    files = {"adapter": adapter, "bases": bases, "nan": tmp_path / "nan", "head": tmp_path / "head"}
+    files = {"adapter": adapter, "bases": bases}
+    files |= {name: tmp_path / name for name in ("nan", "head", "bare")}
+    if "{bare}" in arguments:
+        shutil.copytree(adapter, tmp_path / "bare")
+        (tmp_path / "bare" / BASE_FILE).unlink()
     if "{nan}" in arguments:
         shutil.copytree(adapter, tmp_path / "nan")
         tensors = load_file(adapter / "adapter_model.safetensors")

@@ -241,7 +241,7 @@ def without_tokens(content: bytes) -> bytes:
             2,
             "cannot load the configuration",
         ),
-        ("tokenizer.json", lambda content: b"{", 2, "cannot load the configuration or tokenizer"),
+        ("tokenizer.json", lambda content: b"{", 2, "cannot load the tokenizer"),
         ("tokenizer.json", lambda content: None, 2, "tokenizer"),
         ("tokenizer_config.json", without_tokens, 2, "no padding token"),
     ],

@@ -152,9 +152,12 @@ def with_(
         (with_(HEAD, lambda w: w[:, :8]), "does not fit this model .*classifier"),
         (
             with_(QUERY_A, lambda a: a * float("nan")),
-            "holds NaN or infinite values, first in .*layer.1.*query",
+            "holds NaN or infinite values in 1 tensors, first .*layer.1.*query",
         ),
-        (with_(HEAD, lambda w: w / 0.0), "holds NaN or infinite values, first in .*classifier"),
+        (
+            with_(HEAD, lambda w: w / 0.0),
+            "holds NaN or infinite values in 1 tensors, first .*classifier",
+        ),
     ],
 )
 @pytest.mark.filterwarnings(
@@ -226,6 +229,6 @@ class Payload:
 def test_a_pickled_adapter_is_refused_unread(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "unpickled")))
-    with pytest.raises(InputError, match=r"Pickled adapters .* are not read"):
+    with pytest.raises(InputError, match=r"as a pickle .* can run any code"):
         al.load(make_bert(), folder)
     assert not (tmp_path / "unpickled").exists()

@@ -471,8 +471,8 @@ def failed(folder: Path, name: str) -> None:
     [
         (without, "adapter/adapter_model.safetensors", 2, "has no adapter_model.safetensors"),
         (without, "adapter/adapter_config.json", 2, "is no adapter: it has no adapter_config.json"),
-        (pickled, "adapter/adapter_model.safetensors", 2, "Pickled adapters (.bin) are not read"),
-        (cut, "adapter/adapter_model.safetensors", 4, "does not fit this model or is damaged"),
+        (pickled, "adapter/adapter_model.safetensors", 2, "as a pickle (adapter_model.bin)"),
+        (cut, "adapter/adapter_model.safetensors", 4, "safetensors is missing or damaged"),
         (cut, "adapter/adapter_config.json", 4, "adapter_config.json is damaged"),
         (poison, "adapter/adapter_model.safetensors", 4, "holds NaN or infinite values"),
         (without, "result.json", 2, "holds no finished run; expected config.yaml and result.json"),

@@ -37,8 +37,8 @@ from transformers import (
     T5Config,
 )
 
-from adaptive_lora.allocation.history import HISTORY_FILE
 from adaptive_lora.errors import InputError
+from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.recipe.config import parse
 from adaptive_lora.runs.run import run
 from adaptive_lora.runs.task_trainer import GroupedByLength, TaskTrainer

@@ -21,7 +21,8 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
-from adaptive_lora.training.trainer import AdaptiveTrainer, MetricsFile, finite, use_progress
+from adaptive_lora.files import finite
+from adaptive_lora.training.trainer import AdaptiveTrainer, MetricsFile, use_progress
 
 NAN, INF = float("nan"), float("inf")
 BATCH = 4
@@ -592,19 +593,6 @@ def test_after_a_resume_the_metrics_file_holds_every_step_once(tmp_path: Path) -
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert [row["step"] for row in once] == [1, 2, 3, 4, 5, 6]
     assert losses(strict(file.read_text())) == once  # bit for bit, dropout on
-
-
-def test_finite_replaces_every_float_that_strict_json_has_no_word_for() -> None:
-    value = {"loss": NAN, "rows": [1, INF, (-INF, 2.5)], "name": "nan", "ok": True, "none": None}
-    replaced = {
-        "loss": None,
-        "rows": [1, None, [None, 2.5]],
-        "name": "nan",
-        "ok": True,
-        "none": None,
-    }
-    assert finite(value) == replaced
-    assert json.loads(json.dumps(finite(value), allow_nan=False)) == replaced
 
 
 def test_output_that_is_no_terminal_gets_one_plain_line_per_log_row(
