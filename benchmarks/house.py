@@ -9,7 +9,8 @@ A revision is read with `git archive`, never checked out; `.` is the working tre
   module of it imports, inside functions too, `TYPE_CHECKING` blocks and `adaptive_lora` itself
   aside. It runs back up when it contradicts FLOORS in `tests/test_imports.py`; in a revision
   without FLOORS, the order that leaves the rooms with the fewest arrows below.
-- longest import chain: modules on it, both ends counted; a circle counts as one module.
+- longest import chain: modules on it, both ends counted; a circle counts as one module. Levels: the
+  same of rooms, so how many storeys the house has.
 - code line: no blank, no comment, no docstring; statements: docstrings aside, the same at any
   width of lines. What studies made, in `studies/results/`, is not counted.
 - branching of a function: 1, and 1 for each if, elif, conditional expression, for, while, except,
@@ -260,6 +261,7 @@ def plan(files: Files, ours: list[str]) -> dict[str, Any]:
         "modules": len(ours),
         "longest_import_chain": longest_chain(graph),
         "rooms": len(rooms),
+        "levels": longest_chain(rooms),
         "arrows": sum(map(len, rooms.values())),
         "arrows_up": [f"{a} -> {b}" for a, b in up],
         "circles": sorted(" <-> ".join(sorted(circle)) for circle in circles),
@@ -295,6 +297,7 @@ ROWS = {
     "modules in all": "modules",
     "longest import chain, modules": "longest_import_chain",
     "rooms": "rooms",
+    "levels of rooms": "levels",
     "arrows between rooms": "arrows",
     "arrows back up": "arrows_up",
     "import circles": "circles",

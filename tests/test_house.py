@@ -40,6 +40,7 @@ def test_every_count_of_a_made_up_house() -> None:
         "modules": 7,
         "longest_import_chain": 4,  # top, deep, low, errors
         "rooms": 3,
+        "levels": 3,
         "arrows": 2,
         "arrows_up": [],
         "circles": [],
