@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -132,31 +133,36 @@ def resize(
         )
     layers = adapters(model)
     inner = check_optimizer(optimizer) if optimizer is not None else None
-    generator = torch.Generator().manual_seed(seed)
     plans = {name: _plan(name, layers, change) for name, change in changes.items()}
-    if not any({**ranks(model), **{name: plan.rank for name, plan in plans.items()}}.values()):
+    after = ranks(model) | {name: plan.rank for name, plan in plans.items()}
+    if not any(after.values()):
         raise InputError("every adapter would have rank 0; at least one must keep a component")
     # Everything is made and looked at before anything is put in place: a resize is whole or not.
+    generator = torch.Generator().manual_seed(seed)
     pairs = {name: _stage(layers[name], plan, inner, generator) for name, plan in plans.items()}
-    staged = [item for pair in pairs.values() for item in pair]
-    looked_at = _stage_statistics(statistics or {}, plans, pairs)
-    new = [*(t for item in staged for t in item.tensors()), *(t for _, t in looked_at)]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in new):
-        raise DivergedError(
-            "a resize was refused: weights, moments or statistics would not be finite"
-        )
+    staged = list(chain.from_iterable(pairs.values()))
+    remembered = _stage_statistics(statistics or {}, plans, pairs)
+    _check_finite(staged, remembered)
+
     _swap(staged)
     for item in staged:
         if inner is not None and item.state:
             inner.state[item.parameter].update(item.state)
-    for statistic, tensor in looked_at:
+    for statistic, tensor in remembered:
         statistic.tensor = tensor
     for name, plan in plans.items():
         _sync_layer(layers[name], plan.rank)
-    if plans:
-        sync_config(model)
+    sync_config(model)
     if inner is not None:
         check_state_shapes(layers, inner)
+
+
+def _check_finite(staged: list[_Staged], remembered: list[tuple[Statistic, torch.Tensor]]) -> None:
+    tensors = [*(t for item in staged for t in item.tensors()), *(t for _, t in remembered)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise DivergedError(
+            "a resize was refused: weights, moments or statistics would not be finite"
+        )
 
 
 def _stage_statistics(

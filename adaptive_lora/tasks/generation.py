@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from adaptive_lora.errors import InputError
+from adaptive_lora.model.adapters import base_of
 from adaptive_lora.recipe.config import GenerationConfig
 
 
@@ -37,7 +37,7 @@ def generate(
 
     Raises `InputError` when a prompt leaves no position to write to.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     seq2seq = base.config.is_encoder_decoder
     config = copy.deepcopy(base.generation_config)
     config.update(
@@ -54,18 +54,12 @@ def generate(
     end = sys.maxsize if limit is None else limit
     # A decoder of an encoder-decoder starts from one token, whatever the prompt.
     rooms = [min(settings.max_new_tokens, end - (1 if seq2seq else len(ids))) for ids in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     if rooms and min(rooms) < 1:
         raise InputError(
-            f"a prompt of {len(prompts[order[0]]):,} tokens leaves no room in the model's {limit} "
+            f"a prompt of {max(map(len, prompts)):,} tokens leaves no room in the model's {limit} "
             "positions"
         )
-    # One room for a batch: what a prompt is answered does not depend on its neighbours.
-    batches = [
-        batch
-        for _, group in itertools.groupby(order, key=rooms.__getitem__)
-        for batch in _batches(list(group), settings.batch_size)
-    ]
+    batches = _batches(prompts, rooms, settings.batch_size)
     training = model.training
     model.eval()
     silent = not sys.stderr.isatty() or len(batches) < 2
@@ -103,5 +97,11 @@ def _padded(
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _batches(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _batches(prompts: Sequence[list[int]], rooms: list[int], size: int) -> list[list[int]]:
+    """Return the numbers of the prompts of each batch, long ones first, so that little is padded.
+
+    One room for a batch: what a prompt is answered does not depend on its neighbours.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    groups = [list(group) for _, group in itertools.groupby(order, key=rooms.__getitem__)]
+    return [g[start : start + size] for g in groups for start in range(0, len(g), size)]

@@ -40,58 +40,75 @@ class QuestionAnswering(Task):
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         data = self.data
         split.require(data.question, data.context, *([data.answers] if labelled else []))
-        if not self.tokenizer.is_fast:
-            raise InputError(
-                f"{type(self.tokenizer).__name__} gives no character positions; question_answering "
-                "needs them"
-            )
-        questions, contexts = split.texts(data.question), split.texts(data.context)
-        answers = [
-            self._answers(split, row, contexts[row]) if labelled else []
-            for row in range(len(questions))
-        ]
-        kept = self._readable(split, questions, labelled)
-        encoded = self.tokenizer(
-            [questions[row] for row in kept],
-            [contexts[row] for row in kept],
-            truncation="only_second",
-            max_length=self.longest,
-            stride=data.stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        rows = [kept[place] for place in encoded.pop("overflow_to_sample_mapping")]
-        offsets = encoded.pop("offset_mapping")
-        spans = [_context_spans(encoded, window, offsets[window]) for window in range(len(rows))]
+        contexts = split.texts(data.context)
+        answers: list[list[tuple[int, str]]] = [[] for _ in contexts]
+        if labelled:
+            answers = [self._answers(split, row, text) for row, text in enumerate(contexts)]
+        encoded, rows, spans, kept = self._windows(split, contexts, labelled)
         places = [_locate(span, answers[row]) for span, row in zip(spans, rows, strict=True)]
         columns: dict[str, Any] = {key: value for key, value in encoded.items() if key in _READ}
-        if labelled:
-            columns |= {"start_positions": [start for start, _ in places]}
-            columns |= {"end_positions": [end for _, end in places]}
         columns |= {
             SPANS: spans,
             CONTEXT: [contexts[row] for row in rows],
             ANSWERS: [[text for _, text in answers[row]] for row in rows],
             ROW: rows,
         }
+        if labelled:
+            starts, ends = zip(*places, strict=True)
+            columns |= {"start_positions": list(starts), "end_positions": list(ends)}
+        found = [row for row, (start, _) in zip(rows, places, strict=True) if start]
+        self._say(split, kept, rows, found, answers if labelled else None)
+        return self._checked(Dataset.from_dict(columns), split)
+
+    def _say(
+        self, split: Split, kept: list[int], rows: list[int], found: list[int], answers: Any
+    ) -> None:
+        """Note how many windows there are, and how many hold their answer (in the rows `found`).
+
+        Raises `InputError` when records have answers and no window holds one.
+        """
         note = (
             f"{split.part}: {len(kept):,} records in {len(rows):,} windows of at most "
             f"{self.longest:,} tokens ({len(rows) - len(kept):,} more than records)"
         )
-        found = [row for row, (start, _) in zip(rows, places, strict=True) if start]
-        if labelled:
+        if answers is not None:
             lost = sum(bool(answers[row]) for row in set(kept) - set(found))
             note += (
                 f"; {len(found):,} windows hold their answer; {lost:,} records have an answer that "
                 "no window holds whole"
             )
         self.notes.append(note)
-        if labelled and not found:
+        if answers is not None and not found:
             raise InputError(
                 f"{split.source}: no window of any {split.part} record holds its answer; nothing "
                 "to learn from"
             )
-        return self._checked(Dataset.from_dict(columns), split)
+
+    def _windows(
+        self, split: Split, contexts: list[str], labelled: bool
+    ) -> tuple[Any, list[int], list[list[list[int]]], list[int]]:
+        """Return (what the tokenizer gives, the row of each window, the characters of the context
+        that its tokens stand for, the rows that are kept)."""
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} gives no character positions; question_answering "
+                "needs them"
+            )
+        questions = split.texts(self.data.question)
+        kept = self._readable(split, questions, labelled)
+        encoded = self.tokenizer(
+            [questions[row] for row in kept],
+            [contexts[row] for row in kept],
+            truncation="only_second",
+            max_length=self.longest,
+            stride=self.data.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        rows = [kept[place] for place in encoded.pop("overflow_to_sample_mapping")]
+        offsets = encoded.pop("offset_mapping")
+        spans = [_context_spans(encoded, window, offsets[window]) for window in range(len(rows))]
+        return encoded, rows, spans, kept
 
     def learn(self, split: Split) -> None:
         split.require(self.data.answers)
