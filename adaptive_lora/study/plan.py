@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -204,8 +205,11 @@ def identity(config: Mapping[str, Any], *, threads: int, after: After | None = N
 
 
 def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
-    """Write study.yaml and plan.json. Raises `InputError` when the folder holds something else, or
-    another study."""
+    """Write study.yaml and plan.json.
+
+    Raises `InputError` when the folder holds something else, or another study, `IntegrityError`
+    when a plan of another version lies there.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file; expected a folder")
     before = folder / STUDY_FILE
@@ -215,6 +219,8 @@ def write_plan(folder: Path, study: Study, plan: list[PlannedRun]) -> None:
             raise InputError(
                 f"{folder} holds the study {name!r}, not {study.name!r}; choose another --output"
             )
+        with contextlib.suppress(ValueError, OSError):  # a damaged plan is written anew
+            _check_version(folder, json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")))
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             f"output folder {folder} is not empty and holds no study; choose another --output"
@@ -240,6 +246,16 @@ def axes_of(plan: Iterable[PlannedRun]) -> dict[str, list[Any]]:
     return axes
 
 
+def _check_version(folder: str | Path, plan: Any) -> None:
+    """Raise `IntegrityError` for a plan of another version, whose runs are not ours to judge."""
+    version = plan.get("version") if isinstance(plan, dict) else None
+    if version != VERSION:
+        raise IntegrityError(
+            f"{Path(folder) / PLAN_FILE} is of format {version!r}; this version reads format "
+            f"{VERSION}: go on with the adaptive-lora that wrote it, or choose another --output"
+        )
+
+
 def read_plan(folder: str | Path) -> dict[str, Any]:
     """Return plan.json: {version, threads, axes, runs}. Raises `InputError` without one,
     `IntegrityError` on a damaged one."""
@@ -248,10 +264,7 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no study: it has no {PLAN_FILE}")
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
-        if plan["version"] != VERSION:
-            raise IntegrityError(
-                f"{file} is of format {plan['version']!r}; this version reads format {VERSION}"
-            )
+        _check_version(folder, plan)
         if not all(
             one["id"] == identity(one["config"], threads=plan["threads"], after=one.get(AFTER))
             for one in plan["runs"]
