@@ -5,7 +5,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # PEFT imports bitsandbytes, quantised or not, which on some processors then misses an inference
 # kernel in a warning. That kernel is never used here: see `model.quantization.keep_trainable`.

@@ -3,9 +3,9 @@ Written once, read by workers."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
