@@ -61,8 +61,7 @@ def check_bounds(
     if least > budget:
         raise InputError(
             f"a budget of {budget:,} parameters is below the minimum: the smallest allowed ranks "
-            "already cost "
-            f"{least:,}. Raise the budget, lower min_rank, or choose fewer targets"
+            f"already cost {least:,}. Raise the budget, lower min_rank, or choose fewer targets"
         )
 
 

@@ -88,8 +88,8 @@ class Cubic(Schedule):
         if not 0 <= first < last <= total:
             raise InputError(
                 f"the budget schedule does not fit: of {total} training steps, {first} come before "
-                "it starts and "
-                f"{total - last} after it ends. Train for longer, or lower initial / final"
+                f"it starts and {total - last} after it ends. Train for longer, or lower initial / "
+                "final"
             )
 
     def at(self, step: int, total: int, final: int) -> int:

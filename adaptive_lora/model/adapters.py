@@ -234,9 +234,8 @@ def scale_of(model: nn.Module) -> float:
     if max(scales) - min(scales) > 1e-6 * max(scales):
         raise InputError(
             f"the adapters have different scales, {sorted(scales)[:5]}; adaptive-lora keeps one "
-            "constant scale. "
-            "Attach with adaptive_lora.attach, or set alpha_pattern so that alpha / r is equal "
-            "everywhere"
+            "constant scale. Attach with adaptive_lora.attach, or set alpha_pattern so that alpha "
+            "/ r is equal everywhere"
         )
     return float(max(scales))
 
@@ -370,8 +369,8 @@ def save(model: PeftModel, path: str | Path) -> Path:
     if is_masked(model):
         raise InputError(
             "the adapters are still PEFT's AdaLoRA, which cannot be saved as LoRA: call "
-            "RankController.finish() at the end "
-            "of the training (AdaptiveRankCallback does), which turns them into plain LoRA"
+            "RankController.finish() at the end of the training (AdaptiveRankCallback does), which "
+            "turns them into plain LoRA"
         )
     bad = non_finite(model)
     if bad:
@@ -418,8 +417,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     if odd:
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first "
-            f"{odd[0]} "
-            f"(in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
+            f"{odd[0]} (in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
         )
     check_finite(folder, loaded)
     check_fingerprint(peft_model, folder)

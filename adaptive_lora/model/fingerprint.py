@@ -74,10 +74,8 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
     if other:
         raise IntegrityError(
             f"the adapter in {folder} was trained on another base model of the same shapes: "
-            f"{len(other)} of {compared} "
-            f"compared weights differ, first {other[0]}. Give the base model it was trained on, or "
-            f"remove {file} to use "
-            "it on this one all the same"
+            f"{len(other)} of {compared} compared weights differ, first {other[0]}. Give the base "
+            f"model it was trained on, or remove {file} to use it on this one all the same"
         )
 
 

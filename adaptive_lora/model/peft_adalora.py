@@ -74,15 +74,13 @@ class PeftAdaLora(Driver):
         if type(model) is PeftModel and adaptation.orthogonality:
             raise InputError(
                 "PEFT adds its orthogonality penalty only to models with a task type, and this one "
-                "has none: give "
-                "orthogonality=0, or attach with a task_type"
+                "has none: give orthogonality=0, or attach with a task_type"
             )
         first, last = adaptation.schedule.span(total)
         if last < 2:
             raise InputError(
-                f"PEFT's AdaLoRA would allocate after step {last} of {total}, before it has "
-                "scored anything: train for "
-                "longer, or lower final"
+                f"PEFT's AdaLoRA would allocate after step {last} of {total}, before it has scored "
+                "anything: train for longer, or lower final"
             )
         self._last = last
         self._config.tinit, self._config.tfinal, self._config.total_step = (

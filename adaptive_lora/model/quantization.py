@@ -116,8 +116,7 @@ def check_plain(model_config: Any, name: str) -> None:
         saved = saved if isinstance(saved, dict) else saved.to_dict()
         raise InputError(
             f"{name!r} is quantised already ({saved.get('quant_method', 'unknown method')}): set "
-            "quantization: none to "
-            "train on it as it is, or give the model in full precision"
+            "quantization: none to train on it as it is, or give the model in full precision"
         )
 
 
@@ -190,8 +189,7 @@ def left_out(
     widths = ", ".join(map(str, sorted({inputs for inputs, _ in inexact.values()})))
     return [
         f"{len(inexact)} linear modules are not quantised: on this processor bitsandbytes' 4-bit "
-        "kernel computes with wrong "
-        f"weights for modules of {widths} inputs"
+        f"kernel computes with wrong weights for modules of {widths} inputs"
     ]
 
 
@@ -304,9 +302,8 @@ def keep_trainable(model: nn.Module) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise InputError(
                 f"the 4-bit weights of {name!r} were packed for inference when the base model was "
-                "evaluated, which rounds them "
-                "and leaves no gradient through them: load the base model again, and attach before "
-                "it is evaluated"
+                "evaluated, which rounds them and leaves no gradient through them: load the base "
+                "model again, and attach before it is evaluated"
             )
         out_features, in_features = state.shape
         dtype = module.compute_dtype or state.dtype
@@ -322,9 +319,8 @@ def keep_trainable(model: nn.Module) -> None:
         if not kernel_is_exact(*kind):
             raise InputError(
                 "on this processor bitsandbytes' 4-bit kernel computes with other weights than "
-                f"{name!r} holds ({in_features} "
-                "inputs): leave such modules out of the quantisation (llm_int8_skip_modules), as "
-                "adaptive-lora train does"
+                f"{name!r} holds ({in_features} inputs): leave such modules out of the "
+                "quantisation (llm_int8_skip_modules), as adaptive-lora train does"
             )
 
 

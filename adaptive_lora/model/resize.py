@@ -65,9 +65,8 @@ def check_model(model: Any) -> None:
     if kind is not None:
         raise InputError(
             f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. "
-            "Ranks cannot change inside "
-            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train "
-            "on one device, unwrapped"
+            "Ranks cannot change inside DistributedDataParallel, FSDP or DeepSpeed, whose copies "
+            "keep the old shapes: train on one device, unwrapped"
         )
     keep_trainable(model)
 
@@ -80,9 +79,8 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise InputError(
             f"the optimizer {type(inner).__module__}.{type(inner).__name__} cannot be resized; "
-            f"expected one of {names} "
-            "from torch.optim, whose state has the shape of its parameters (training.optim: "
-            "adamw_torch)"
+            f"expected one of {names} from torch.optim, whose state has the shape of its "
+            "parameters (training.optim: adamw_torch)"
         )
     return inner
 
@@ -198,9 +196,8 @@ def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
                 if _is_moment(value) and value.shape != parameter.shape:
                     raise IntegrityError(
                         f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, its "
-                        "parameter "
-                        f"{tuple(parameter.shape)}: the next step would be wrong. Change ranks "
-                        "with adaptive_lora.resize only"
+                        f"parameter {tuple(parameter.shape)}: the next step would be wrong. Change "
+                        "ranks with adaptive_lora.resize only"
                     )
 
 
@@ -236,8 +233,8 @@ def _swap(staged: list[_Staged]) -> None:
             torch.utils.swap_tensors(parameter, other)
         raise InputError(
             "ranks cannot change while a graph over the adapters waits for backward(): run "
-            "evaluations under "
-            f"torch.no_grad(), and delete losses that are not used. Nothing was changed ({error})"
+            "evaluations under torch.no_grad(), and delete losses that are not used. Nothing was "
+            f"changed ({error})"
         ) from error
 
 

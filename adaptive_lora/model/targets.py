@@ -85,8 +85,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
     elif claimed:
         raise InputError(
             f"PEFT takes {', '.join(_kinds(claimed))} for the fused experts of "
-            f"{type(model).__name__} and puts no adapter "
-            f"there: leave them out of the targets, as {ALL_LINEAR!r} does"
+            f"{type(model).__name__} and puts no adapter there: leave them out of the targets, as "
+            f"{ALL_LINEAR!r} does"
         )
     if not names:
         packed = "".join(
@@ -196,8 +196,7 @@ def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     seen = max(target.n_layers for target in inside)
     return [
         f"its layers share weights: each of these {len(inside)} adapters serves {share}, and "
-        "shapes over depth see "
-        f"{seen} layer{'s' if seen > 1 else ''}"
+        f"shapes over depth see {seen} layer{'s' if seen > 1 else ''}"
     ]
 
 
@@ -216,9 +215,8 @@ def _three_dimensional(model: nn.Module, targets: Sequence[Target]) -> list[str]
     count, total = sum(found.values()), sum(parameter.numel() for parameter in model.parameters())
     return [
         f"{', '.join(_kinds(found))} hold {count:,} parameters, {count / total:.0%} of the base, "
-        "in 3-D parameters (as fused "
-        "experts do), which LoRA on linear modules does not reach; adapted are "
-        f"{', '.join(_kinds(t.name for t in targets))}"
+        "in 3-D parameters (as fused experts do), which LoRA on linear modules does not reach; "
+        f"adapted are {', '.join(_kinds(t.name for t in targets))}"
     ]
 
 

@@ -138,10 +138,9 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
     if not low.fits(size):
         raise InputError(
             f"even rank 1 on every target needs {low.peak / 1e9:.2f} "
-            f"GB{' and CUDA 1 GB' if reserve else ''}, more than "
-            f"{size / 1e9:.2f} GB: lower the batch size or data.max_length, turn "
-            "training.gradient_checkpointing on, or "
-            "set quantization: nf4"
+            f"GB{' and CUDA 1 GB' if reserve else ''}, more than {size / 1e9:.2f} GB: lower the "
+            "batch size or data.max_length, turn training.gradient_checkpointing on, or set "
+            "quantization: nf4"
         )
     second = min(most, 8 * least)
     slope = (planned(second).peak - low.peak) / max(second - least, 1)

@@ -88,8 +88,7 @@ def run_of(adapter: str | Path) -> Path:
             return candidate
     raise InputError(
         f"{folder} lies in no finished run, so nothing says which model, task and columns to "
-        "measure it with; name one: "
-        "--run RUN"
+        "measure it with; name one: --run RUN"
     )
 
 

@@ -71,8 +71,7 @@ class CausalLanguageModelling(WritingTask):
         if not rows:
             raise InputError(
                 f"{split.source}: no {split.part} record has a token to learn from within "
-                f"{self.longest} tokens; "
-                "raise data.max_length, or check the output column"
+                f"{self.longest} tokens; raise data.max_length, or check the output column"
             )
         if len(rows) < len(kept):
             self.notes.append(
@@ -94,8 +93,7 @@ class CausalLanguageModelling(WritingTask):
             if not ids:
                 raise InputError(
                     f"{split.at(record)}: the prompt is empty, and the tokenizer has no opening "
-                    "token to go on from; "
-                    "expected text; fill it in or remove the record"
+                    "token to go on from; expected text; fill it in or remove the record"
                 )
         self._fit(split, [len(ids) for ids in prompts], False, allowed)
         long = sum(len(ids) > allowed for ids in prompts)
@@ -147,7 +145,6 @@ class CausalLanguageModelling(WritingTask):
         if len(columns) > 1:
             raise InputError(
                 f"data.prompt {template!r} has the columns {', '.join(columns)}; one prompt fills "
-                "only one: use predict "
-                "with a file that has these columns"
+                "only one: use predict with a file that has these columns"
             )
         return self._start_ids(fill(template, dict.fromkeys(columns, text)))

@@ -92,8 +92,8 @@ def load_splits(data: DataConfig) -> Splits:
         if not 0 < size < len(train):
             raise InputError(
                 f"eval_size {data.eval_size} of {len(train)} records in {data.train} leaves "
-                f"{len(train) - size} to train on "
-                f"and {size} to evaluate on; both must be at least 1"
+                f"{len(train) - size} to train on and {size} to evaluate on; both must be at least "
+                "1"
             )
         order = np.random.default_rng(data.seed).permutation(len(train))
         train, held_out = train.select(order[size:]), train.select(order[:size])
@@ -123,8 +123,8 @@ def _read(data: DataConfig, source: str, split: str) -> Dataset:
             if (first := seen.setdefault(str(key), record)) != record:
                 raise InputError(
                     f"{source}: records {first} and {record} share the {data.id} {key!r}; remove "
-                    "one, name the column that "
-                    "tells records apart with data.id, or set data.duplicate_ids: keep"
+                    "one, name the column that tells records apart with data.id, or set "
+                    "data.duplicate_ids: keep"
                 )
     return table
 

@@ -58,8 +58,7 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= classes:
         raise InputError(
             f"labels are {truth.dtype} from {truth.min()} to {truth.max()}; expected integers in "
-            f"0..{classes - 1}: "
-            "leave out the records that have no label"
+            f"0..{classes - 1}: leave out the records that have no label"
         )
     names = ["accuracy", "f1_macro", "matthews", *(["f1"] if classes == 2 else [])]
     if np.isnan(scores).any():
@@ -223,8 +222,7 @@ def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]
     if tokens <= 0 or byte_count <= 0:
         raise InputError(
             f"{tokens} tokens bear loss and spell {byte_count} bytes; expected at least one of "
-            "each: "
-            "check that the evaluation records have text to predict"
+            "each: check that the evaluation records have text to predict"
         )
     loss = float(nll / tokens)
     return {

@@ -193,11 +193,9 @@ class QuestionAnswering(Task):
             )
             raise InputError(
                 f"{split.at(record)}: a question of {length:,} tokens leaves {room} of "
-                f"{self.longest} for the context, no "
-                f"more than data.stride {self.data.stride} ({len(long):,} such records); raise "
-                "data.max_length, lower "
-                "data.stride, shorten the question, or to train without such records set "
-                "data.too_long: drop"
+                f"{self.longest} for the context, no more than data.stride {self.data.stride} "
+                f"({len(long):,} such records); raise data.max_length, lower data.stride, shorten "
+                "the question, or to train without such records set data.too_long: drop"
             )
         if long:
             self.notes.append(
@@ -222,8 +220,8 @@ def _texts(value: Any, place: str) -> list[str]:
         if isinstance(one, bool) or not isinstance(one, str | int):
             raise InputError(
                 f"{place}: the answer is {given!r:.60}; expected text, a whole number, or a list "
-                "of them; write it as the "
-                "text that is in the context, or leave the answer empty if there is none"
+                "of them; write it as the text that is in the context, or leave the answer empty "
+                "if there is none"
             )
         texts.append(str(one))
     return texts

@@ -89,7 +89,7 @@ def _guess_text(split: Split, label: str, key: str) -> list[str]:
     if len(candidates) != 1:
         raise InputError(
             f"{split.source} has {len(candidates)} text columns besides {label!r} "
-            f"({', '.join(candidates)}); "
-            "say which to read: data.text (one column, or a list of two)"
+            f"({', '.join(candidates)}); say which to read: data.text (one column, or a list of "
+            "two)"
         )
     return candidates

@@ -124,10 +124,8 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         if self.method.adaptation is not None and self.controller.step_count != state.global_step:
             raise IntegrityError(
                 f"the Trainer resumes at step {state.global_step}, the rank controller is at "
-                f"{self.controller.step_count}: the "
-                "callback did not see the checkpoint load. Give the Trainer callbacks=[...] and "
-                "model=, not add_callback or "
-                "model_init="
+                f"{self.controller.step_count}: the callback did not see the checkpoint load. Give "
+                "the Trainer callbacks=[...] and model=, not add_callback or model_init="
             )
         self._write(None)
 
@@ -164,8 +162,8 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         elif self.method.adaptation.when.needs_evaluation:
             raise InputError(
                 f"method {self.method.name!r} waits for a plateau of eval_loss, but the evaluation "
-                "gave only "
-                f"{', '.join(kwargs['metrics'])}: give the Trainer one evaluation set, with labels"
+                f"gave only {', '.join(kwargs['metrics'])}: give the Trainer one evaluation set, "
+                "with labels"
             )
 
     def on_save(
@@ -204,15 +202,14 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
     if args.load_best_model_at_end:
         raise InputError(
             "load_best_model_at_end does not work with changing ranks: the best checkpoint may "
-            "have other ranks than the "
-            "model at the end. Set it to false; every checkpoint can be loaded with "
-            "adaptive_lora.load"
+            "have other ranks than the model at the end. Set it to false; every checkpoint can be "
+            "loaded with adaptive_lora.load"
         )
     if args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
         raise InputError(
             "save_total_limit is 1; expected at least 2 with changing ranks: the Trainer deletes "
-            "the last checkpoint before "
-            "the new one is complete, and a run killed in between could not be resumed"
+            "the last checkpoint before the new one is complete, and a run killed in between could "
+            "not be resumed"
         )
     if args.deepspeed or args.fsdp:
         raise InputError(
@@ -227,14 +224,13 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
     if args.n_gpu > 1 or args.world_size > 1:
         raise InputError(
             "ranks cannot change in DataParallel or DistributedDataParallel "
-            f"({max(args.n_gpu, args.world_size)} devices), "
-            "whose replicas keep the old shapes; run on one device (CUDA_VISIBLE_DEVICES=0)"
+            f"({max(args.n_gpu, args.world_size)} devices), whose replicas keep the old shapes; "
+            "run on one device (CUDA_VISIBLE_DEVICES=0)"
         )
     if method.adaptation.when.needs_evaluation and args.eval_strategy == IntervalStrategy.NO:
         raise InputError(
             f"method {method.name!r} waits for a plateau of the evaluation loss, but nothing is "
-            "evaluated; give an "
-            "evaluation set and eval_strategy steps or epoch"
+            "evaluated; give an evaluation set and eval_strategy steps or epoch"
         )
 
 

@@ -310,9 +310,8 @@ def _check_classifier(model: Any) -> None:
     if other or not labels or labels < 2 or problem not in (None, "single_label_classification"):
         raise InputError(
             f"the model is a {type(model).__name__} with num_labels {labels} and problem_type "
-            f"{problem}; expected a "
-            "classifier of two or more classes, one to each item: AdaptiveLoRA returns accuracy. "
-            f"Or {use}"
+            f"{problem}; expected a classifier of two or more classes, one to each item: "
+            f"AdaptiveLoRA returns accuracy. Or {use}"
         )
 
 
@@ -333,8 +332,8 @@ def _check_data(what: str, dataset: Any, *, labelled: bool) -> None:
         )
         raise InputError(
             f"{what}: its first item has {found}; expected a dict with {LABELS[0]!r} or "
-            f"{LABELS[1]!r}, the class number; "
-            "rename the column, or give a data_collator that makes such batches"
+            f"{LABELS[1]!r}, the class number; rename the column, or give a data_collator that "
+            "makes such batches"
         )
 
 
@@ -346,8 +345,7 @@ def _stack(items: list[Any], *, n_classes: int) -> dict[str, Any]:
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise InputError(
             f"a batch cannot be stacked: {type(error).__name__}: {error}. Give all items the same "
-            "keys, and pad them to one "
-            "length, or give a data_collator that does, such as "
+            "keys, and pad them to one length, or give a data_collator that does, such as "
             "transformers.DataCollatorWithPadding(tokenizer)"
         ) from error
     labels = batch[LABELS[0]]

@@ -67,9 +67,8 @@ class AdaptiveTrainerMixin(_Base):
         if on_non_finite == "skip" and (self._scaled_or_sharded() or self.args.world_size > 1):
             raise InputError(
                 "on_non_finite 'skip' does not work with fp16 (its loss scaler skips by itself), "
-                "DeepSpeed, FSDP or several "
-                "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on "
-                "one device"
+                "DeepSpeed, FSDP or several processes (they would not skip the same steps); use "
+                "'stop', or bf16 or float32 on one device"
             )
         self.add_callback(SaveAfterEpoch)
         self._at_start: str | None = None  # digest of what is trained, where it can be taken
@@ -112,10 +111,9 @@ class AdaptiveTrainerMixin(_Base):
             )
             raise NothingLearnedError(
                 f"the adapter learned nothing in {self.state.global_step} steps: {what}. Is the "
-                "learning rate 0 or tiny, or "
-                "its warm-up as long as the training; are the adapters frozen; was every step "
-                "skipped; does no record have "
-                "a label that counts in the loss?"
+                "learning rate 0 or tiny, or its warm-up as long as the training; are the adapters "
+                "frozen; was every step skipped; does no record have a label that counts in the "
+                "loss?"
             )
         return output
 
