@@ -63,44 +63,36 @@ class DataConfig(Strict):
     extra_eval_split: dict[str, str] = Field(default_factory=dict)  # hub only: name -> split
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
-    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = (
-        0.1  # a fraction, or a number of records
-    )
+    # a fraction, or a number of records
+    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
-    too_long: Literal["cut", "drop", "refuse"] = (
-        "cut"  # what becomes of a longer one; counted and printed
-    )
-    text: str | list[str] | None = (
-        None  # what is read: one column, or a pair (classification, regression)
-    )
+    # what becomes of a longer one; counted and printed
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    # what is read: one column, or a pair (classification, regression)
+    text: str | list[str] | None = None
     label: str | None = None  # classification, regression
-    classes: list[ClassName] | None = (
-        None  # classification: names of the classes; None reads them off the training split
-    )
+    # classification: names of the classes; None reads them off the training split
+    classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
     class_numbers: bool = False
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
     output: str = "output"  # causal_lm: what is learned, after the prompt
-    prompt: str | None = (
-        None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
-    )
+    # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    prompt: str | None = None
     summary: str = "summary"  # summarization
     max_target_length: Positive = 128  # summarization: tokens of a summary
     question: str = "question"  # question_answering
     context: str = "context"
-    answers: str = (
-        "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
-    )
-    answer_start: str = (
-        "answer_start"  # characters; without this column the first occurrence is taken
-    )
-    unanswerable: bool = (
-        False  # whether no answer is an answer; turned on by training records without one
-    )
+    # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
+    answers: str = "answers"
+    # characters; without this column the first occurrence is taken
+    answer_start: str = "answer_start"
+    # whether no answer is an answer; turned on by training records without one
+    unanswerable: bool = False
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
 
@@ -112,16 +104,13 @@ class GenerationConfig(Strict):
     max_new_tokens: Positive = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     num_beams: Positive = 1
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = (
-        1.0  # of beams; above 0 favours longer texts
-    )
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = (
-        0  # no run of so many tokens twice; 0: no such rule
-    )
+    # of beams; above 0 favours longer texts
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    # no run of so many tokens twice; 0: no such rule
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 16
-    rows: Positive | None = (
-        None  # how many evaluation records are generated for at each evaluation; None: all
-    )
+    # how many evaluation records are generated for at each evaluation; None: all
+    rows: Positive | None = None
 
 
 class MethodConfig(BaseModel):
@@ -181,21 +170,18 @@ class RunConfig(Strict):
     task: TaskName
     data: DataConfig
     output: Location
-    preset: str | None = (
-        None  # a name in `presets.PRESETS`, from which keys not given were filled in
-    )
+    # a name in `presets.PRESETS`, from which keys not given were filled in
+    preset: str | None = None
     metric: str | None = None  # the one to report first; None: the task's
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     generation: GenerationConfig = GenerationConfig()
     training: dict[str, Any] = Field(default_factory=dict)
-    on_non_finite: Literal["stop", "skip"] = (
-        "stop"  # what a NaN or infinite loss or gradient does to its step
-    )
+    # what a NaN or infinite loss or gradient does to its step
+    on_non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
-    quantization: Quantization = (
-        "none"  # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
-    )
+    # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
+    quantization: Quantization = "none"
     # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's
     # files, and on a quantised base float32 on a CPU, bfloat16 (else float16) on CUDA.
     dtype: Precision = "auto"

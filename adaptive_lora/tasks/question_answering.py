@@ -16,9 +16,8 @@ from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task
 from adaptive_lora.tasks.data import RECORD, Split
 
-N_BEST = (
-    20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
-)
+# starts and ends of a window that are tried with each other, as in the BERT paper's code
+N_BEST = 20
 SPANS, CONTEXT, ANSWERS = "spans", "context_text", "answer_texts"
 _READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions")
 
