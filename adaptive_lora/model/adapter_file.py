@@ -34,6 +34,7 @@ def check_files(folder: Path) -> None:
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Return {name in the file: shape}. Raises `IntegrityError` on a damaged file."""
     try:
+        # numpy: shapes are all that is wanted, and torch takes seconds to import.
         with safe_open(file, framework="numpy") as tensors:
             names = tensors.keys()
             return {name: tensors.get_slice(name).get_shape() for name in names}

@@ -84,6 +84,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     heads = head_modules(base)
     for name, weight in base.named_parameters():
         whole = (
+            # Quantised weights and shards have types of their own.
             type(weight) in (nn.Parameter, torch.Tensor)
             and weight.device.type != "meta"
             and weight.numel() > 0
@@ -94,6 +95,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             or any(part in name for part in NOT_THE_BASE)
         )
         if whole and weight.is_floating_point() and not skipped:
+            # PEFT puts an adapted weight one level down: the name is the same with and without.
             yield name.replace(".base_layer.", "."), weight
 
 
@@ -103,5 +105,6 @@ def _kind(weight: torch.Tensor) -> str:
 
 def _digest(weight: torch.Tensor) -> str:
     flat = weight.detach().reshape(-1)
+    # Rounded: the base loaded in bfloat16 or float32 is the same, and a change of 1 % shows.
     values = flat[:: max(1, flat.numel() // SAMPLES)].to(torch.bfloat16).cpu()
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -50,6 +50,7 @@ def compute_dtype(precision: Precision, *, device: str | None = None) -> torch.d
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto":
+        # Without instructions for it bfloat16 is tens of times slower: never a default.
         if device == "cpu":
             return torch.float32
         here = torch.cuda.is_available()
@@ -126,6 +127,7 @@ def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     module shares. Those that are quantised are none of them.
     """
     output, heads = model.get_output_embeddings(), head_modules(model)
+    # A tied weight stays as it is: its other owner reads it unpacked.
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -239,6 +241,7 @@ def kernel_is_exact(
     rows = min(out_features, 256)
     generator = torch.Generator().manual_seed(0)  # no random number of the training's is drawn
     true = torch.randn(rows, in_features, generator=generator).to(device, dtype)
+    # Wants a gradient, as in training: without one bitsandbytes takes another kernel.
     x = torch.randn(4, in_features, generator=generator).to(device, dtype).requires_grad_()
     gradient = torch.randn(4, rows, generator=generator).to(device, dtype)
     packed, state = functional.quantize_4bit(
@@ -247,6 +250,7 @@ def kernel_is_exact(
     weight = dequantized_by_definition(packed, state).to(dtype)
     y = matmul_4bit(x, packed.t(), quant_state=state)
     (g_x,) = torch.autograd.grad(y, x, gradient)
+    # Rounding errs by a few eps, a wrong scale by half the largest weight: anything between tells.
     return all(
         torch.allclose(
             mine,
@@ -340,6 +344,7 @@ def bitsandbytes_config(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # The head among them: a head that the files lack would come out half converted.
         llm_int8_skip_modules=skip,
     )
 
@@ -382,7 +387,12 @@ def quantize_in_place(
             )
         else:
             new = bnb.Linear8bitLt(
-                in_features, out_features, old.bias is not None, False, threshold=6.0
+                # 6: the outliers of the paper, and what transformers takes.
+                in_features,
+                out_features,
+                old.bias is not None,
+                False,
+                threshold=6.0,
             )
             new.weight = bnb.Int8Params(weight.contiguous(), requires_grad=False)
         if old.bias is not None:

@@ -45,6 +45,7 @@ from adaptive_lora.model.adapters import (
 )
 from adaptive_lora.model.quantization import keep_trainable
 
+# 8-bit Adam and Adafactor keep state that is not shaped like its parameter.
 SUPPORTED = (AdamW, Adam, SGD)
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
@@ -60,6 +61,7 @@ def check_model(model: Any) -> None:
     """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded,
     or packed for inference."""
     kind = None if isinstance(model, PeftModel) else type(model).__name__
+    # FSDP puts its own parameter back where one is replaced: the resize would be undone, unseen.
     if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         kind = "PeftModel sharded by FSDP"
     if kind is not None:
@@ -75,6 +77,7 @@ def check_optimizer(optimizer: Any) -> Optimizer:
     """Return the torch optimizer, or raise `InputError` naming it when its state cannot be
     resized."""
     inner = unwrap(optimizer)
+    # The exact class: what derives from it may keep state of other shapes.
     if type(inner) not in SUPPORTED:
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise InputError(
@@ -146,6 +149,7 @@ def resize(
     _swap(staged)
     for item in staged:
         if inner is not None and item.state:
+            # Into the state there is, which keeps Adam's step count.
             inner.state[item.parameter].update(item.state)
     for statistic, tensor in looked_at:
         statistic.tensor = tensor
@@ -173,6 +177,7 @@ def _stage_statistics(
                 "rule that rotates components; use importance.SingularValues"
             )
         new = _take(statistic.tensor, dim, plan, _mean)
+        # A new component starts where it is now, so that it has not moved yet.
         if statistic.copies:
             grown = (dim, len(plan.keep), plan.grow)
             new.narrow(*grown).copy_(pairs[name][dim].value.narrow(*grown))
@@ -224,6 +229,7 @@ def _swap(staged: list[_Staged]) -> None:
     done: list[tuple[nn.Parameter, nn.Parameter]] = []
     try:
         for item in staged:
+            # Of the old shape, and of a step that is done.
             item.parameter.grad = None
             other = nn.Parameter(item.value, requires_grad=item.parameter.requires_grad)
             torch.utils.swap_tensors(item.parameter, other)
@@ -266,6 +272,7 @@ def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
 
 
 def _mean(kept: torch.Tensor) -> float:
+    # As if the new entries had met gradients as large as the kept ones; 0 would mean none.
     return kept.mean().item() if kept.numel() else 0.0
 
 
@@ -303,6 +310,7 @@ def _stage(
         if dim == 0 and plan.grow:
             # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
             bound = 1 / math.sqrt(parameter.shape[1])
+            # Drawn on the CPU: the same numbers whatever device the model is on.
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(
                 -bound, bound, generator=generator
             )
@@ -339,6 +347,7 @@ class _Turn:
 
     @staticmethod
     def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        # The map is float32 at least, so that 16-bit weights are rounded once, at the end.
         wide = tensor.to(by.dtype)
         return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
 

@@ -127,6 +127,7 @@ def _claimed_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
         return []
 
     def keeps(leaf: str) -> bool:
+        # PEFT itself is asked: what it takes for experts differs between some 30 model types.
         config = LoraConfig(target_modules=[leaf])
         try:
             convert(config, model=model, conversions=None)
@@ -312,6 +313,7 @@ def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> 
 def _in_attention(model: nn.Module, name: str) -> bool:
     """True when a module between the layer and this target is called attention, by attribute or by
     class."""
+    # GPT-2 has a `c_proj` in attention and in the feed-forward: only the place tells them apart.
     stack, index, _ = split_name(name)
     inside_from = len(f"{stack}.{index}".split(".")) if index is not None else 0
     parts = name.split(".")

@@ -127,6 +127,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
                 f"{self.controller.step_count}: the callback did not see the checkpoint load. Give "
                 "the Trainer callbacks=[...] and model=, not add_callback or model_init="
             )
+        # The file may hold decisions after the checkpoint, of the training that was cut off.
         self._write(None)
 
     def on_pre_optimizer_step(
@@ -135,6 +136,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         assert self.controller is not None
         if self.method.adaptation is None:
             return
+        # Here the gradients are whole and unscaled; in `on_step_end` they are gone.
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         # No step will be made: `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients
         # away, or fp16's loss scaler is about to.
@@ -149,6 +151,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
+        # Ranks first: checkpoint and evaluation of this step see those that are trained next.
         self.controller.step()
         super().on_step_end(args, state, control)
 
@@ -175,6 +178,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
             and state.is_world_process_zero
         ):
             assert args.output_dir is not None
+            # Beside the Trainer's files: what it deletes, it deletes together.
             self.controller.save_state(
                 Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             )

@@ -205,6 +205,7 @@ class AdaptiveLoRA:
         )
         self._history: list[Decision] | None = None
         self._started = False
+        # Here, for A is drawn when the adapters are attached.
         set_seed(seed)
         self._model = attach(model, self._method, targets, scale=alpha / r)
 
@@ -293,6 +294,7 @@ def _training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "label_names": [LABELS[0]],
+        # torch warns of pinned memory where there is no accelerator.
         "dataloader_pin_memory": torch.cuda.is_available(),
         **given,
     }

@@ -120,6 +120,7 @@ class AdaptiveTrainerMixin(_Base):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Called by `train()` when a checkpoint, if any, is loaded."""
         model: Any = self.model
+        # A sharded model has no process that holds all its weights.
         whole = (
             isinstance(model, PeftModel)
             and not self.is_fsdp_enabled
@@ -146,6 +147,7 @@ class AdaptiveTrainerMixin(_Base):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._skipping and not torch.isfinite(loss):
+            # Weights first: a broken one makes every output after it non-finite too.
             where = non_finite(model) or first_non_finite_output(
                 model, self._prepare_inputs(inputs)
             )
@@ -167,6 +169,7 @@ class AdaptiveTrainerMixin(_Base):
         # from the mean over these tokens to their share of all in the step
         loss = loss * tokens / num_items_in_batch
         if self.args.average_tokens_across_devices:
+            # The tokens are those of all processes, and gradients are averaged over these.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -207,6 +210,7 @@ class AdaptiveTrainerMixin(_Base):
             bad = tuple(
                 name
                 for name, parameter in model.named_parameters()
+                # By the norm: finite entries whose squares overflow are culprits too.
                 if parameter.grad is not None and not torch.isfinite(parameter.grad.norm())
             )
         self._met_non_finite(model, "the gradient is not finite", bad)
@@ -259,6 +263,7 @@ class AdaptiveTrainerMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Named: by default fork_rng saves the state of every device there is, and warns of it.
         accelerators = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(accelerators):  # a data loader draws a seed when it starts
             metrics = super().evaluate(*args, **kwargs)
@@ -279,6 +284,7 @@ def divides_by_items(model: nn.Module) -> bool:
     """True when the model's loss is transformers' `loss_function`, which divides by
     `num_items_in_batch` if it is given; T5 and BART take the mean over their own tokens, whatever
     they are given."""
+    # transformers wraps `forward` in decorators, whose code says nothing of the loss.
     forward = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     return forward is not None and "loss_function" in forward.co_names
 
@@ -310,6 +316,7 @@ def trained_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
+            # As bytes, for numpy knows no bfloat16.
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
