@@ -386,13 +386,9 @@ def quantize_in_place(
                 weight.contiguous(), requires_grad=False, quant_type="nf4", module=new
             )
         else:
+            # 6: the outliers of the paper, and what transformers takes.
             new = bnb.Linear8bitLt(
-                # 6: the outliers of the paper, and what transformers takes.
-                in_features,
-                out_features,
-                old.bias is not None,
-                False,
-                threshold=6.0,
+                in_features, out_features, old.bias is not None, False, threshold=6.0
             )
             new.weight = bnb.Int8Params(weight.contiguous(), requires_grad=False)
         if old.bias is not None:
