@@ -114,6 +114,7 @@ def whole(path: Path) -> Iterator[Path]:
     Whoever reads, and whatever is killed: at `path` is what was there before, or all of the new. A
     file is replaced. Raises `InputError` for a folder where something is already.
     """
+    # Beside the target: a move is a single step only within one file system.
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         staging = Path(folder) / path.name
         yield staging

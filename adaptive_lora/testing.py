@@ -96,6 +96,7 @@ def make_trainer(
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
+        # Bit for bit is promised of a CPU.
         "use_cpu": True,
     }
     return kind(

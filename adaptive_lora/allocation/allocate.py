@@ -177,6 +177,7 @@ def top_k(
     >>> top_k({"a": [3, 1], "b": [2, 5]}, {"a": 10, "b": 10}, 30, **bounds)
     {'a': [0], 'b': [0, 1]}
     """
+    # A target with fewer components than its minimum keeps what it has.
     within = {name: min(minimum[name], len(values)) for name, values in scores.items()}
     check_bounds(costs, budget, within, maximum)
     if not all(math.isfinite(score) for values in scores.values() for score in values):
@@ -193,6 +194,7 @@ def top_k(
             rest -= costs[name]
         else:
             others.append((k, name))
+    # Greedy: the best there is at equal costs, else short of it by less than one component.
     for k, name in others:  # then whatever still fits
         if len(kept[name]) < maximum[name] and costs[name] <= rest:
             kept[name].append(k)

@@ -94,6 +94,7 @@ class Cubic(Schedule):
 
     def at(self, step: int, total: int, final: int) -> int:
         first, last = self.span(total)
+        # Rounded as `Method.initial_pattern` does, so that a training starts at this very budget.
         start = int(self.factor * final)
         if step < first:
             return start

@@ -135,6 +135,7 @@ class Method:
                         f"{target.full_rank}; choose a lower rank"
                     )
             return raw
+        # A rank above some targets will do: the others take up what these cannot hold.
         largest = max(target.full_rank for target in targets)
         if self.rank is not None and self.rank > largest:
             raise InputError(

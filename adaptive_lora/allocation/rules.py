@@ -122,6 +122,7 @@ class Proportional(Rule):
                 for m in view.costs
             }
         else:
+            # Scores are below 0 where an importance has a negative weight.
             weights = {m: max(view.scores[m], 0.0) + self.floor for m in view.costs}
             pattern = proportional(
                 weights, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum
@@ -148,6 +149,7 @@ class Grow(Rule):
         chosen = sorted(able, key=lambda m: -view.scores[m])[:count]
         pattern = dict(view.ranks)
         rest = math.inf if view.budget is None else view.budget - parameters(pattern, view.costs)
+        # One component a round: a budget that ends in between is spread over the targets.
         for _ in range(self.step):
             for m in chosen:
                 if pattern[m] < view.maximum[m] and view.costs[m] <= rest:

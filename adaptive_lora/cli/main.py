@@ -400,6 +400,7 @@ def demo(
 def main() -> NoReturn:
     """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no
     tracebacks for bad input."""
+    # Else tokenizers warn whenever a data loader forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(standalone_mode=True)

@@ -109,6 +109,7 @@ def attach(
         "target_modules": target_modules(model, created),
         "lora_dropout": dropout,
         "modules_to_save": whole or None,
+        # PEFT's AdaLoRA adds its penalty to the loss only of a model that has one.
         "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
         "fan_in_fan_out": all(isinstance(module, Conv1D) for module in modules),

@@ -142,10 +142,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
+    # Not fused, the Trainer's default: that one never looks at the shapes of its moments.
     "optim": "adamw_torch",
     "logging_steps": 20,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
+    # Of one the Trainer would delete the last checkpoint before the next is complete.
     "save_total_limit": 2,
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",

@@ -133,6 +133,7 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
     reserve = CUDA_RESERVE if device == "cuda" else 0
     least, most = sum(t.cost for t in targets), sum(t.cost * t.full_rank for t in targets)
     factor = _start_factor(config)
+    # The method starts at this factor of its budget, and no target can hold more than full rank.
     most = int(most / factor)
     low = planned(least)
     if not low.fits(size):
@@ -221,6 +222,7 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     if config.quantization != "none":
         pack(model, config.quantization, dtype, device)
         for name in head_modules(model):
+            # As it is trained: the head of a quantised base is float32.
             model.get_submodule(name).float()
     return model
 
@@ -253,6 +255,7 @@ def _stage(
     parameters = lora_parameters(model)
     inputs, autocast = _inputs(config, model), _autocast(config, device)
     step = step_bytes(model, inputs, checkpointing=config.checkpointing, autocast=autocast)
+    # The simulated step makes the gradients too, which are a part of their own.
     return Stage(name, parameters, parts, max(step - parts["gradients"], 0))
 
 

@@ -98,6 +98,7 @@ def step_bytes(
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
+        # Without a name for the output: it would keep the logits alive, which the Trainer does not.
         _loss(model(**batch)).backward()
         return live.peak
 
@@ -147,6 +148,7 @@ class Packed(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: Any, kind: Quantization, dtype: torch.dtype
     ) -> None:
+        # Not Linear's, which would make a weight of full size.
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
         self.bias = bias
@@ -169,6 +171,7 @@ class Packed(nn.Linear):
         else:
             weight = nn.Parameter(room(count, torch.int8), requires_grad=False)
             weight.SCB = room(out_features, torch.float32)
+            # bitsandbytes' 8-bit layers do, whatever they are given.
             self.compute_dtype = torch.float16
         self.weight = weight
 

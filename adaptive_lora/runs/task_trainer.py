@@ -80,6 +80,7 @@ class TaskTrainer(AdaptiveTrainer):
         return self.evaluated
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # transformers' own sampler reorders the records, which a metric on text must find by place.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -135,6 +135,7 @@ class Heartbeat:
         lost: Callable[[], Any] | None = None,
     ) -> None:
         self.claim, self.beat, self.sample = claim, beat, sample
+        # sys.exit would end this thread only. 75: a temporary failure (EX_TEMPFAIL).
         self.lost = lost or (lambda: os._exit(75))
         self.peak_rss = 0
         self._stop = threading.Event()

@@ -201,6 +201,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.with_parent:
+        # sys.exit would end this thread only, and a run that nobody waits for would go on.
         threading.Thread(target=lambda: os.read(0, 1) or os._exit(130), daemon=True).start()
     threads = str(read_plan(options.folder)["threads"])
     os.environ.update(dict.fromkeys(THREADS, threads) | QUIET)  # before torch and numpy load

@@ -56,6 +56,7 @@ class CausalLanguageModelling(WritingTask):
             first = max(len(start), 1)  # nothing predicts a first token
             if len(ids) <= first:
                 continue
+            # Without a prompt the first token is given: its bytes bear no loss and count for none.
             unpredicted = self._byte_count("", ids[len(start) : first], cut=True)
             count = self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids))
             rows.append(

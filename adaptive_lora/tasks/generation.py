@@ -40,6 +40,7 @@ def generate(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     seq2seq = base.config.is_encoder_decoder
     config = copy.deepcopy(base.generation_config)
+    # None: transformers warns of settings of sampling, which a model may bring, when none is done.
     config.update(
         do_sample=False, num_beams=settings.num_beams, temperature=None, top_p=None, top_k=None,
         max_length=None,

@@ -44,6 +44,7 @@ class WritingTask(Task):
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         shifter = self._shifter() if self.shift == 0 and self.smoothing else None
+        # It would make tensors of every column, and ours hold texts and lists of their own length.
         inner = DataCollatorForSeq2Seq(self.tokenizer, shifter, label_pad_token_id=IGNORED)
         return lambda items: inner(
             [{k: v for k, v in item.items() if k in _READ} for item in items]
@@ -60,6 +61,7 @@ class WritingTask(Task):
         losses = F.cross_entropy(
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
+        # Two numbers a record: the logits of a whole evaluation would not fit into memory.
         return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)], dim=1)
 
     def score(

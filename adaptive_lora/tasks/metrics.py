@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adaptive_lora.errors import InputError
 
+# By packages, and not by `evaluate`, which downloads and runs a script for each metric.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 LARGEST_EXPONENT = 700.0  # e^709 is the largest power of e that a float holds
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")

@@ -138,6 +138,7 @@ class QuestionAnswering(Task):
             start, end = (
                 np.asarray(part[window][: len(spans)], dtype=np.float64) for part in outputs[:2]
             )
+            # The least of the windows, as in the BERT paper's code: one that sees an answer counts.
             nothing[row] = min(nothing.get(row, np.inf), float(start[0] + end[0]))
             inside = np.array([span[0] >= 0 for span in spans])
             answer, score = _best_span(start, end, inside, self.data.max_answer_length)

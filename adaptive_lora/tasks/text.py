@@ -56,6 +56,7 @@ class TextTask(Task):
         encoded = self.tokenizer(*texts, verbose=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         rows = self._fit(split, lengths, labelled)
+        # Again only where needed: `_fit` had to see the lengths before any cut.
         if max(lengths) > self.longest:
             encoded = self.tokenizer(*texts, truncation=True, max_length=self.longest)
         features = Dataset.from_dict({**encoded, **labels, ROW: list(range(len(lengths)))})

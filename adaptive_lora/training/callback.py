@@ -89,6 +89,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         if self.method.adaptation is None:
             return
         _check_arguments(args, self.method)
+        # The Trainer has no event between this one and the loading of a checkpoint.
         plain_load = model.load_adapter
 
         def load_adapter(

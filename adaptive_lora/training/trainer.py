@@ -139,6 +139,7 @@ class AdaptiveTrainerMixin(_Base):
         """Called by the Trainer once for each optimizer step, before its micro-batches."""
         self._skipping = False
         if self.on_non_finite == "skip":
+            # A copy: the Trainer adds to this tensor in place.
             self._loss_before = self._tr_loss.clone()
         return super().get_batch_samples(*args, **kwargs)
 
