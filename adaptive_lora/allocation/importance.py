@@ -75,8 +75,7 @@ def _tensors(statistics: Statistics, kind: str, pairs: Pairs) -> list[torch.Tens
 
 
 def _times_gradient(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Return w g of each parameter in float32, the type of the statistics, whatever the
-    parameter's."""
+    """Return w g of each parameter, in float32 as the statistics, whatever the parameter's type."""
     gradients = [p.grad.float() for p in parameters if p.grad is not None]
     return list(torch._foreach_mul([p.float() for p in parameters], gradients))
 

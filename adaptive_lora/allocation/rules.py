@@ -43,8 +43,7 @@ class View:
         return None
 
     def to_pattern(self, pattern: RankPattern) -> dict[str, Resize]:
-        """Return the resizes that lead to `pattern`: the best components stay, new ones come
-        last."""
+        """Return the resizes to `pattern`: the best components stay, new ones come last."""
         changes = {}
         for name, rank in pattern.items():
             now = self.ranks[name]
@@ -94,8 +93,7 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Truncate(TopK):
-    """As `TopK`, of the singular components of each update B A: what changes is rotated to them
-    first."""
+    """As `TopK`, of the singular components of each B A: what changes is rotated to them first."""
 
     def decide(self, view: View) -> dict[str, Resize]:
         return {

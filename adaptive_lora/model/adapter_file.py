@@ -49,8 +49,7 @@ def tensor_ranks(file: Path) -> dict[str, int]:
 
 
 def component_costs(file: Path) -> dict[str, int]:
-    """Return {full target name: I + O}, the parameters of one component. Raises as
-    `tensor_ranks`."""
+    """Return {full target name: I + O}, the cost of one component. Raises as `tensor_ranks`."""
     inputs, outputs = _shapes(file, LORA_A), _shapes(file, LORA_B)
     return {name: inputs[name][1] + outputs[name][0] for name in inputs.keys() & outputs.keys()}
 

@@ -234,8 +234,7 @@ def lora_parameters(model: nn.Module) -> int:
 
 
 def scale_of(model: nn.Module) -> float:
-    """Return the constant scale of the model's adapters. Raises `InputError` when they do not share
-    one."""
+    """Return the one scale of the model's adapters. Raises `InputError` when they have several."""
     scales = {layer.scaling[layer.active_adapters[0]] for layer in adapters(model).values()}
     # alpha / r of unequal ranks is one number only up to its last bits.
     if max(scales) - min(scales) > 1e-6 * max(scales):
@@ -289,16 +288,14 @@ class Parked(nn.Module):
 
 
 def park(layer: Any) -> None:
-    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key, at
-    no cost."""
+    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key."""
     adapter = layer.active_adapters[0]
     layer.parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
 def unpark(layer: Any) -> None:
-    """Put a parked adapter back into the forward pass; nothing happens to one that is not
-    parked."""
+    """Put a parked adapter back into the forward pass; nothing happens to any other."""
     if hasattr(layer, "parked"):
         adapter = layer.active_adapters[0]
         layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked.pair
@@ -312,8 +309,7 @@ def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def sync_config(model: PeftModel) -> None:
-    """Make `peft_config` describe the adapters as they are: called after anything that changes a
-    rank."""
+    """Make `peft_config` describe the adapters as they are; called after any change of a rank."""
     config: Any = model.peft_config[model.active_adapter]
     # Rank 0 is left out: PEFT cannot create it when it loads.
     present = {name: rank for name, rank in ranks(model).items() if rank > 0}
@@ -339,16 +335,14 @@ def target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
 
 
 def scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
-    """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha
-    / r."""
+    """Return the fields of a `LoraConfig` that give every target its rank and the same scale."""
 
     def alpha(rank: int) -> float:
         return int(scale * rank) if float(scale * rank).is_integer() else scale * rank
 
     largest = max(pattern.values())
     uniform = set(pattern.values()) == {largest}
-    # ^: PEFT takes a key for every module whose name ends like it, and writes the keys in
-    # alphabetical order.
+    # ^: a key without it means every module whose name ends so, and PEFT sorts the keys it saves.
     exact = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in pattern.items()}
     return {
         "r": largest,

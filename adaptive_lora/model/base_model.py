@@ -97,8 +97,7 @@ class Base:
 
 
 def access(name: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the arguments for any `from_pretrained`, after making sure that the model can be
-    had."""
+    """Return the arguments for any `from_pretrained`; first makes sure that the model is there."""
     # Settled beforehand: offline, each file asked for would wait for a time-out of its own.
     return {"trust_remote_code": trust_remote_code, "local_files_only": locate_model(name)}
 

@@ -77,8 +77,7 @@ class Deciding(Driver):
     def observe(self, step: int) -> None:
         # At every step: an optimizer takes moments of other shapes from a checkpoint in silence.
         check_state_shapes(self.layers, self.optimizer)
-        # A target that took no part in this step (LayerDrop, a layer whose output nobody uses)
-        # shows nothing.
+        # A target that took no part in this step (LayerDrop, an output nobody uses) shows nothing.
         pairs = {
             name: pair
             for name, pair in self._pairs().items()

@@ -23,8 +23,7 @@ from adaptive_lora.naming import inside
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 SAMPLES = 1024  # values of a tensor, evenly spaced: any training of it changes most of them
-# Adapters; what is trained whole; a pooler, which many checkpoints lack and every loading draws
-# anew.
+# Adapters; what is trained whole; a pooler, drawn anew where a checkpoint lacks it, as many do.
 NOT_THE_BASE = ("lora_", "modules_to_save", "original_module", "pooler")
 
 Digests = dict[str, list[str]]
@@ -42,8 +41,7 @@ def digests(model: nn.Module) -> Digests:
 
 
 def write_fingerprint(model: nn.Module, folder: Path) -> None:
-    """Write the digests of the base of `model`, with or without adapters, into an adapter's
-    folder."""
+    """Write the digests of the base of `model`, adapters or none, into an adapter's folder."""
     write_json(folder / FINGERPRINT_FILE, digests(model))
 
 

@@ -99,8 +99,7 @@ def statistics_bytes(statistics: Statistics) -> int:
 
 
 def adapter_bytes(layers: Iterable[Any], optimizer: Any, statistics: Statistics) -> dict[str, int]:
-    """Return the bytes that follow the ranks, for a row of the history: the adapters' part of
-    `account`."""
+    """Return the bytes that follow the ranks, for a row of the history; see `account`."""
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     state, weight = unwrap(optimizer).state, sum(map(size, parameters))
     return {

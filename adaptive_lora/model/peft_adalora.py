@@ -119,8 +119,7 @@ class PeftAdaLora(Driver):
         )
 
     def observe(self, step: int) -> None:
-        """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are
-        gone."""
+        """Keep the gradients while PEFT still scores: `step()` comes when they are gone."""
         if step > self._last:
             return
         named = self._tuner.model.named_parameters()
@@ -299,8 +298,7 @@ class MaskedByPeft(Adaptation):
     driver: ClassVar[type[Any] | None] = PeftAdaLora
 
     def peft_config(self, rank: int, scale: float, common: dict[str, Any]) -> AdaLoraConfig:
-        """Return PEFT's config; its schedule is filled in by the driver, who knows the number of
-        steps."""
+        """Return PEFT's config; the driver, who knows how many steps, fills in the schedule."""
         return AdaLoraConfig(
             init_r=rank,
             target_r=self.target_rank,

@@ -77,8 +77,7 @@ def compute_dtype(precision: Precision, *, device: str | None = None) -> torch.d
 
 
 def check_available() -> None:
-    """Raise `InputError`, saying what to install, unless bitsandbytes can quantise on this
-    machine."""
+    """Raise `InputError`, saying what to install, unless bitsandbytes can quantise here."""
     install = "pip install 'adaptive-lora[quant]'"
     try:
         found = version("bitsandbytes")
@@ -134,8 +133,7 @@ def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = {}
     for name, module in model.named_modules():
-        # Exact types, as transformers has it: what derives from Linear may use its weight in ways
-        # of its own.
+        # Exact types, as transformers has it: a subclass may use its weight in ways of its own.
         if (
             type(module) not in (nn.Linear, Conv1D)
             or module is output

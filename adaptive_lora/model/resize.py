@@ -74,8 +74,7 @@ def check_model(model: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer, or raise `InputError` naming it when its state cannot be
-    resized."""
+    """Return the torch optimizer. Raises `InputError` naming one that cannot be resized."""
     inner = unwrap(optimizer)
     # The exact class: what derives from it may keep state of other shapes.
     if type(inner) not in SUPPORTED:
@@ -281,8 +280,7 @@ def _zero(_kept: torch.Tensor) -> float:
 
 
 def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tensor:
-    """Return `tensor` with the kept components along `dim`, then `plan.grow` new ones filled from
-    the kept."""
+    """Return `tensor` with the kept components along `dim`, then new ones filled from these."""
     kept = tensor.index_select(dim, torch.tensor(plan.keep, dtype=torch.long, device=tensor.device))
     if not plan.grow:
         return kept
@@ -331,8 +329,7 @@ def _stage(
 
 @dataclass
 class _Turn:
-    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component
-    j."""
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij component j."""
 
     weights: torch.Tensor
     moments: torch.Tensor

@@ -49,8 +49,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    # MultiheadAttention takes the weight of its out_proj without calling it: an adapter there would
-    # do nothing.
+    # MultiheadAttention reads its out_proj's weight and never calls it: no adapter would run.
     if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return module.in_features, module.out_features
     return None
@@ -183,8 +182,7 @@ def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
         if isinstance(model, PreTrainedModel)
         else None
     )
-    # Modules in lists that have weights of their own: at least one to a layer, unless layers share
-    # them.
+    # Modules in lists, with weights of their own: one to a layer at least, unless layers share.
     own = {
         found[0]
         for name, _ in model.named_parameters()
@@ -283,11 +281,9 @@ def _listing(names: Sequence[str], hint: str = "") -> str:
 
 
 def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> list[Target]:
-    """Return a `Target` for each {full name: (in_features, out_features)} of `model`, in the same
-    order."""
+    """Return a `Target` for each {full name: (in_features, out_features)}, in the same order."""
     # A target outside every layer (an input projection, a pooler) takes the depth of the layer
-    # before it, or of the first one when none comes before: a shape over depth then has an answer
-    # for it.
+    # before it, else of the first: a shape over depth then has an answer for it.
     places: list[tuple[str, int] | None] = []
     for name in features:
         stack, index, _ = split_name(name)
@@ -311,8 +307,7 @@ def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> 
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:
-    """True when a module between the layer and this target is called attention, by attribute or by
-    class."""
+    """True when a module between layer and target is called attention, by attribute or class."""
     # GPT-2 has a `c_proj` in attention and in the feed-forward: only the place tells them apart.
     stack, index, _ = split_name(name)
     inside_from = len(f"{stack}.{index}".split(".")) if index is not None else 0

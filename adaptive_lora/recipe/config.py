@@ -132,8 +132,7 @@ class AdapterConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be
-# given.
+# What we set where a default of `TrainingArguments` does not suit LoRA; any field may be given.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "linear",
@@ -204,12 +203,10 @@ class RunConfig(Strict):
         )
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
-        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own
-        words."""
+        """Return this run's `TrainingArguments`. Raises `InputError` in transformers' words."""
         values = {**self.training, "seed": self.seed, **overrides}
         if self.quantization != "none" and not (values.get("bf16") or values.get("fp16")):
-            # The head is trained in float32 on what the base computes in 16 bits: autocast joins
-            # them.
+            # Autocast joins the float32 head and what the base computes in 16 bits.
             dtype = compute_dtype(self.dtype)
             values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         # the name before transformers 5.23
@@ -225,8 +222,7 @@ class RunConfig(Strict):
             raise InputError(f"training: {error}") from error
 
     def to_yaml(self) -> str:
-        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config
-        back."""
+        """Return the resolved recipe; `parse(yaml.safe_load(...))` gives the same config back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

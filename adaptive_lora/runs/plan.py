@@ -61,8 +61,7 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
     def fits(self, size: int) -> bool:
-        """True when the training fits in `size` bytes of a device, with what CUDA keeps for
-        itself."""
+        """True when the training fits in `size` bytes, with what CUDA keeps for itself."""
         return self.peak + (CUDA_RESERVE if self.device == "cuda" else 0) <= size
 
 
@@ -156,8 +155,7 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
 
 
 def alternatives(config: RunConfig, *, device: str | None = None) -> dict[str, Plan]:
-    """Return plans of the same training with one thing changed that saves memory, by what is
-    changed."""
+    """Return plans of the training with one change that saves memory, by what is changed."""
     batch = config.training["per_device_train_batch_size"]
     changes: dict[str, Callable[[], dict[str, Any]]] = {}
     if not config.checkpointing:
@@ -200,8 +198,7 @@ def parse_size(text: str) -> int:
 
 
 def _skeleton(config: RunConfig, device: str) -> Any:
-    """Return the base model without storage, quantised modules replaced by stand-ins of their
-    size."""
+    """Return the base model without storage, with stand-ins for quantised modules."""
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))

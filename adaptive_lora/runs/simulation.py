@@ -69,8 +69,7 @@ def step_bytes(
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
 ) -> int:
-    """Return the peak bytes of activations, temporaries and gradients in one forward and backward
-    pass.
+    """Return the peak bytes of activations, temporaries and gradients, forward and backward.
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
@@ -121,8 +120,7 @@ def enable_checkpointing(model: Any, **arguments: Any) -> None:
 
 
 class _Unpacked(torch.autograd.Function):
-    """x Wᵀ with W made for the product and thrown away, forward and backward, as bitsandbytes
-    does."""
+    """x Wᵀ with W made for the product and thrown away, either way, as bitsandbytes does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -183,8 +181,7 @@ class Packed(nn.Linear):
 def pack(
     model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str
 ) -> None:
-    """Put stand-ins for the modules that would be quantised on `device` into a model on the device
-    "meta"."""
+    """Put stand-ins for what would be quantised on `device` into a model on "meta"."""
     for name, (in_features, out_features) in to_quantize(
         model, quantization, dtype, device
     ).items():

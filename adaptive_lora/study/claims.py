@@ -175,8 +175,7 @@ def _me() -> dict[str, Any]:
 def _alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
-        # A number may have gone to another process since; one that ended and is not yet collected
-        # is dead.
+        # The number may be another process's by now; a zombie has ended, and is not collected.
         return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

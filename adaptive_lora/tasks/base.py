@@ -52,8 +52,7 @@ class Task(ABC):
         `learned`."""
 
     def learned(self, **data: Any) -> None:
-        """Complete `self.data`: with it, a task made anew reads further records as this one
-        does."""
+        """Complete `self.data`, with which a task made anew reads further records as this one."""
         self.data = self.data.model_copy(update=data)
 
     @classmethod

@@ -38,13 +38,11 @@ class Split:
         return list(self.records[column])
 
     def at(self, record: int) -> str:
-        """Return the place of a record, for messages; `record` counts from 1, as the source
-        does."""
+        """Return the place of a record, for messages; `record` counts from 1, as the source."""
         return f"{self.source}, record {record}"
 
     def require(self, *columns: str) -> None:
-        """Raise `InputError` naming the columns there are unless all of `columns` are among
-        them."""
+        """Raise `InputError`, naming the columns there are, unless `columns` are among them."""
         present = columns_of(self.records)
         for column in columns:
             if column not in present:
@@ -150,8 +148,7 @@ def text_columns(data: DataConfig) -> set[str]:
 
 
 def numbered(table: Dataset, source: str) -> Dataset:
-    """Return the table with the column `RECORD`. Raises `InputError` when the source has one of
-    that name."""
+    """Return the table with the column `RECORD`. Raises `InputError` if the source has one."""
     if RECORD in table.column_names:
         raise InputError(
             f"{source} has a column {RECORD!r}, the name of our number of each record; rename it"

@@ -125,11 +125,10 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     lower-casing, Porter-stemmed where longer than 3: other scripts score 0.
 
     predictions, references: N texts each, one sentence per line as CNN/DailyMail highlights have
-        it. A text in one line
-    is split after ".", "!" or "?" and white space, with no list of abbreviations ("Mr. Smith" ends
-    a sentence). Only ROUGE-Lsum sees sentences. An empty text, or one that is too short for an
-    n-gram, scores 0. Raises `InputError` when there are no records or the lists differ in length.
-    Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package.
+    it. A text in one line is split after ".", "!" or "?" and white space, with no list of
+    abbreviations ("Mr. Smith" ends a sentence). Only ROUGE-Lsum sees sentences. An empty text, or
+    one that is too short for an n-gram, scores 0. Raises `InputError` when there are no records or
+    the lists differ in length. Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package.
 
     >>> scores = rouge(["The cat sat. It slept."], ["the cat sat\\nit ate"])
     >>> {name: round(score, 1) for name, score in scores.items()}
@@ -212,10 +211,10 @@ def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]
     / (ln 2 · bytes).
 
     nll: total negative log-likelihood in nats, of all the tokens that bear loss; tokens: how many
-        those are; byte_count:
-    the UTF-8 bytes of the text they spell. Raises `InputError` when there are no tokens or no
-    bytes. A NaN nll makes every metric NaN, an infinite one the loss and the bits per byte:
-    perplexity stops at e^700. Source: bits per byte as in the Pile (arXiv 2101.00027, section 3.1).
+    those are; byte_count: the UTF-8 bytes of the text they spell. Raises `InputError` when there
+    are no tokens or no bytes. A NaN nll makes every metric NaN, an infinite one the loss and the
+    bits per byte: perplexity stops at e^700. Source: bits per byte as in the Pile (arXiv
+    2101.00027, section 3.1).
 
     >>> language_model(math.log(4) * 10, tokens=10, byte_count=20)["bits_per_byte"]
     1.0

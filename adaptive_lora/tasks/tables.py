@@ -122,8 +122,7 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
             ),
-            # A record longer than a block would be an error: let the file be one block. Threads do
-            # not count rows.
+            # One block, as a record longer than it would be an error; threads do not count rows.
             read_options=pyarrow.csv.ReadOptions(
                 block_size=min(max(path.stat().st_size, 1 << 20), 2**31 - 1), use_threads=False
             ),

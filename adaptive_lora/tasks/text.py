@@ -46,8 +46,7 @@ class TextTask(Task):
 
     @abstractmethod
     def labels(self, split: Split) -> list[Any]:
-        """Return a number for each record's label. Raises `InputError` at the first that is
-        none."""
+        """Return a number for each label. Raises `InputError` at the first that is none."""
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(*self.columns, *([self.label] if labelled else []))

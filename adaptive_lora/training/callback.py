@@ -97,8 +97,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         ) -> Any:
             if adapter_name != model.active_adapter:
                 return plain_load(model_id, adapter_name, *load_args, **load_kwargs)
-            # The Trainer resumes by loading the adapter into the model: it must have that
-            # checkpoint's ranks first.
+            # The Trainer loads the checkpoint's adapter into the model, which must have its ranks.
             self._resumed_from = Path(model_id)
             match_ranks(model, self._resumed_from)
             # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
@@ -240,8 +239,7 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
 
 
 def match_ranks(model: PeftModel, checkpoint: Path) -> None:
-    """Give `model` the ranks of the adapter saved in `checkpoint`; a target absent there gets rank
-    0."""
+    """Give `model` the ranks of the adapter in `checkpoint`; a target absent there gets rank 0."""
     saved, now = tensor_ranks(checkpoint / "adapter_model.safetensors"), ranks(model)
     if saved:  # none in a checkpoint of PEFT's AdaLoRA, which keeps its first ranks to the end
         resize(model, {name: saved.get(name, 0) for name in now if saved.get(name, 0) != now[name]})

@@ -77,8 +77,7 @@ class RankController:
         self._driver = driver_of(method)(model, optimizer, method, total_steps)
 
     def observe(self) -> None:
-        """Take in the gradients of this optimizer step: after the last backward, before
-        `optimizer.step()`."""
+        """Take in this step's gradients: after the last backward, before `optimizer.step()`."""
         if not self._driver.watching(self.step_count):
             return
         if self._observed:

@@ -266,8 +266,7 @@ class AdaptiveLoRA:
         return Scores(G=gradient, W=delta, s=decision.scores, r=decision.pattern)
 
     def save(self, path: str | Path) -> Path:
-        """Write the adapter and the head as a PEFT checkpoint into the folder `path`, and return
-        it."""
+        """Write adapter and head as a PEFT checkpoint into the folder `path`, and return it."""
         return save(self.model, path)
 
     def _trained(self) -> list[Decision]:

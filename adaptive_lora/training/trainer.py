@@ -184,8 +184,7 @@ class AdaptiveTrainerMixin(_Base):
         if self._skipping:
             # an optimizer passes over what has no gradient: no update, no decay, no moment
             model.zero_grad()
-            # The logged loss is the mean over the steps made: this one leaves its sum and its
-            # count.
+            # The logged loss is a mean over the steps made: this one leaves sum and count.
             self._tr_loss = self._loss_before
             self._globalstep_last_logged += 1
             self._initial_global_step += 1
@@ -201,8 +200,7 @@ class AdaptiveTrainerMixin(_Base):
             # fp16: infinite gradients are the loss scaler's daily business, it skips the step.
             # Sharded: not ours to clip.
             return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        # the same operations as accelerator.clip_grad_norm_, but nothing is scaled when the norm is
-        # not finite
+        # as accelerator.clip_grad_norm_, but nothing is scaled when the norm is not finite
         try:
             return torch.nn.utils.clip_grad_norm_(
                 model.parameters(), max_norm, error_if_nonfinite=True
@@ -323,8 +321,7 @@ def trained_digest(model: nn.Module) -> str:
 
 
 def updates_are_zero(model: nn.Module) -> bool:
-    """True when there are LoRA adapters and B A is zero in each, because B (or A) is, or its
-    rank."""
+    """True when there are LoRA adapters and B A is zero in each, because B, A or the rank is."""
     layers = [
         layer
         for layer in model.modules()
@@ -397,8 +394,7 @@ class ProgressBars(ProgressCallback):
 
 
 def use_progress(trainer: Trainer, *, quiet: bool = False, stream: Any = None) -> None:
-    """Replace the Trainer's own output: bars on a terminal, plain lines elsewhere, nothing when
-    `quiet`."""
+    """Replace the Trainer's output: bars on a terminal, else plain lines, nothing if `quiet`."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if not quiet:
