@@ -139,6 +139,7 @@ def train(
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
+    # Here, as in every command: what trains takes seconds to import, and --help is not to wait.
     from adaptive_lora.report import report
     from adaptive_lora.runs.run import run
 

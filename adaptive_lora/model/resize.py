@@ -297,6 +297,7 @@ def _stage(
     turns: tuple[_Turn | None, ...] = (None, None)
     if plan.rotated and len(pair[0]):
         p, n = rotation(pair[0].detach(), pair[1].detach())
+        # Gradients turn against the weights, so P and N change places for the moments.
         turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
     for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
         value = _take(

@@ -152,6 +152,7 @@ class Heartbeat:
     def _run(self) -> None:
         process, waited = psutil.Process(), 0.0
         while True:
+            # Sampled: the system's own peak is of the process, with all the runs it did before.
             self.peak_rss = max(self.peak_rss, process.memory_info().rss)
             if self._stop.wait(self.sample):
                 return

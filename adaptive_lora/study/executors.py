@@ -216,6 +216,7 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part for part in named.split(",") if part.strip()]
+    # Only where nothing names them: who starts workers needs no torch.
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

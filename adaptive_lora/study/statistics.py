@@ -25,6 +25,7 @@ from scipy import stats
 from adaptive_lora.errors import InputError
 from adaptive_lora.study.records import Verdict
 
+# All 5^5 resamples are fewer than so many draws, all 6^6 are more.
 LEVEL, RESAMPLES, EXACT_UP_TO = 0.95, 10_000, 5
 Array = NDArray[np.float64]
 

@@ -59,6 +59,7 @@ def work(folder: str | Path, train: Train) -> None:
             if claim is None:
                 continue
             if not is_over(study, one["id"]):  # by a worker that was faster
+                # In this process: a fork for each run takes 30 ms; a worker that dies is replaced.
                 perform(study, one, claim, train, threads=threads)
             claim.release()
         todo = [one for one in todo if not is_over(study, one["id"])]

@@ -126,6 +126,7 @@ class Task(ABC):
                 f"than {limit:,} ({len(long):,} such records); raise data.max_length if the model "
                 "reads more, or set data.too_long to cut or drop"
             )
+        # Nearest: lengths that occur, and none between two of them.
         low, median, high = (int(np.percentile(lengths, q, method="nearest")) for q in (0, 50, 95))
         self.notes.append(
             f"{split.part}: {len(lengths):,} records of {low:,} to {max(lengths):,} tokens (median "

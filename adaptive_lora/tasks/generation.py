@@ -39,6 +39,7 @@ def generate(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     seq2seq = base.config.is_encoder_decoder
+    # A copy: these settings are ours, and not the model's from now on.
     config = copy.deepcopy(base.generation_config)
     # None: transformers warns of settings of sampling, which a model may bring, when none is done.
     config.update(

@@ -128,7 +128,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     it. A text in one line is split after ".", "!" or "?" and white space, with no list of
     abbreviations ("Mr. Smith" ends a sentence). Only ROUGE-Lsum sees sentences. An empty text, or
     one that is too short for an n-gram, scores 0. Raises `InputError` when there are no records or
-    the lists differ in length. Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package.
+    the lists differ in length. Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score
+    package.
 
     >>> scores = rouge(["The cat sat. It slept."], ["the cat sat\\nit ate"])
     >>> {name: round(score, 1) for name, score in scores.items()}

@@ -99,6 +99,7 @@ def _check_type(field: pa.Field) -> None:
 
 
 def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
+    # Decoded here: of a byte that is not UTF-8 we name the line.
     text = _read_text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
     for other, name in DELIMITERS.items():
@@ -146,6 +147,7 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
 def _read_images(folder: Path) -> Dataset:
     """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder
     for each class."""
+    # Sorted, for the order of a folder differs between file systems.
     files = sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file()
     )

@@ -187,6 +187,7 @@ class RankController:
             for kind, row in self._statistics.items()
             for name, statistic in row.items()
         }
+        # safetensors refuses any other layout.
         save_file({key: s.tensor.contiguous() for key, s in rows.items()}, folder / TENSOR_FILE)
         state = {
             "version": VERSION,

@@ -362,6 +362,7 @@ _SHOWN = (
 def log_line(state: Any, logs: dict[str, Any]) -> str:
     """Return what a person wants of a log row in one line, "" when there is nothing."""
     wanted = [k for k in logs if k.endswith(tuple(f"_{name}" for name in _SHOWN)) or k in _SHOWN]
+    # Without `token_loss`: an evaluation has the same number as its `loss`.
     shown = "  ".join(
         f"{k.removeprefix('eval_')} {logs[k]:.4g}" for k in wanted if not k.endswith("token_loss")
     )
