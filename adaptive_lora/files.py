@@ -28,8 +28,7 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets these through: a date such as 2001-99-99, `!!int abc`, brackets a thousand
-        # deep.
+        # PyYAML lets these through: the date 2001-99-99, `!!int abc`, a thousand brackets.
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -54,8 +53,7 @@ def read_file(path: Path, what: str) -> Any:
 
 
 def read_recipe(file: str | Path) -> dict[str, Any]:
-    """Return the mapping a recipe holds. Raises `InputError` as `read_file`, or when it is no
-    mapping."""
+    """Return the mapping a recipe holds. Raises `InputError` as `read_file`, or without one."""
     values, path = read_file(Path(file), "recipe"), Path(file)
     if not isinstance(values, dict):
         raise InputError(
@@ -88,8 +86,7 @@ def set_key(values: dict[str, Any], assignment: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return plain data with every float that is not finite replaced by None: strict JSON has no
-    NaN."""
+    """Return plain data with None for every float that is not finite: strict JSON has no NaN."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -114,6 +111,7 @@ def whole(path: Path) -> Iterator[Path]:
     Whoever reads, and whatever is killed: at `path` is what was there before, or all of the new. A
     file is replaced. Raises `InputError` for a folder where something is already.
     """
+    # Beside the target: a move is a single step only within one file system.
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         staging = Path(folder) / path.name
         yield staging
@@ -144,8 +142,7 @@ def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
 
 
 def check_new(output: str | Path, what: str = "output") -> Path:
-    """Return the path of a file or folder to be made. Raises `InputError` when something is there
-    already."""
+    """Return the path of a file or folder to be made. Raises `InputError` if something is there."""
     path = Path(output).expanduser()
     if path.exists() or path.is_symlink():
         raise InputError(f"{what} {path} exists; give another name or remove it")

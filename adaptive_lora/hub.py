@@ -26,6 +26,7 @@ def is_local(source: str) -> bool:
     )
 
 
+# Asked once: offline, the model, its tokenizer and every data set would wait again.
 @cache
 def reachable() -> bool:
     """True when the hub answers within a few seconds and offline mode is off."""

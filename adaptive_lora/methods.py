@@ -203,6 +203,7 @@ def adalora(
     schedule = Cubic(factor=factor, initial=initial, final=final)
     return Method(
         name="adalora",
+        # Equal weights: budget and schedule alone set the ranks at the start.
         shape=uniform(1),
         rank=8 if rank is None and budget is None else rank,
         budget=budget,
@@ -314,6 +315,7 @@ def grad_delta(
             importance=Weighted(
                 parts=((monitor_alpha, GradientNorm()), (monitor_beta, WeightDelta()))
             ),
+            # s plus this floor is in proportion to the published r_min + s (r_max - r_min).
             rule=Proportional(floor=min_rank / max(max_rank - min_rank, 1)),
             when=At(start=warmup_steps),
             min_rank=min_rank,

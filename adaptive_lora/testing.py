@@ -96,6 +96,7 @@ def make_trainer(
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
+        # Bit for bit is promised of a CPU.
         "use_cpu": True,
     }
     return kind(
@@ -345,8 +346,7 @@ def check_bounds(make_method: MakeMethod, folder: Path) -> None:
 
 
 def check_optimizer_state(make_method: MakeMethod, folder: Path) -> None:
-    """After every step, every trainable parameter is in the optimizer, with state of its own
-    shape."""
+    """After every step each trained parameter is in the optimizer, with state of its shape."""
     _, witness, _ = _watched(make_method)
     assert not witness.misfits, f"{len(witness.misfits)} misfits, first: {witness.misfits[0]}"
 
@@ -367,8 +367,7 @@ def check_history_replays(make_method: MakeMethod, folder: Path) -> None:
 
 
 def check_growth_keeps_the_function(make_method: MakeMethod, folder: Path) -> None:
-    """A decision that only grows leaves the model's answers as they were, to 1e-6 of the
-    largest."""
+    """A decision that only grows leaves the answers as they were, to 1e-6 of the largest."""
     if _dynamic(make_method):
         for step, change in _watched(make_method)[1].growths:
             assert change <= 1e-6, (
@@ -394,8 +393,7 @@ def check_resume(make_method: MakeMethod, folder: Path) -> None:
 
 
 def check_reload(make_method: MakeMethod, folder: Path) -> None:
-    """The saved adapter, loaded by stock PEFT on a fresh base model, answers as the trained model
-    does."""
+    """The saved adapter, loaded by stock PEFT on a fresh base, answers as the trained model."""
     trainer, _ = _train(make_method, folder)
     save(_model(trainer), folder / "adapter")
     loaded = PeftModel.from_pretrained(make_bert(n_layers=2), str(folder / "adapter"))

@@ -77,6 +77,7 @@ def load_base(base: Base) -> Any:
     with a fixed seed, so that two loads are equal. Raises as `Base.load`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        # Whatever the files have: the rounding of 16 bits would hide what a check looks for.
         model, _ = base.load(dtype=torch.float32)
     return model.eval()
 

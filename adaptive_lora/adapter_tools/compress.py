@@ -366,6 +366,7 @@ def _put(model: PeftModel, ranks: RankPattern, updates: Mapping[str, Update]) ->
     before = {name: dict(layer.scaling) for name, layer in layers.items()}
     try:
         for layer in layers.values():
+            # Before the resize, which writes a config that has one scale for all.
             layer.scaling[layer.active_adapters[0]] = scale
         resize(model, ranks)
     except Exception:

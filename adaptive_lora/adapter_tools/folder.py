@@ -241,6 +241,7 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
     ):
         config.target_modules = _target_modules(updates, adapter.updates)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    # PiSSA and its kin would change the base weights again at every load.
     config.init_lora_weights = True
     return replace(adapter, config=config, updates=dict(updates))
 

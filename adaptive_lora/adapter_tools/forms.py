@@ -50,6 +50,7 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
         modules: the linear modules of the base model; without them layers are taken to run from 0
             to the last one adapted in their stack, and to be alike.
     """
+    # llama.cpp divides lora_alpha by the tensor's own rank: one scale needs one rank.
     rank = max(update.rank for update in adapter.updates.values())
     some = next(iter(adapter.updates.values()))
     updates = {}

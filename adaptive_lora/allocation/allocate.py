@@ -49,8 +49,7 @@ def parameters(pattern: Mapping[str, int], costs: Mapping[str, int]) -> int:
 def check_bounds(
     costs: Mapping[str, int], budget: int, minimum: Mapping[str, int], maximum: Mapping[str, int]
 ) -> None:
-    """Raise `InputError` with the numbers unless 0 <= lo <= hi for every target and Σ lo_m c_m <=
-    budget."""
+    """Raise `InputError` unless 0 <= lo <= hi for every target and Σ lo_m c_m <= budget."""
     for name in costs:
         if not 0 <= minimum[name] <= maximum[name]:
             raise InputError(
@@ -61,8 +60,7 @@ def check_bounds(
     if least > budget:
         raise InputError(
             f"a budget of {budget:,} parameters is below the minimum: the smallest allowed ranks "
-            "already cost "
-            f"{least:,}. Raise the budget, lower min_rank, or choose fewer targets"
+            f"already cost {least:,}. Raise the budget, lower min_rank, or choose fewer targets"
         )
 
 
@@ -106,8 +104,7 @@ def proportional(
     ideal = _relaxed(weights, costs, budget, minimum, maximum)
     pattern = {m: math.floor(ideal[m]) for m in costs}
     # What flooring left over: one component at a time to the largest remainder, ties to the higher
-    # weight, then to the earlier target. A target that does not fit now never will, for the rest
-    # only falls.
+    # weight, then to the earlier target. What does not fit now never will: the rest only falls.
     rest = budget - parameters(pattern, costs)
     queue = [(pattern[m] - ideal[m], -weights[m], position, m) for position, m in enumerate(costs)]
     heapify(queue)
@@ -141,8 +138,7 @@ def _relaxed(
     def spent(scale: Fraction) -> Fraction:
         return sum((costs[m] * rank for m, rank in at(scale).items()), Fraction(0))
 
-    # `spent` rises with λ in straight lines between the points where a target leaves its minimum or
-    # meets its maximum.
+    # `spent` rises with λ in straight lines, with a corner where a target leaves or meets a bound.
     bounds = [(bound[m], exact[m]) for m in costs if exact[m] for bound in (minimum, maximum)]
     corners = sorted({Fraction(bound) / weight for bound, weight in bounds} | {Fraction(0)})
     position = bisect_right(corners, Fraction(budget), key=spent)
@@ -178,6 +174,7 @@ def top_k(
     >>> top_k({"a": [3, 1], "b": [2, 5]}, {"a": 10, "b": 10}, 30, **bounds)
     {'a': [0], 'b': [0, 1]}
     """
+    # A target with fewer components than its minimum keeps what it has.
     within = {name: min(minimum[name], len(values)) for name, values in scores.items()}
     check_bounds(costs, budget, within, maximum)
     if not all(math.isfinite(score) for values in scores.values() for score in values):
@@ -194,6 +191,7 @@ def top_k(
             rest -= costs[name]
         else:
             others.append((k, name))
+    # Greedy: the best there is at equal costs, else short of it by less than one component.
     for k, name in others:  # then whatever still fits
         if len(kept[name]) < maximum[name] and costs[name] <= rest:
             kept[name].append(k)

@@ -88,12 +88,13 @@ class Cubic(Schedule):
         if not 0 <= first < last <= total:
             raise InputError(
                 f"the budget schedule does not fit: of {total} training steps, {first} come before "
-                "it starts and "
-                f"{total - last} after it ends. Train for longer, or lower initial / final"
+                f"it starts and {total - last} after it ends. Train for longer, or lower initial / "
+                "final"
             )
 
     def at(self, step: int, total: int, final: int) -> int:
         first, last = self.span(total)
+        # Rounded as `Method.initial_pattern` does, so that a training starts at this very budget.
         start = int(self.factor * final)
         if step < first:
             return start

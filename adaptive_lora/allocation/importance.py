@@ -75,8 +75,7 @@ def _tensors(statistics: Statistics, kind: str, pairs: Pairs) -> list[torch.Tens
 
 
 def _times_gradient(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Return w g of each parameter in float32, the type of the statistics, whatever the
-    parameter's."""
+    """Return w g of each parameter, in float32 as the statistics, whatever the parameter's type."""
     gradients = [p.grad.float() for p in parameters if p.grad is not None]
     return list(torch._foreach_mul([p.float() for p in parameters], gradients))
 
@@ -117,6 +116,7 @@ class Sensitivity(Importance):
             products_b = _times_gradient([b for _, b in pairs.values()])
             gates = [product.sum(1) for product in products_a]
             for part, current in (("a", products_a), ("b", products_b), ("gate", gates)):
+                # One call for all adapters: on tensors this small the calls cost most.
                 torch._foreach_abs_(current)
                 sensitivity = _tensors(statistics, f"sensitivity_{part}", pairs)
                 uncertainty = _tensors(statistics, f"uncertainty_{part}", pairs)
@@ -155,6 +155,7 @@ class GradientNorm(Importance):
             "gradient_norm_target": {
                 n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()
             },
+            # Of each target: one that took no part in a step (LayerDrop) has fewer.
             "steps": {
                 n: Statistic(torch.zeros((), device=a.device), None) for n, (a, _) in pairs.items()
             },
@@ -303,6 +304,7 @@ class Weighted(Importance):
         for i, (weight, part) in enumerate(self.parts):
             scores = part.scores(pairs, self._of(i, statistics))
             everything = torch.cat([score.float() for score in scores.values()])
+            # All equal: the clamp makes every score 0 where a division by 0 would make it NaN.
             low, high = everything.min(), everything.max()
             for n, score in scores.items():
                 total[n] += weight * (score - low) / (high - low).clamp_min(1e-30)

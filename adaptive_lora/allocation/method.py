@@ -135,6 +135,7 @@ class Method:
                         f"{target.full_rank}; choose a lower rank"
                     )
             return raw
+        # A rank above some targets will do: the others take up what these cannot hold.
         largest = max(target.full_rank for target in targets)
         if self.rank is not None and self.rank > largest:
             raise InputError(
@@ -142,8 +143,7 @@ class Method:
                 f"{largest}; choose a lower rank"
             )
         factor = 1 if self.adaptation is None else self.adaptation.schedule.factor
-        # A target the shape gives any rank keeps at least one component; one at rank 0 stays
-        # without.
+        # What the shape gives any rank keeps a component at least; rank 0 stays rank 0.
         return proportional(
             raw,
             {target.name: target.cost for target in targets},

@@ -43,8 +43,7 @@ class View:
         return None
 
     def to_pattern(self, pattern: RankPattern) -> dict[str, Resize]:
-        """Return the resizes that lead to `pattern`: the best components stay, new ones come
-        last."""
+        """Return the resizes to `pattern`: the best components stay, new ones come last."""
         changes = {}
         for name, rank in pattern.items():
             now = self.ranks[name]
@@ -94,8 +93,7 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Truncate(TopK):
-    """As `TopK`, of the singular components of each update B A: what changes is rotated to them
-    first."""
+    """As `TopK`, of the singular components of each B A: what changes is rotated to them first."""
 
     def decide(self, view: View) -> dict[str, Resize]:
         return {
@@ -122,6 +120,7 @@ class Proportional(Rule):
                 for m in view.costs
             }
         else:
+            # Scores are below 0 where an importance has a negative weight.
             weights = {m: max(view.scores[m], 0.0) + self.floor for m in view.costs}
             pattern = proportional(
                 weights, view.costs, view.budget, minimum=view.minimum, maximum=view.maximum
@@ -148,6 +147,7 @@ class Grow(Rule):
         chosen = sorted(able, key=lambda m: -view.scores[m])[:count]
         pattern = dict(view.ranks)
         rest = math.inf if view.budget is None else view.budget - parameters(pattern, view.costs)
+        # One component a round: a budget that ends in between is spread over the targets.
         for _ in range(self.step):
             for m in chosen:
                 if pattern[m] < view.maximum[m] and view.costs[m] <= rest:

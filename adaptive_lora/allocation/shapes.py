@@ -15,8 +15,7 @@ Shape = Callable[[Sequence[Target]], dict[str, int]]
 
 
 def depth(target: Target) -> float:
-    """Return i / (L - 1) in [0, 1], the position of the target's layer in its stack; 0 for a single
-    layer."""
+    """Return i / (L - 1) in [0, 1], the place of the target's layer in its stack; 0 for L = 1."""
     return target.layer / (target.n_layers - 1) if target.n_layers > 1 else 0.0
 
 
@@ -81,8 +80,7 @@ def by_layer(
 
 
 def _stack_order(targets: Sequence[Target]) -> Callable[[tuple[str, int]], tuple[int, int]]:
-    """Return a sort key: stacks as they come in the model (encoder before decoder), layers by
-    depth."""
+    """Return a sort key: stacks as the model has them (encoder first), layers by depth."""
     stacks = list(dict.fromkeys(t.stack for t in targets))
     return lambda place: (stacks.index(place[0]), place[1])
 
@@ -90,8 +88,7 @@ def _stack_order(targets: Sequence[Target]) -> Callable[[tuple[str, int]], tuple
 def by_pattern(
     origin: str, pattern: Mapping[str, int], targets: Sequence[Target]
 ) -> dict[str, int]:
-    """Return the rank of every target from full names or regular expressions; the first that
-    matches wins."""
+    """Return every target's rank from full names or regular expressions; the first match wins."""
     try:
         compiled = {key: re.compile(key) for key in pattern}
     except re.error as error:

@@ -12,6 +12,7 @@ import torch
 
 def _svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (R_A, σ, Vᵀ), in float32 at least."""
+    # LAPACK knows no 16-bit types.
     wide = torch.promote_types(a.dtype, torch.float32)
     r_a = torch.linalg.qr(a.to(wide).T, mode="r").R
     r_b = torch.linalg.qr(b.to(wide), mode="r").R
@@ -51,8 +52,10 @@ def rotation(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     r_a, values, v_t = _svd(a, b)
     plain = r_a.square().sum().div(len(values)).sqrt()
+    # As NumPy's `matrix_rank` has it: below this a σ is rounding.
     dead = values <= values.max() * len(values) * torch.finfo(values.dtype).eps
     alpha = torch.where(dead, plain, values.sqrt())
+    # pinv: rows of A that depend on each other leave R_A without an inverse.
     return v_t @ r_a / alpha[:, None], torch.linalg.pinv(r_a) @ v_t.T * alpha
 
 
@@ -70,6 +73,7 @@ def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     >>> torch.allclose(new_b @ new_a, b @ a)
     True
     """
+    # float64 costs next to nothing here: only factors and R x R matrices are worked on.
     q_a, r_a = torch.linalg.qr(a.to(torch.float64).T)
     q_b, r_b = torch.linalg.qr(b.to(torch.float64))
     u, values, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

@@ -11,9 +11,8 @@ class Target:
 
     name: str  # full dotted name in the base model
     kind: str  # the name inside its layer, such as "attention.self.query": the same in every layer
-    stack: (
-        str  # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
-    )
+    # the list of layers it belongs to, such as "encoder.layer"; "" when the model has none
+    stack: str
     layer: int  # 0-based among the layers of this stack that carry targets
     n_layers: int  # how many such layers the stack has
     attention: bool  # inside an attention module (otherwise: feed-forward)

@@ -72,6 +72,7 @@ class At(When):
 
     def steps(self, total: int) -> list[int]:
         first = steps_of(self.start, total)
+        # A fraction of a short training may round to 0, and there is no step 0.
         if self.start < 1:
             first = max(1, first)
         last = first if self.rest is None else total - steps_of(self.rest, total)
@@ -80,6 +81,7 @@ class At(When):
                 f"decision steps {first}..{last} do not fit a training of {total} steps; "
                 "train for longer, or decide earlier (warmup_steps, initial, final)"
             )
+        # `last` wherever `every` leads: without it the final budget would not be reached.
         return sorted({*range(first, last, max(1, steps_of(self.every, total))), last})
 
     def soon(self) -> Self:

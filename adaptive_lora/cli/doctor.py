@@ -23,8 +23,7 @@ OPTIONAL = (
 
 
 class Finding(NamedTuple):
-    """One line of the report. `state` is "ok", "missing" (optional) or "wrong" (the library cannot
-    work)."""
+    """One line of the report. `state`: "ok", "missing" (optional), "wrong" (it cannot work)."""
 
     state: str
     what: str

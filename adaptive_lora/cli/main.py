@@ -139,6 +139,7 @@ def train(
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
+    # Here, as in every command: what trains takes seconds to import, and --help is not to wait.
     from adaptive_lora.report import report
     from adaptive_lora.runs.run import run
 
@@ -400,6 +401,7 @@ def demo(
 def main() -> NoReturn:
     """Run the command line: messages on standard error, exit codes 0, 2, 3, 4 and 130, no
     tracebacks for bad input."""
+    # Else tokenizers warn whenever a data loader forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(standalone_mode=True)

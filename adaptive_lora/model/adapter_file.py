@@ -34,6 +34,7 @@ def check_files(folder: Path) -> None:
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Return {name in the file: shape}. Raises `IntegrityError` on a damaged file."""
     try:
+        # numpy: shapes are all that is wanted, and torch takes seconds to import.
         with safe_open(file, framework="numpy") as tensors:
             names = tensors.keys()
             return {name: tensors.get_slice(name).get_shape() for name in names}
@@ -48,8 +49,7 @@ def tensor_ranks(file: Path) -> dict[str, int]:
 
 
 def component_costs(file: Path) -> dict[str, int]:
-    """Return {full target name: I + O}, the parameters of one component. Raises as
-    `tensor_ranks`."""
+    """Return {full target name: I + O}, the cost of one component. Raises as `tensor_ranks`."""
     inputs, outputs = _shapes(file, LORA_A), _shapes(file, LORA_B)
     return {name: inputs[name][1] + outputs[name][0] for name in inputs.keys() & outputs.keys()}
 

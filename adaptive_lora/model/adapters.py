@@ -85,6 +85,7 @@ def attach(
     [4, 2]
     """
     _check_base(model)
+    # First of all: one evaluation before it would pack 4-bit weights for inference, for good.
     keep_trainable(model)
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(
@@ -93,6 +94,7 @@ def attach(
         )
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a probability in [0, 1)")
+    # Named here: without a task type PEFT would leave the head frozen, and out of every save.
     whole = [*head_modules(model), *modules_to_save]
     found = [t for t in find_targets(model, targets) if not inside(t.name, whole)]
     pattern = method.initial_pattern(found)
@@ -107,6 +109,7 @@ def attach(
         "target_modules": target_modules(model, created),
         "lora_dropout": dropout,
         "modules_to_save": whole or None,
+        # PEFT's AdaLoRA adds its penalty to the loss only of a model that has one.
         "task_type": task_type or infer_task_type(model),
         # Conv1D stores its weight transposed; PEFT finds out by itself, but warns.
         "fan_in_fan_out": all(isinstance(module, Conv1D) for module in modules),
@@ -126,12 +129,14 @@ def _created(model: nn.Module, config: LoraConfig, pattern: RankPattern) -> Peft
     for name in (name for name, rank in pattern.items() if rank == 0):
         park(layers[name])
     made = ranks(peft_model)
+    # Looked at on the tensors, for PEFT passes over targets without a word.
     if made != pattern:
         raise InputError(
             "the adapters PEFT created are not those asked for: "
             f"{sorted(set(made.items()) ^ set(pattern.items()))[:6]}. PEFT adapts no module whose "
             "name holds that of a head module: leave it out of the targets"
         )
+    # The config of PEFT's AdaLoRA has other fields, and masks where LoRA has its ranks.
     if not is_masked(peft_model):
         sync_config(peft_model)
     return peft_model
@@ -189,6 +194,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
         for name, module in base_of(model).named_modules()
         if isinstance(module, LoraLayer)
     }
+    # `r` and not `lora_A`: a parked adapter has left `lora_A`, and is a target all the same.
     found = {name: layer for name, layer in layers.items() if layer.active_adapters[0] in layer.r}
     if not found:
         raise InputError(
@@ -228,15 +234,14 @@ def lora_parameters(model: nn.Module) -> int:
 
 
 def scale_of(model: nn.Module) -> float:
-    """Return the constant scale of the model's adapters. Raises `InputError` when they do not share
-    one."""
+    """Return the one scale of the model's adapters. Raises `InputError` when they have several."""
     scales = {layer.scaling[layer.active_adapters[0]] for layer in adapters(model).values()}
+    # alpha / r of unequal ranks is one number only up to its last bits.
     if max(scales) - min(scales) > 1e-6 * max(scales):
         raise InputError(
             f"the adapters have different scales, {sorted(scales)[:5]}; adaptive-lora keeps one "
-            "constant scale. "
-            "Attach with adaptive_lora.attach, or set alpha_pattern so that alpha / r is equal "
-            "everywhere"
+            "constant scale. Attach with adaptive_lora.attach, or set alpha_pattern so that alpha "
+            "/ r is equal everywhere"
         )
     return float(max(scales))
 
@@ -267,10 +272,14 @@ class Parked(nn.Module):
         super().__init__()
         self.pair = (lora_a, lora_b)  # a tuple: only the parameters are registered
         for dim, linear in enumerate(self.pair):
+            # Never while an optimizer holds them: a resize comes here with parameters that are
+            # empty. A clone, as a view would keep the whole storage.
             if linear.weight.numel():
                 linear.weight = nn.Parameter(linear.weight.detach().narrow(dim, 0, 0).clone())
+        # Registered: the optimizer's groups are then the same in a fresh and in a resumed run.
         self.a, self.b = lora_a.weight, lora_b.weight
 
+    # PEFT takes an empty tensor in a save for a shard that was not gathered, and warns.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -279,16 +288,14 @@ class Parked(nn.Module):
 
 
 def park(layer: Any) -> None:
-    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key, at
-    no cost."""
+    """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key."""
     adapter = layer.active_adapters[0]
     layer.parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
 def unpark(layer: Any) -> None:
-    """Put a parked adapter back into the forward pass; nothing happens to one that is not
-    parked."""
+    """Put a parked adapter back into the forward pass; nothing happens to any other."""
     if hasattr(layer, "parked"):
         adapter = layer.active_adapters[0]
         layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked.pair
@@ -302,9 +309,9 @@ def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def sync_config(model: PeftModel) -> None:
-    """Make `peft_config` describe the adapters as they are: called after anything that changes a
-    rank."""
+    """Make `peft_config` describe the adapters as they are; called after any change of a rank."""
     config: Any = model.peft_config[model.active_adapter]
+    # Rank 0 is left out: PEFT cannot create it when it loads.
     present = {name: rank for name, rank in ranks(model).items() if rank > 0}
     config.target_modules = target_modules(model.get_base_model(), present)
     for field, value in scaled_config(present, scale_of(model)).items():
@@ -328,22 +335,22 @@ def target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:
 
 
 def scaled_config(pattern: RankPattern, scale: float) -> dict[str, Any]:
-    """Return the fields of a `LoraConfig` that give every target its rank and the same scale alpha
-    / r."""
+    """Return the fields of a `LoraConfig` that give every target its rank and the same scale."""
 
     def alpha(rank: int) -> float:
         return int(scale * rank) if float(scale * rank).is_integer() else scale * rank
 
     largest = max(pattern.values())
     uniform = set(pattern.values()) == {largest}
-    # ^: PEFT takes a key for every module whose name ends like it, and writes the keys in
-    # alphabetical order.
+    # ^: a key without it means every module whose name ends so, and PEFT sorts the keys it saves.
     exact = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in pattern.items()}
     return {
         "r": largest,
         "lora_alpha": alpha(largest),
         "rank_pattern": exact,
+        # With `rank_pattern` alone PEFT would divide one lora_alpha by each rank: wrong logits.
         "alpha_pattern": {key: alpha(rank) for key, rank in exact.items()},
+        # rsLoRA's scale would follow the rank.
         "use_rslora": False,
     }
 
@@ -370,9 +377,10 @@ def save(model: PeftModel, path: str | Path) -> Path:
     if is_masked(model):
         raise InputError(
             "the adapters are still PEFT's AdaLoRA, which cannot be saved as LoRA: call "
-            "RankController.finish() at the end "
-            "of the training (AdaptiveRankCallback does), which turns them into plain LoRA"
+            "RankController.finish() at the end of the training (AdaptiveRankCallback does), which "
+            "turns them into plain LoRA"
         )
+    # PEFT would save a NaN, and load it, without a word.
     bad = non_finite(model)
     if bad:
         raise DivergedError(
@@ -386,7 +394,9 @@ def save(model: PeftModel, path: str | Path) -> Path:
         write_fingerprint(model, Path(staging))
         write_base(model, Path(staging))
         files = [file for file in Path(staging).rglob("*") if file.is_file()]
+        # A folder without the config is no adapter: who reads in between is refused, not misled.
         for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
+            # PEFT's model card is made anew at every save; one that somebody has filled in stays.
             if file.name != "README.md" or not (folder / file.name).exists():
                 move(file, folder / file.name)
     return folder
@@ -414,12 +424,12 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
         ) from error
     loaded = get_peft_model_state_dict(peft_model)
     expected = {name: list(tensor.shape) for name, tensor in loaded.items()}
+    # Compared by name: PEFT takes tensors that it did not expect without a word.
     odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
     if odd:
         raise IntegrityError(
             f"the adapter in {folder} does not fit this model: {len(odd)} tensors differ, first "
-            f"{odd[0]} "
-            f"(in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
+            f"{odd[0]} (in the file: {found.get(odd[0])}, expected: {expected.get(odd[0])})"
         )
     check_finite(folder, loaded)
     check_fingerprint(peft_model, folder)

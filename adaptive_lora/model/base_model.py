@@ -97,8 +97,8 @@ class Base:
 
 
 def access(name: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the arguments for any `from_pretrained`, after making sure that the model can be
-    had."""
+    """Return the arguments for any `from_pretrained`; first makes sure that the model is there."""
+    # Settled beforehand: offline, each file asked for would wait for a time-out of its own.
     return {"trust_remote_code": trust_remote_code, "local_files_only": locate_model(name)}
 
 
@@ -141,6 +141,7 @@ def write_base(model: nn.Module, folder: Path) -> None:
     head = {key: getattr(config, key, None) for key in HEAD} if head_modules(base) else {}
     record = {
         "version": VERSION,
+        # transformers does not have a class of the model's own code by its name.
         "class": autos[0] if remote and autos else kind.__name__,
         "head": {key: value for key, value in head.items() if value is not None},
         "dtype": str(base.dtype).removeprefix("torch."),

@@ -54,6 +54,7 @@ class Deciding(Driver):
         low, high = self.adaptation.min_rank, self.adaptation.max_rank
         self.costs = {target.name: target.cost for target in targets}
         self.budget = method.budget_parameters(targets)
+        # A target too narrow for min_rank is held at its full rank.
         self.minimum = {target.name: min(low, target.full_rank) for target in targets}
         self.maximum = {
             target.name: min(high or target.full_rank, target.full_rank) for target in targets
@@ -62,6 +63,7 @@ class Deciding(Driver):
             check_bounds(self.costs, self.budget, self.minimum, self.maximum)
         self.adaptation.schedule.check(total)
         self.steps = decision_steps(self.adaptation.when, total)
+        # Asked at every step: a set takes no longer for many decisions.
         self._due = frozenset(self.steps)
 
     @property
@@ -69,12 +71,13 @@ class Deciding(Driver):
         return self._statistics
 
     def watching(self, step: int) -> bool:
+        # After the last decision nobody asks for scores, and observing would cost for nothing.
         return self.adaptation.when.needs_evaluation or step < self.steps[-1]
 
     def observe(self, step: int) -> None:
+        # At every step: an optimizer takes moments of other shapes from a checkpoint in silence.
         check_state_shapes(self.layers, self.optimizer)
-        # A target that took no part in this step (LayerDrop, a layer whose output nobody uses)
-        # shows nothing.
+        # A target that took no part in this step (LayerDrop, an output nobody uses) shows nothing.
         pairs = {
             name: pair
             for name, pair in self._pairs().items()
@@ -88,6 +91,7 @@ class Deciding(Driver):
         self.adaptation.importance.observe(pairs, self._statistics)
 
     def skip(self, step: int) -> None:
+        # A decision may follow this very step, and needs statistics, empty ones at least.
         self._start()
 
     def _start(self) -> None:
@@ -140,6 +144,7 @@ class Deciding(Driver):
     def _decide(self, step: int, *, last: bool) -> Outcome:
         view, parts = self._view(step, last=last)
         seen: dict[str, Any] = {"budget": view.budget, "scores": dict(view.scores), "parts": parts}
+        # Refused and recorded, not raised: a later decision may meet finite scores.
         if (culprit := view.not_finite()) is not None:
             importance = type(self.adaptation.importance).__name__
             reason = f"a score is not finite: {importance} gave {culprit}"
@@ -147,8 +152,10 @@ class Deciding(Driver):
         changes = self.adaptation.rule.decide(view)
         _check_changes(self.adaptation.rule, changes, view)
         before = lora_parameters(self.model)
+        # The step as the seed: a resumed run draws the same new rows.
         resize(self.model, changes, self.optimizer, self._statistics, seed=step)
         decided = {**view.ranks, **{name: change.rank for name, change in changes.items()}}
+        # Read off the tensors: what is recorded is what is there, not what was meant.
         if changes and ranks(self.model) != decided:
             raise IntegrityError("the ranks after a resize are not those decided")
         status = "changed" if changes else "kept"
@@ -179,6 +186,7 @@ class Deciding(Driver):
             minimum=self.minimum,
             maximum=self.maximum,
             components={name: rows[name].tolist() if name in rows else [] for name in now},
+            # A target of rank 0 has nothing to score, but may grow: it takes part with 0.
             scores={**dict.fromkeys(now, 0.0), **targets},
             last=last,
         )
@@ -245,6 +253,7 @@ def _check_changes(rule: Any, changes: Mapping[str, Resize], view: View) -> None
     for target, change in changes.items():
         if target not in pattern:
             raise InputError(f"{name}.decide() returned a change of {target!r}, which is no target")
+        # A target that is outside its bounds already may stay there, but not go further.
         low, high = view.minimum[target], view.maximum[target]
         if change.rank < min(low, pattern[target]) or change.rank > max(high, pattern[target]):
             raise InputError(

@@ -23,8 +23,7 @@ from adaptive_lora.naming import inside
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 SAMPLES = 1024  # values of a tensor, evenly spaced: any training of it changes most of them
-# Adapters; what is trained whole; a pooler, which many checkpoints lack and every loading draws
-# anew.
+# Adapters; what is trained whole; a pooler, drawn anew where a checkpoint lacks it, as many do.
 NOT_THE_BASE = ("lora_", "modules_to_save", "original_module", "pooler")
 
 Digests = dict[str, list[str]]
@@ -42,8 +41,7 @@ def digests(model: nn.Module) -> Digests:
 
 
 def write_fingerprint(model: nn.Module, folder: Path) -> None:
-    """Write the digests of the base of `model`, with or without adapters, into an adapter's
-    folder."""
+    """Write the digests of the base of `model`, adapters or none, into an adapter's folder."""
     write_json(folder / FINGERPRINT_FILE, digests(model))
 
 
@@ -74,10 +72,8 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
     if other:
         raise IntegrityError(
             f"the adapter in {folder} was trained on another base model of the same shapes: "
-            f"{len(other)} of {compared} "
-            f"compared weights differ, first {other[0]}. Give the base model it was trained on, or "
-            f"remove {file} to use "
-            "it on this one all the same"
+            f"{len(other)} of {compared} compared weights differ, first {other[0]}. Give the base "
+            f"model it was trained on, or remove {file} to use it on this one all the same"
         )
 
 
@@ -86,6 +82,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     heads = head_modules(base)
     for name, weight in base.named_parameters():
         whole = (
+            # Quantised weights and shards have types of their own.
             type(weight) in (nn.Parameter, torch.Tensor)
             and weight.device.type != "meta"
             and weight.numel() > 0
@@ -96,6 +93,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             or any(part in name for part in NOT_THE_BASE)
         )
         if whole and weight.is_floating_point() and not skipped:
+            # PEFT puts an adapted weight one level down: the name is the same with and without.
             yield name.replace(".base_layer.", "."), weight
 
 
@@ -105,5 +103,6 @@ def _kind(weight: torch.Tensor) -> str:
 
 def _digest(weight: torch.Tensor) -> str:
     flat = weight.detach().reshape(-1)
+    # Rounded: the base loaded in bfloat16 or float32 is the same, and a change of 1 % shows.
     values = flat[:: max(1, flat.numel() // SAMPLES)].to(torch.bfloat16).cpu()
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

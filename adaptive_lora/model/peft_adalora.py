@@ -74,15 +74,13 @@ class PeftAdaLora(Driver):
         if type(model) is PeftModel and adaptation.orthogonality:
             raise InputError(
                 "PEFT adds its orthogonality penalty only to models with a task type, and this one "
-                "has none: give "
-                "orthogonality=0, or attach with a task_type"
+                "has none: give orthogonality=0, or attach with a task_type"
             )
         first, last = adaptation.schedule.span(total)
         if last < 2:
             raise InputError(
-                f"PEFT's AdaLoRA would allocate after step {last} of {total}, before it has "
-                "scored anything: train for "
-                "longer, or lower final"
+                f"PEFT's AdaLoRA would allocate after step {last} of {total}, before it has scored "
+                "anything: train for longer, or lower final"
             )
         self._last = last
         self._config.tinit, self._config.tfinal, self._config.total_step = (
@@ -98,6 +96,7 @@ class PeftAdaLora(Driver):
         self._without_penalty_in_evaluation()
 
     def _without_penalty_in_evaluation(self) -> None:
+        # PEFT adds its penalty in evaluations too; the loss reported is the task's alone.
         weight = self._config.orth_reg_weight
 
         def before(tuner: nn.Module, _arguments: Any) -> None:
@@ -107,6 +106,7 @@ class PeftAdaLora(Driver):
             self._config.orth_reg_weight = weight
 
         self._tuner.register_forward_pre_hook(before)
+        # Also after a forward pass that raises: the weight must not stay 0.
         self._tuner.register_forward_hook(after, always_call=True)
 
     def watching(self, step: int) -> bool:
@@ -119,8 +119,7 @@ class PeftAdaLora(Driver):
         )
 
     def observe(self, step: int) -> None:
-        """Keep the gradients of step `step`, while PEFT still scores: `step()` comes when they are
-        gone."""
+        """Keep the gradients while PEFT still scores: `step()` comes when they are gone."""
         if step > self._last:
             return
         named = self._tuner.model.named_parameters()
@@ -141,6 +140,7 @@ class PeftAdaLora(Driver):
         """
         if self._done:
             return None
+        # Lent to PEFT for its call; whoever called has cleared them and must find them cleared.
         afterwards = [p.grad for p, _ in self._gradients]
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
@@ -148,6 +148,7 @@ class PeftAdaLora(Driver):
         # PEFT drops them at the last allocation
         moments = (allocator.exp_avg_ipt, allocator.exp_avg_unc)
         self._config.rank_pattern = before
+        # Counted from 1: from 0 the last allocation would never come where no steps follow it.
         self._tuner.update_and_allocate(step)
         self._masks, self._config.rank_pattern = self._config.rank_pattern, None
         for (parameter, _), gradient_now in zip(self._gradients, afterwards, strict=True):
@@ -247,7 +248,9 @@ class PeftAdaLora(Driver):
             **scaled_config(created, scale),
         )
         head = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        # PEFT would take the old config for that of a second adapter, and warn.
         del base.peft_config
+        # A is drawn, only to be replaced: no random number of the training's is used up.
         with torch.random.fork_rng():
             model.base_model = LoraModel(base, plain, adapter)
         model.base_model.training = self._tuner.training
@@ -259,6 +262,7 @@ class PeftAdaLora(Driver):
                 park(layer)
                 continue
             for parameter, value in zip(weights(layer) or (), pairs[name], strict=True):
+                # `.data` will do: new parameters, which no graph and no optimizer knows.
                 parameter.data = value
         sync_config(model)
         return {name: Resize(tuple(kept)) for name, kept in alive.items()}
@@ -269,6 +273,7 @@ def _plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (A', B') of one AdaLoRA layer, with the kept components only."""
     a, b, gate = (part[adapter].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
+    # PEFT divides by the first rank, masked or not, and guards that against 0.
     factor = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5) / scale
     return a[kept].clone(), (b * (gate.T * factor))[:, kept].clone()
 
@@ -293,8 +298,7 @@ class MaskedByPeft(Adaptation):
     driver: ClassVar[type[Any] | None] = PeftAdaLora
 
     def peft_config(self, rank: int, scale: float, common: dict[str, Any]) -> AdaLoraConfig:
-        """Return PEFT's config; its schedule is filled in by the driver, who knows the number of
-        steps."""
+        """Return PEFT's config; the driver, who knows how many steps, fills in the schedule."""
         return AdaLoraConfig(
             init_r=rank,
             target_r=self.target_rank,

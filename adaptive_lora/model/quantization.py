@@ -50,6 +50,7 @@ def compute_dtype(precision: Precision, *, device: str | None = None) -> torch.d
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto":
+        # Without instructions for it bfloat16 is tens of times slower: never a default.
         if device == "cpu":
             return torch.float32
         here = torch.cuda.is_available()
@@ -76,8 +77,7 @@ def compute_dtype(precision: Precision, *, device: str | None = None) -> torch.d
 
 
 def check_available() -> None:
-    """Raise `InputError`, saying what to install, unless bitsandbytes can quantise on this
-    machine."""
+    """Raise `InputError`, saying what to install, unless bitsandbytes can quantise here."""
     install = "pip install 'adaptive-lora[quant]'"
     try:
         found = version("bitsandbytes")
@@ -116,8 +116,7 @@ def check_plain(model_config: Any, name: str) -> None:
         saved = saved if isinstance(saved, dict) else saved.to_dict()
         raise InputError(
             f"{name!r} is quantised already ({saved.get('quant_method', 'unknown method')}): set "
-            "quantization: none to "
-            "train on it as it is, or give the model in full precision"
+            "quantization: none to train on it as it is, or give the model in full precision"
         )
 
 
@@ -127,14 +126,14 @@ def quantizable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     module shares. Those that are quantised are none of them.
     """
     output, heads = model.get_output_embeddings(), head_modules(model)
+    # A tied weight stays as it is: its other owner reads it unpacked.
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = {}
     for name, module in model.named_modules():
-        # Exact types, as transformers has it: what derives from Linear may use its weight in ways
-        # of its own.
+        # Exact types, as transformers has it: a subclass may use its weight in ways of its own.
         if (
             type(module) not in (nn.Linear, Conv1D)
             or module is output
@@ -190,8 +189,7 @@ def left_out(
     widths = ", ".join(map(str, sorted({inputs for inputs, _ in inexact.values()})))
     return [
         f"{len(inexact)} linear modules are not quantised: on this processor bitsandbytes' 4-bit "
-        "kernel computes with wrong "
-        f"weights for modules of {widths} inputs"
+        f"kernel computes with wrong weights for modules of {widths} inputs"
     ]
 
 
@@ -241,6 +239,7 @@ def kernel_is_exact(
     rows = min(out_features, 256)
     generator = torch.Generator().manual_seed(0)  # no random number of the training's is drawn
     true = torch.randn(rows, in_features, generator=generator).to(device, dtype)
+    # Wants a gradient, as in training: without one bitsandbytes takes another kernel.
     x = torch.randn(4, in_features, generator=generator).to(device, dtype).requires_grad_()
     gradient = torch.randn(4, rows, generator=generator).to(device, dtype)
     packed, state = functional.quantize_4bit(
@@ -249,6 +248,7 @@ def kernel_is_exact(
     weight = dequantized_by_definition(packed, state).to(dtype)
     y = matmul_4bit(x, packed.t(), quant_state=state)
     (g_x,) = torch.autograd.grad(y, x, gradient)
+    # Rounding errs by a few eps, a wrong scale by half the largest weight: anything between tells.
     return all(
         torch.allclose(
             mine,
@@ -304,9 +304,8 @@ def keep_trainable(model: nn.Module) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise InputError(
                 f"the 4-bit weights of {name!r} were packed for inference when the base model was "
-                "evaluated, which rounds them "
-                "and leaves no gradient through them: load the base model again, and attach before "
-                "it is evaluated"
+                "evaluated, which rounds them and leaves no gradient through them: load the base "
+                "model again, and attach before it is evaluated"
             )
         out_features, in_features = state.shape
         dtype = module.compute_dtype or state.dtype
@@ -322,9 +321,8 @@ def keep_trainable(model: nn.Module) -> None:
         if not kernel_is_exact(*kind):
             raise InputError(
                 "on this processor bitsandbytes' 4-bit kernel computes with other weights than "
-                f"{name!r} holds ({in_features} "
-                "inputs): leave such modules out of the quantisation (llm_int8_skip_modules), as "
-                "adaptive-lora train does"
+                f"{name!r} holds ({in_features} inputs): leave such modules out of the "
+                "quantisation (llm_int8_skip_modules), as adaptive-lora train does"
             )
 
 
@@ -344,6 +342,7 @@ def bitsandbytes_config(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # The head among them: a head that the files lack would come out half converted.
         llm_int8_skip_modules=skip,
     )
 
@@ -385,6 +384,7 @@ def quantize_in_place(
                 weight.contiguous(), requires_grad=False, quant_type="nf4", module=new
             )
         else:
+            # 6: the outliers of the paper, and what transformers takes.
             new = bnb.Linear8bitLt(
                 in_features, out_features, old.bias is not None, False, threshold=6.0
             )

@@ -46,6 +46,7 @@ from adaptive_lora.model.adapters import (
 )
 from adaptive_lora.model.quantization import keep_trainable
 
+# 8-bit Adam and Adafactor keep state that is not shaped like its parameter.
 SUPPORTED = (AdamW, Adam, SGD)
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
@@ -61,29 +62,28 @@ def check_model(model: Any) -> None:
     """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded,
     or packed for inference."""
     kind = None if isinstance(model, PeftModel) else type(model).__name__
+    # FSDP puts its own parameter back where one is replaced: the resize would be undone, unseen.
     if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         kind = "PeftModel sharded by FSDP"
     if kind is not None:
         raise InputError(
             f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. "
-            "Ranks cannot change inside "
-            "DistributedDataParallel, FSDP or DeepSpeed, whose copies keep the old shapes: train "
-            "on one device, unwrapped"
+            "Ranks cannot change inside DistributedDataParallel, FSDP or DeepSpeed, whose copies "
+            "keep the old shapes: train on one device, unwrapped"
         )
     keep_trainable(model)
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer, or raise `InputError` naming it when its state cannot be
-    resized."""
+    """Return the torch optimizer. Raises `InputError` naming one that cannot be resized."""
     inner = unwrap(optimizer)
+    # The exact class: what derives from it may keep state of other shapes.
     if type(inner) not in SUPPORTED:
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise InputError(
             f"the optimizer {type(inner).__module__}.{type(inner).__name__} cannot be resized; "
-            f"expected one of {names} "
-            "from torch.optim, whose state has the shape of its parameters (training.optim: "
-            "adamw_torch)"
+            f"expected one of {names} from torch.optim, whose state has the shape of its "
+            "parameters (training.optim: adamw_torch)"
         )
     return inner
 
@@ -147,6 +147,7 @@ def resize(
     _swap(staged)
     for item in staged:
         if inner is not None and item.state:
+            # Into the state there is, which keeps Adam's step count.
             inner.state[item.parameter].update(item.state)
     for statistic, tensor in remembered:
         statistic.tensor = tensor
@@ -181,6 +182,7 @@ def _stage_statistics(
                 "rule that rotates components; use importance.SingularValues"
             )
         new = _take(statistic.tensor, dim, plan, _mean)
+        # A new component starts where it is now, so that it has not moved yet.
         if statistic.copies:
             grown = (dim, len(plan.keep), plan.grow)
             new.narrow(*grown).copy_(pairs[name][dim].value.narrow(*grown))
@@ -204,9 +206,8 @@ def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
                 if _is_moment(value) and value.shape != parameter.shape:
                     raise IntegrityError(
                         f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, its "
-                        "parameter "
-                        f"{tuple(parameter.shape)}: the next step would be wrong. Change ranks "
-                        "with adaptive_lora.resize only"
+                        f"parameter {tuple(parameter.shape)}: the next step would be wrong. Change "
+                        "ranks with adaptive_lora.resize only"
                     )
 
 
@@ -233,6 +234,7 @@ def _swap(staged: list[_Staged]) -> None:
     done: list[tuple[nn.Parameter, nn.Parameter]] = []
     try:
         for item in staged:
+            # Of the old shape, and of a step that is done.
             item.parameter.grad = None
             other = nn.Parameter(item.value, requires_grad=item.parameter.requires_grad)
             torch.utils.swap_tensors(item.parameter, other)
@@ -242,8 +244,8 @@ def _swap(staged: list[_Staged]) -> None:
             torch.utils.swap_tensors(parameter, other)
         raise InputError(
             "ranks cannot change while a graph over the adapters waits for backward(): run "
-            "evaluations under "
-            f"torch.no_grad(), and delete losses that are not used. Nothing was changed ({error})"
+            "evaluations under torch.no_grad(), and delete losses that are not used. Nothing was "
+            f"changed ({error})"
         ) from error
 
 
@@ -275,6 +277,7 @@ def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
 
 
 def _mean(kept: torch.Tensor) -> float:
+    # As if the new entries had met gradients as large as the kept ones; 0 would mean none.
     return kept.mean().item() if kept.numel() else 0.0
 
 
@@ -283,8 +286,7 @@ def _zero(_kept: torch.Tensor) -> float:
 
 
 def _take(tensor: torch.Tensor, dim: int, plan: Resize, fill: Any) -> torch.Tensor:
-    """Return `tensor` with the kept components along `dim`, then `plan.grow` new ones filled from
-    the kept."""
+    """Return `tensor` with the kept components along `dim`, then new ones filled from these."""
     kept = tensor.index_select(dim, torch.tensor(plan.keep, dtype=torch.long, device=tensor.device))
     if not plan.grow:
         return kept
@@ -301,6 +303,7 @@ def _stage(
     turns: tuple[_Turn | None, ...] = (None, None)
     if plan.rotated and len(pair[0]):
         p, n = rotation(pair[0].detach(), pair[1].detach())
+        # Gradients turn against the weights, so P and N change places for the moments.
         turns = _Turn(weights=n.T, moments=p), _Turn(weights=p, moments=n.T)
     for parameter, dim, turn in zip(pair, (0, 1), turns, strict=True):
         value = _take(
@@ -312,6 +315,7 @@ def _stage(
         if dim == 0 and plan.grow:
             # kaiming_uniform_(a=√5) on (R, I), as PEFT starts A
             bound = 1 / math.sqrt(parameter.shape[1])
+            # Drawn on the CPU: the same numbers whatever device the model is on.
             fresh = torch.empty(plan.grow, parameter.shape[1]).uniform_(
                 -bound, bound, generator=generator
             )
@@ -332,8 +336,7 @@ def _stage(
 
 @dataclass
 class _Turn:
-    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij times component
-    j."""
+    """The (R, R) maps of one side of a rotation: new component i is Σ_j map_ij component j."""
 
     weights: torch.Tensor
     moments: torch.Tensor
@@ -348,6 +351,7 @@ class _Turn:
 
     @staticmethod
     def _apply(by: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        # The map is float32 at least, so that 16-bit weights are rounded once, at the end.
         wide = tensor.to(by.dtype)
         return (by @ wide if dim == 0 else wide @ by.T).to(tensor)
 

@@ -49,8 +49,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    # MultiheadAttention takes the weight of its out_proj without calling it: an adapter there would
-    # do nothing.
+    # MultiheadAttention reads its out_proj's weight and never calls it: no adapter would run.
     if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return module.in_features, module.out_features
     return None
@@ -85,8 +84,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
     elif claimed:
         raise InputError(
             f"PEFT takes {', '.join(_kinds(claimed))} for the fused experts of "
-            f"{type(model).__name__} and puts no adapter "
-            f"there: leave them out of the targets, as {ALL_LINEAR!r} does"
+            f"{type(model).__name__} and puts no adapter there: leave them out of the targets, as "
+            f"{ALL_LINEAR!r} does"
         )
     if not names:
         packed = "".join(
@@ -127,6 +126,7 @@ def _claimed_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
         return []
 
     def keeps(leaf: str) -> bool:
+        # PEFT itself is asked: what it takes for experts differs between some 30 model types.
         config = LoraConfig(target_modules=[leaf])
         try:
             convert(config, model=model, conversions=None)
@@ -182,8 +182,7 @@ def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
         if isinstance(model, PreTrainedModel)
         else None
     )
-    # Modules in lists that have weights of their own: at least one to a layer, unless layers share
-    # them.
+    # Modules in lists, with weights of their own: one to a layer at least, unless layers share.
     own = {
         found[0]
         for name, _ in model.named_parameters()
@@ -196,8 +195,7 @@ def _shared(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     seen = max(target.n_layers for target in inside)
     return [
         f"its layers share weights: each of these {len(inside)} adapters serves {share}, and "
-        "shapes over depth see "
-        f"{seen} layer{'s' if seen > 1 else ''}"
+        f"shapes over depth see {seen} layer{'s' if seen > 1 else ''}"
     ]
 
 
@@ -216,9 +214,8 @@ def _three_dimensional(model: nn.Module, targets: Sequence[Target]) -> list[str]
     count, total = sum(found.values()), sum(parameter.numel() for parameter in model.parameters())
     return [
         f"{', '.join(_kinds(found))} hold {count:,} parameters, {count / total:.0%} of the base, "
-        "in 3-D parameters (as fused "
-        "experts do), which LoRA on linear modules does not reach; adapted are "
-        f"{', '.join(_kinds(t.name for t in targets))}"
+        "in 3-D parameters (as fused experts do), which LoRA on linear modules does not reach; "
+        f"adapted are {', '.join(_kinds(t.name for t in targets))}"
     ]
 
 
@@ -284,11 +281,9 @@ def _listing(names: Sequence[str], hint: str = "") -> str:
 
 
 def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> list[Target]:
-    """Return a `Target` for each {full name: (in_features, out_features)} of `model`, in the same
-    order."""
+    """Return a `Target` for each {full name: (in_features, out_features)}, in the same order."""
     # A target outside every layer (an input projection, a pooler) takes the depth of the layer
-    # before it, or of the first one when none comes before: a shape over depth then has an answer
-    # for it.
+    # before it, else of the first: a shape over depth then has an answer for it.
     places: list[tuple[str, int] | None] = []
     for name in features:
         stack, index, _ = split_name(name)
@@ -312,8 +307,8 @@ def describe_targets(model: nn.Module, features: dict[str, tuple[int, int]]) -> 
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:
-    """True when a module between the layer and this target is called attention, by attribute or by
-    class."""
+    """True when a module between layer and target is called attention, by attribute or class."""
+    # GPT-2 has a `c_proj` in attention and in the feed-forward: only the place tells them apart.
     stack, index, _ = split_name(name)
     inside_from = len(f"{stack}.{index}".split(".")) if index is not None else 0
     parts = name.split(".")

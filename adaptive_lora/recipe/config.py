@@ -63,44 +63,36 @@ class DataConfig(Strict):
     extra_eval_split: dict[str, str] = Field(default_factory=dict)  # hub only: name -> split
     rows: Positive | None = None  # take this many records (a seeded choice); None: all
     eval_rows: Positive | None = None
-    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = (
-        0.1  # a fraction, or a number of records
-    )
+    # a fraction, or a number of records
+    eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
-    too_long: Literal["cut", "drop", "refuse"] = (
-        "cut"  # what becomes of a longer one; counted and printed
-    )
-    text: str | list[str] | None = (
-        None  # what is read: one column, or a pair (classification, regression)
-    )
+    # what becomes of a longer one; counted and printed
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    # what is read: one column, or a pair (classification, regression)
+    text: str | list[str] | None = None
     label: str | None = None  # classification, regression
-    classes: list[ClassName] | None = (
-        None  # classification: names of the classes; None reads them off the training split
-    )
+    # classification: names of the classes; None reads them off the training split
+    classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
     class_numbers: bool = False
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
     output: str = "output"  # causal_lm: what is learned, after the prompt
-    prompt: str | None = (
-        None  # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
-    )
+    # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
+    prompt: str | None = None
     summary: str = "summary"  # summarization
     max_target_length: Positive = 128  # summarization: tokens of a summary
     question: str = "question"  # question_answering
     context: str = "context"
-    answers: str = (
-        "answers"  # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
-    )
-    answer_start: str = (
-        "answer_start"  # characters; without this column the first occurrence is taken
-    )
-    unanswerable: bool = (
-        False  # whether no answer is an answer; turned on by training records without one
-    )
+    # a text, a list of texts, or SQuAD's {"text": [...], "answer_start": [...]}
+    answers: str = "answers"
+    # characters; without this column the first occurrence is taken
+    answer_start: str = "answer_start"
+    # whether no answer is an answer; turned on by training records without one
+    unanswerable: bool = False
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
 
@@ -112,16 +104,13 @@ class GenerationConfig(Strict):
     max_new_tokens: Positive = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     num_beams: Positive = 1
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = (
-        1.0  # of beams; above 0 favours longer texts
-    )
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = (
-        0  # no run of so many tokens twice; 0: no such rule
-    )
+    # of beams; above 0 favours longer texts
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    # no run of so many tokens twice; 0: no such rule
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 16
-    rows: Positive | None = (
-        None  # how many evaluation records are generated for at each evaluation; None: all
-    )
+    # how many evaluation records are generated for at each evaluation; None: all
+    rows: Positive | None = None
 
 
 class MethodConfig(BaseModel):
@@ -143,8 +132,7 @@ class AdapterConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-# What we set where `TrainingArguments` has no default that suits LoRA. Any of its fields may be
-# given.
+# What we set where a default of `TrainingArguments` does not suit LoRA; any field may be given.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "linear",
@@ -153,10 +141,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
+    # Not fused, the Trainer's default: that one never looks at the shapes of its moments.
     "optim": "adamw_torch",
     "logging_steps": 20,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
+    # Of one the Trainer would delete the last checkpoint before the next is complete.
     "save_total_limit": 2,
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
@@ -181,21 +171,18 @@ class RunConfig(Strict):
     task: TaskName
     data: DataConfig
     output: Location
-    preset: str | None = (
-        None  # a name in `presets.PRESETS`, from which keys not given were filled in
-    )
+    # a name in `presets.PRESETS`, from which keys not given were filled in
+    preset: str | None = None
     metric: str | None = None  # the one to report first; None: the task's
     method: MethodConfig = MethodConfig()
     adapters: AdapterConfig = AdapterConfig()
     generation: GenerationConfig = GenerationConfig()
     training: dict[str, Any] = Field(default_factory=dict)
-    on_non_finite: Literal["stop", "skip"] = (
-        "stop"  # what a NaN or infinite loss or gradient does to its step
-    )
+    # what a NaN or infinite loss or gradient does to its step
+    on_non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: Positive = 5  # steps that "skip" may drop in all; the next one stops
-    quantization: Quantization = (
-        "none"  # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
-    )
+    # of the base: nf4 (4 bits, double quantisation) or int8; see docs/quantization.md
+    quantization: Quantization = "none"
     # Of the base's weights and, on a quantised base, of its arithmetic; auto: as in the model's
     # files, and on a quantised base float32 on a CPU, bfloat16 (else float16) on CUDA.
     dtype: Precision = "auto"
@@ -216,12 +203,10 @@ class RunConfig(Strict):
         )
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
-        """Return the `TrainingArguments` of this run. Raises `InputError` with transformers' own
-        words."""
+        """Return this run's `TrainingArguments`. Raises `InputError` in transformers' words."""
         values = {**self.training, "seed": self.seed, **overrides}
         if self.quantization != "none" and not (values.get("bf16") or values.get("fp16")):
-            # The head is trained in float32 on what the base computes in 16 bits: autocast joins
-            # them.
+            # Autocast joins the float32 head and what the base computes in 16 bits.
             dtype = compute_dtype(self.dtype)
             values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         # the name before transformers 5.23
@@ -237,8 +222,7 @@ class RunConfig(Strict):
             raise InputError(f"training: {error}") from error
 
     def to_yaml(self) -> str:
-        """Return the fully resolved recipe; `parse(yaml.safe_load(...))` gives the same config
-        back."""
+        """Return the resolved recipe; `parse(yaml.safe_load(...))` gives the same config back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

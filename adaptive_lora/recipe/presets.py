@@ -8,8 +8,7 @@ from typing import Any
 
 from adaptive_lora.errors import InputError, unknown
 
-# Keys of `data` that say where the records are on the hub; a recipe with files of its own does not
-# take them.
+# Where the records are on the hub: keys that a recipe with files of its own does not take.
 _WHERE = ("train", "config", "train_split", "eval_split", "extra_eval_split")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
+# Files only: a display is not needed, and there may be none.
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np

@@ -61,8 +61,7 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
     def fits(self, size: int) -> bool:
-        """True when the training fits in `size` bytes of a device, with what CUDA keeps for
-        itself."""
+        """True when the training fits in `size` bytes, with what CUDA keeps for itself."""
         return self.peak + (CUDA_RESERVE if self.device == "cuda" else 0) <= size
 
 
@@ -133,15 +132,15 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
     reserve = CUDA_RESERVE if device == "cuda" else 0
     least, most = sum(t.cost for t in targets), sum(t.cost * t.full_rank for t in targets)
     factor = _start_factor(config)
+    # The method starts at this factor of its budget, and no target can hold more than full rank.
     most = int(most / factor)
     low = planned(least)
     if not low.fits(size):
         raise InputError(
             f"even rank 1 on every target needs {low.peak / 1e9:.2f} "
-            f"GB{' and CUDA 1 GB' if reserve else ''}, more than "
-            f"{size / 1e9:.2f} GB: lower the batch size or data.max_length, turn "
-            "training.gradient_checkpointing on, or "
-            "set quantization: nf4"
+            f"GB{' and CUDA 1 GB' if reserve else ''}, more than {size / 1e9:.2f} GB: lower the "
+            "batch size or data.max_length, turn training.gradient_checkpointing on, or set "
+            "quantization: nf4"
         )
     second = min(most, 8 * least)
     slope = (planned(second).peak - low.peak) / max(second - least, 1)
@@ -156,8 +155,7 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
 
 
 def alternatives(config: RunConfig, *, device: str | None = None) -> dict[str, Plan]:
-    """Return plans of the same training with one thing changed that saves memory, by what is
-    changed."""
+    """Return plans of the training with one change that saves memory, by what is changed."""
     batch = config.training["per_device_train_batch_size"]
     changes: dict[str, Callable[[], dict[str, Any]]] = {}
     if not config.checkpointing:
@@ -200,8 +198,7 @@ def parse_size(text: str) -> int:
 
 
 def _skeleton(config: RunConfig, device: str) -> Any:
-    """Return the base model without storage, quantised modules replaced by stand-ins of their
-    size."""
+    """Return the base model without storage, with stand-ins for quantised modules."""
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
@@ -222,6 +219,7 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     if config.quantization != "none":
         pack(model, config.quantization, dtype, device)
         for name in head_modules(model):
+            # As it is trained: the head of a quantised base is float32.
             model.get_submodule(name).float()
     return model
 
@@ -254,6 +252,7 @@ def _stage(
     parameters = lora_parameters(model)
     inputs, autocast = _inputs(config, model), _autocast(config, device)
     step = step_bytes(model, inputs, checkpointing=config.checkpointing, autocast=autocast)
+    # The simulated step makes the gradients too, which are a part of their own.
     return Stage(name, parameters, parts, max(step - parts["gradients"], 0))
 
 

@@ -69,8 +69,7 @@ def step_bytes(
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
 ) -> int:
-    """Return the peak bytes of activations, temporaries and gradients in one forward and backward
-    pass.
+    """Return the peak bytes of activations, temporaries and gradients, forward and backward.
 
     Args:
         model: on the device "meta", with adapters; its parameters lose their device by this.
@@ -98,6 +97,7 @@ def step_bytes(
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
+        # Without a name for the output: it would keep the logits alive, which the Trainer does not.
         _loss(model(**batch)).backward()
         return live.peak
 
@@ -120,8 +120,7 @@ def enable_checkpointing(model: Any, **arguments: Any) -> None:
 
 
 class _Unpacked(torch.autograd.Function):
-    """x Wᵀ with W made for the product and thrown away, forward and backward, as bitsandbytes
-    does."""
+    """x Wᵀ with W made for the product and thrown away, either way, as bitsandbytes does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -147,6 +146,7 @@ class Packed(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: Any, kind: Quantization, dtype: torch.dtype
     ) -> None:
+        # Not Linear's, which would make a weight of full size.
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
         self.bias = bias
@@ -169,6 +169,7 @@ class Packed(nn.Linear):
         else:
             weight = nn.Parameter(room(count, torch.int8), requires_grad=False)
             weight.SCB = room(out_features, torch.float32)
+            # bitsandbytes' 8-bit layers do, whatever they are given.
             self.compute_dtype = torch.float16
         self.weight = weight
 
@@ -180,8 +181,7 @@ class Packed(nn.Linear):
 def pack(
     model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: str
 ) -> None:
-    """Put stand-ins for the modules that would be quantised on `device` into a model on the device
-    "meta"."""
+    """Put stand-ins for what would be quantised on `device` into a model on "meta"."""
     for name, (in_features, out_features) in to_quantize(
         model, quantization, dtype, device
     ).items():

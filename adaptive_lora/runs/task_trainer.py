@@ -37,8 +37,7 @@ class TaskTrainer(AdaptiveTrainer):
         )
 
     def predict_rows(self, features: Dataset) -> list[dict[str, Any]]:
-        """Return the task's predictions for features without labels, in the order of their
-        records."""
+        """Return the task's predictions for features without labels, in their records' order."""
         outputs = self.predict(features).predictions if self.task.needs_outputs else None
         features = features if outputs is None else self.evaluated
         return self.task.predict(outputs, features, self.model)  # type: ignore[arg-type]
@@ -80,6 +79,7 @@ class TaskTrainer(AdaptiveTrainer):
         return self.evaluated
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # transformers' own sampler reorders the records, which a metric on text must find by place.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -80,16 +80,14 @@ def open_run(
 
 
 def run_of(adapter: str | Path) -> Path:
-    """Return the run directory that `adapter` is, or lies in. Raises `InputError` when there is
-    none."""
+    """Return the run directory that `adapter` is, or lies in. Raises `InputError` without one."""
     folder = Path(adapter)
     for candidate in (folder, folder.parent):
         if (candidate / CONFIG_FILE).is_file() and (candidate / RESULT_FILE).is_file():
             return candidate
     raise InputError(
         f"{folder} lies in no finished run, so nothing says which model, task and columns to "
-        "measure it with; name one: "
-        "--run RUN"
+        "measure it with; name one: --run RUN"
     )
 
 

@@ -25,9 +25,8 @@ from adaptive_lora.study.selection import RULES
 from adaptive_lora.study.table import Table, make_table
 
 TIMED = ("runtime", "per_second")  # ends of the names of metrics that are not the same twice
-MAIN = (
-    "main"  # eval_main, eval_test_main: the task's first metric under a name that all tasks share
-)
+# eval_main, eval_test_main: the task's first metric under a name that all tasks share
+MAIN = "main"
 
 
 def analyse(folder: str | Path) -> StudyRecord:

@@ -135,6 +135,7 @@ class Heartbeat:
         lost: Callable[[], Any] | None = None,
     ) -> None:
         self.claim, self.beat, self.sample = claim, beat, sample
+        # sys.exit would end this thread only. 75: a temporary failure (EX_TEMPFAIL).
         self.lost = lost or (lambda: os._exit(75))
         self.peak_rss = 0
         self._stop = threading.Event()
@@ -151,6 +152,7 @@ class Heartbeat:
     def _run(self) -> None:
         process, waited = psutil.Process(), 0.0
         while True:
+            # Sampled: the system's own peak is of the process, with all the runs it did before.
             self.peak_rss = max(self.peak_rss, process.memory_info().rss)
             if self._stop.wait(self.sample):
                 return
@@ -174,8 +176,7 @@ def _me() -> dict[str, Any]:
 def _alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
-        # A number may have gone to another process since; one that ended and is not yet collected
-        # is dead.
+        # The number may be another process's by now; a zombie has ended, and is not collected.
         return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -67,6 +67,7 @@ class Local(Executor):
                 number,
                 subprocess.Popen(
                     [*self.command, "--with-parent"],
+                    # Held open, never written to: its end tells that this process is gone.
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -160,6 +161,7 @@ class Ray(Executor):
             ray.init(log_to_driver=False, include_dashboard=False)
         options: dict[str, Any] = {
             "num_cpus": self.study.threads,
+            # A lost worker is not started anew by Ray: claims hand its run to the others.
             "max_retries": 0,
         } | self.study.ray
         task = ray.remote(**options)(_run)
@@ -214,6 +216,7 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part for part in named.split(",") if part.strip()]
+    # Only where nothing names them: who starts workers needs no torch.
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -33,6 +33,7 @@ def expand(
         ]
         recipe = copy.deepcopy(dict(base))
         for key, value in sorted(assignments, key=lambda pair: pair[0].count(".")):
+            # A copy: another axis may set keys inside, and the grid's own value must stay.
             set_dotted(recipe, key, copy.deepcopy(value), origin=f"study: axis {key}")
         yield {axis: labels[axis][place] for axis, place in chosen.items()}, recipe
 

@@ -198,6 +198,7 @@ def _planned(study: Study, labels: dict[str, Any], recipe: Mapping[str, Any]) ->
 def identity(config: Mapping[str, Any], *, threads: int, after: After | None = None) -> str:
     """Return the name of a run: the SHA-256 of all that decides its result, first 16 digits.
     `output` is left out."""
+    # The number of threads decides the last bits of sums, and so belongs to what a run is.
     rest = {key: value for key, value in config.items() if key != "output"}
     decides = {"config": rest, "threads": threads} | ({} if after is None else {AFTER: after})
     text = json.dumps(decides, sort_keys=True, allow_nan=False)

@@ -25,6 +25,7 @@ from scipy import stats
 from adaptive_lora.errors import InputError
 from adaptive_lora.study.records import Verdict
 
+# All 5^5 resamples are fewer than so many draws, all 6^6 are more.
 LEVEL, RESAMPLES, EXACT_UP_TO = 0.95, 10_000, 5
 Array = NDArray[np.float64]
 
@@ -181,6 +182,7 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
         difference=mean,
         ci95=interval,
         p_t=paired_t(d),
+        # Reported, but not decided by: see the module for what it does with three pairs.
         p_bootstrap=paired_bootstrap(d),
         p_wilcoxon=wilcoxon(d),
     )
@@ -193,6 +195,7 @@ def verdict(difference: float, p_holm: float, floor: float, *, greater_is_better
     >>> [verdict(0.02, 0.01, floor, greater_is_better=True) for floor in (0.015, 0.03)]
     ['better', 'tie']
     """
+    # 1 - 0.95 is not 0.05 to the last bit.
     if p_holm > 1 - LEVEL + 1e-12 or abs(difference) <= floor:
         return "tie"
     return "better" if (difference > 0) == greater_is_better else "worse"

@@ -86,6 +86,7 @@ def write_results(folder: Path) -> StudyRecord:
     """Read the study in `folder`, write results.json and costs.json there, and return the
     record."""
     record = analyse(folder)
+    # Apart: seconds and bytes differ each time, and results.json must not.
     write_json(folder / COSTS_FILE, record["costs"])
     lasting = {key: value for key, value in record.items() if key != "costs"}
     write_json(folder / RESULTS_FILE, lasting)

@@ -181,6 +181,7 @@ def _sampler(optuna: Any, tuning: Tuning, number: int) -> Any:
     kind = (
         optuna.samplers.NSGAIISampler if len(tuning.objectives) > 3 else optuna.samplers.TPESampler
     )
+    # Far apart: searches of neighbouring seeds share no sampler.
     return kind(seed=tuning.seed * 100_003 + number)
 
 

@@ -59,6 +59,7 @@ def work(folder: str | Path, train: Train) -> None:
             if claim is None:
                 continue
             if not is_over(study, one["id"]):  # by a worker that was faster
+                # In this process: a fork for each run takes 30 ms; a worker that dies is replaced.
                 perform(study, one, claim, train, threads=threads)
             claim.release()
         todo = [one for one in todo if not is_over(study, one["id"])]
@@ -201,6 +202,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.with_parent:
+        # sys.exit would end this thread only, and a run that nobody waits for would go on.
         threading.Thread(target=lambda: os.read(0, 1) or os._exit(130), daemon=True).start()
     threads = str(read_plan(options.folder)["threads"])
     os.environ.update(dict.fromkeys(THREADS, threads) | QUIET)  # before torch and numpy load

@@ -52,8 +52,7 @@ class Task(ABC):
         `learned`."""
 
     def learned(self, **data: Any) -> None:
-        """Complete `self.data`: with it, a task made anew reads further records as this one
-        does."""
+        """Complete `self.data`, with which a task made anew reads further records as this one."""
         self.data = self.data.model_copy(update=data)
 
     @classmethod
@@ -124,16 +123,14 @@ class Task(ABC):
         if long and self.data.too_long == "refuse":
             raise InputError(
                 f"{split.at(split.records[RECORD][long[0]])}: {lengths[long[0]]:,} tokens are more "
-                f"than {limit:,} "
-                f"({len(long):,} such records); raise data.max_length if the model reads more, or "
-                "set data.too_long to cut "
-                "or drop"
+                f"than {limit:,} ({len(long):,} such records); raise data.max_length if the model "
+                "reads more, or set data.too_long to cut or drop"
             )
+        # Nearest: lengths that occur, and none between two of them.
         low, median, high = (int(np.percentile(lengths, q, method="nearest")) for q in (0, 50, 95))
         self.notes.append(
             f"{split.part}: {len(lengths):,} records of {low:,} to {max(lengths):,} tokens (median "
-            f"{median:,}, "
-            f"95 % up to {high:,}); {len(long):,} longer than {limit:,} and "
+            f"{median:,}, 95 % up to {high:,}); {len(long):,} longer than {limit:,} and "
             f"{'dropped' if drop else 'cut'}"
         )
         if not drop:
@@ -153,9 +150,8 @@ class Task(ABC):
             if ids and max(ids) >= size:
                 raise InputError(
                     f"{split.at(split.records[RECORD][row])}: token id {max(ids)} "
-                    f"({self.tokenizer.decode(max(ids))!r}) is "
-                    f"outside the model's vocabulary of {size}; the tokenizer belongs to another "
-                    "model"
+                    f"({self.tokenizer.decode(max(ids))!r}) is outside the model's vocabulary of "
+                    f"{size}; the tokenizer belongs to another model"
                 )
         return features.add_column(LENGTH, [len(ids) for ids in features["input_ids"]])
 

@@ -56,6 +56,7 @@ class CausalLanguageModelling(WritingTask):
             first = max(len(start), 1)  # nothing predicts a first token
             if len(ids) <= first:
                 continue
+            # Without a prompt the first token is given: its bytes bear no loss and count for none.
             unpredicted = self._byte_count("", ids[len(start) : first], cut=True)
             count = self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids))
             rows.append(
@@ -71,8 +72,7 @@ class CausalLanguageModelling(WritingTask):
         if not rows:
             raise InputError(
                 f"{split.source}: no {split.part} record has a token to learn from within "
-                f"{self.longest} tokens; "
-                "raise data.max_length, or check the output column"
+                f"{self.longest} tokens; raise data.max_length, or check the output column"
             )
         if len(rows) < len(kept):
             self.notes.append(
@@ -94,8 +94,7 @@ class CausalLanguageModelling(WritingTask):
             if not ids:
                 raise InputError(
                     f"{split.at(record)}: the prompt is empty, and the tokenizer has no opening "
-                    "token to go on from; "
-                    "expected text; fill it in or remove the record"
+                    "token to go on from; expected text; fill it in or remove the record"
                 )
         self._fit(split, [len(ids) for ids in prompts], False, allowed)
         long = sum(len(ids) > allowed for ids in prompts)
@@ -147,7 +146,6 @@ class CausalLanguageModelling(WritingTask):
         if len(columns) > 1:
             raise InputError(
                 f"data.prompt {template!r} has the columns {', '.join(columns)}; one prompt fills "
-                "only one: use predict "
-                "with a file that has these columns"
+                "only one: use predict with a file that has these columns"
             )
         return self._start_ids(fill(template, dict.fromkeys(columns, text)))

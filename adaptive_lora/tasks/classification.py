@@ -82,6 +82,7 @@ class ClassTask(Task):
         return metrics.classification(outputs, labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
+        # Less the largest logit, or exp would overflow.
         shifted = np.exp(outputs - np.max(outputs, axis=-1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
         best = probabilities.argmax(axis=-1)

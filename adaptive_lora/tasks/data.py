@@ -38,13 +38,11 @@ class Split:
         return list(self.records[column])
 
     def at(self, record: int) -> str:
-        """Return the place of a record, for messages; `record` counts from 1, as the source
-        does."""
+        """Return the place of a record, for messages; `record` counts from 1, as the source."""
         return f"{self.source}, record {record}"
 
     def require(self, *columns: str) -> None:
-        """Raise `InputError` naming the columns there are unless all of `columns` are among
-        them."""
+        """Raise `InputError`, naming the columns there are, unless `columns` are among them."""
         present = columns_of(self.records)
         for column in columns:
             if column not in present:
@@ -92,8 +90,8 @@ def load_splits(data: DataConfig) -> Splits:
         if not 0 < size < len(train):
             raise InputError(
                 f"eval_size {data.eval_size} of {len(train)} records in {data.train} leaves "
-                f"{len(train) - size} to train on "
-                f"and {size} to evaluate on; both must be at least 1"
+                f"{len(train) - size} to train on and {size} to evaluate on; both must be at least "
+                "1"
             )
         order = np.random.default_rng(data.seed).permutation(len(train))
         train, held_out = train.select(order[size:]), train.select(order[:size])
@@ -123,8 +121,8 @@ def _read(data: DataConfig, source: str, split: str) -> Dataset:
             if (first := seen.setdefault(str(key), record)) != record:
                 raise InputError(
                     f"{source}: records {first} and {record} share the {data.id} {key!r}; remove "
-                    "one, name the column that "
-                    "tells records apart with data.id, or set data.duplicate_ids: keep"
+                    "one, name the column that tells records apart with data.id, or set "
+                    "data.duplicate_ids: keep"
                 )
     return table
 
@@ -150,8 +148,7 @@ def text_columns(data: DataConfig) -> set[str]:
 
 
 def numbered(table: Dataset, source: str) -> Dataset:
-    """Return the table with the column `RECORD`. Raises `InputError` when the source has one of
-    that name."""
+    """Return the table with the column `RECORD`. Raises `InputError` if the source has one."""
     if RECORD in table.column_names:
         raise InputError(
             f"{source} has a column {RECORD!r}, the name of our number of each record; rename it"

@@ -39,7 +39,9 @@ def generate(
     """
     base: Any = base_of(model)
     seq2seq = base.config.is_encoder_decoder
+    # A copy: these settings are ours, and not the model's from now on.
     config = copy.deepcopy(base.generation_config)
+    # None: transformers warns of settings of sampling, which a model may bring, when none is done.
     config.update(
         do_sample=False, num_beams=settings.num_beams, temperature=None, top_p=None, top_k=None,
         max_length=None,

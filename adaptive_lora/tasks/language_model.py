@@ -44,6 +44,7 @@ class WritingTask(Task):
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         shifter = self._shifter() if self.shift == 0 and self.smoothing else None
+        # It would make tensors of every column, and ours hold texts and lists of their own length.
         inner = DataCollatorForSeq2Seq(self.tokenizer, shifter, label_pad_token_id=IGNORED)
         return lambda items: inner(
             [{k: v for k, v in item.items() if k in _READ} for item in items]
@@ -60,6 +61,7 @@ class WritingTask(Task):
         losses = F.cross_entropy(
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
+        # Two numbers a record: the logits of a whole evaluation would not fit into memory.
         return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)], dim=1)
 
     def score(
@@ -101,8 +103,8 @@ class WritingTask(Task):
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise InputError(
                 f"training.label_smoothing_factor is {self.smoothing}: {type(model).__name__} does "
-                "not say how decoder "
-                "inputs are made from labels, which label smoothing needs; set it to 0"
+                "not say how decoder inputs are made from labels, which label smoothing needs; set "
+                "it to 0"
             )
         return model
 
@@ -151,14 +153,12 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
             got = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
             raise InputError(
                 f"data.prompt {template!r}: expected the name of a column in braces, got "
-                f"{{{got}}}; leave out what follows "
-                f"{name!r} (a column is put in as it is)"
+                f"{{{got}}}; leave out what follows {name!r} (a column is put in as it is)"
             )
         if name is not None and name.isdigit():
             raise InputError(
                 f"data.prompt {template!r}: expected the name of a column in braces, got the "
-                f"number {{{name}}}; write the "
-                "name, such as {question}"
+                f"number {{{name}}}; write the name, such as {{question}}"
             )
     return [(literal, name) for literal, name, _, _ in fields]
 
@@ -204,8 +204,8 @@ def _check_direction(config: RunConfig, model_config: PretrainedConfig) -> None:
     ):
         raise InputError(
             f"{config.model!r} is an encoder ({model_config.model_type}), which reads a text in "
-            "both directions and cannot "
-            f"write; {config.task} expects a causal model (such as GPT-2 or Llama)"
+            f"both directions and cannot write; {config.task} expects a causal model (such as "
+            "GPT-2 or Llama)"
             + (" or an encoder-decoder (such as T5)" if config.task == "summarization" else "")
             + "; give one, or use this model for classification, regression or question_answering"
         )

@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adaptive_lora.errors import InputError
 
+# By packages, and not by `evaluate`, which downloads and runs a script for each metric.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 LARGEST_EXPONENT = 700.0  # e^709 is the largest power of e that a float holds
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
@@ -58,8 +59,7 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= classes:
         raise InputError(
             f"labels are {truth.dtype} from {truth.min()} to {truth.max()}; expected integers in "
-            f"0..{classes - 1}: "
-            "leave out the records that have no label"
+            f"0..{classes - 1}: leave out the records that have no label"
         )
     names = ["accuracy", "f1_macro", "matthews", *(["f1"] if classes == 2 else [])]
     if np.isnan(scores).any():
@@ -125,11 +125,11 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     lower-casing, Porter-stemmed where longer than 3: other scripts score 0.
 
     predictions, references: N texts each, one sentence per line as CNN/DailyMail highlights have
-        it. A text in one line
-    is split after ".", "!" or "?" and white space, with no list of abbreviations ("Mr. Smith" ends
-    a sentence). Only ROUGE-Lsum sees sentences. An empty text, or one that is too short for an
-    n-gram, scores 0. Raises `InputError` when there are no records or the lists differ in length.
-    Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package.
+    it. A text in one line is split after ".", "!" or "?" and white space, with no list of
+    abbreviations ("Mr. Smith" ends a sentence). Only ROUGE-Lsum sees sentences. An empty text, or
+    one that is too short for an n-gram, scores 0. Raises `InputError` when there are no records or
+    the lists differ in length. Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score
+    package.
 
     >>> scores = rouge(["The cat sat. It slept."], ["the cat sat\\nit ate"])
     >>> {name: round(score, 1) for name, score in scores.items()}
@@ -212,10 +212,10 @@ def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]
     / (ln 2 · bytes).
 
     nll: total negative log-likelihood in nats, of all the tokens that bear loss; tokens: how many
-        those are; byte_count:
-    the UTF-8 bytes of the text they spell. Raises `InputError` when there are no tokens or no
-    bytes. A NaN nll makes every metric NaN, an infinite one the loss and the bits per byte:
-    perplexity stops at e^700. Source: bits per byte as in the Pile (arXiv 2101.00027, section 3.1).
+    those are; byte_count: the UTF-8 bytes of the text they spell. Raises `InputError` when there
+    are no tokens or no bytes. A NaN nll makes every metric NaN, an infinite one the loss and the
+    bits per byte: perplexity stops at e^700. Source: bits per byte as in the Pile (arXiv
+    2101.00027, section 3.1).
 
     >>> language_model(math.log(4) * 10, tokens=10, byte_count=20)["bits_per_byte"]
     1.0
@@ -223,8 +223,7 @@ def language_model(nll: float, tokens: int, byte_count: int) -> dict[str, float]
     if tokens <= 0 or byte_count <= 0:
         raise InputError(
             f"{tokens} tokens bear loss and spell {byte_count} bytes; expected at least one of "
-            "each: "
-            "check that the evaluation records have text to predict"
+            "each: check that the evaluation records have text to predict"
         )
     loss = float(nll / tokens)
     return {

@@ -16,9 +16,8 @@ from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task
 from adaptive_lora.tasks.data import RECORD, Split
 
-N_BEST = (
-    20  # starts and ends of a window that are tried with each other, as in the BERT paper's code
-)
+# starts and ends of a window that are tried with each other, as in the BERT paper's code
+N_BEST = 20
 SPANS, CONTEXT, ANSWERS = "spans", "context_text", "answer_texts"
 _READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions")
 
@@ -156,6 +155,7 @@ class QuestionAnswering(Task):
             start, end = (
                 np.asarray(part[window][: len(spans)], dtype=np.float64) for part in outputs[:2]
             )
+            # The least of the windows, as in the BERT paper's code: one that sees an answer counts.
             nothing[row] = min(nothing.get(row, np.inf), float(start[0] + end[0]))
             inside = np.array([span[0] >= 0 for span in spans])
             answer, score = _best_span(start, end, inside, self.data.max_answer_length)
@@ -210,11 +210,9 @@ class QuestionAnswering(Task):
             )
             raise InputError(
                 f"{split.at(record)}: a question of {length:,} tokens leaves {room} of "
-                f"{self.longest} for the context, no "
-                f"more than data.stride {self.data.stride} ({len(long):,} such records); raise "
-                "data.max_length, lower "
-                "data.stride, shorten the question, or to train without such records set "
-                "data.too_long: drop"
+                f"{self.longest} for the context, no more than data.stride {self.data.stride} "
+                f"({len(long):,} such records); raise data.max_length, lower data.stride, shorten "
+                "the question, or to train without such records set data.too_long: drop"
             )
         if long:
             self.notes.append(
@@ -239,8 +237,8 @@ def _texts(value: Any, place: str) -> list[str]:
         if isinstance(one, bool) or not isinstance(one, str | int):
             raise InputError(
                 f"{place}: the answer is {given!r:.60}; expected text, a whole number, or a list "
-                "of them; write it as the "
-                "text that is in the context, or leave the answer empty if there is none"
+                "of them; write it as the text that is in the context, or leave the answer empty "
+                "if there is none"
             )
         texts.append(str(one))
     return texts

@@ -31,8 +31,7 @@ class Regression(TextTask):
             )
         self.notes.append(
             f"regression of {' + '.join(self.columns)} on {self.label}: {min(values):g} to "
-            f"{max(values):g}, "
-            f"mean {float(np.mean(values)):g}"
+            f"{max(values):g}, mean {float(np.mean(values)):g}"
         )
 
     def model_arguments(self) -> dict[str, Any]:

@@ -89,8 +89,7 @@ class Summarization(WritingTask):
         if labelled:
             self.notes.append(
                 f"{split.part}: {self.bears_loss(features):,} tokens bear loss; {shortened:,} "
-                "summaries longer than "
-                f"{self._longest_target:,} tokens and cut"
+                f"summaries longer than {self._longest_target:,} tokens and cut"
             )
         else:
             features = features.remove_columns("labels")
@@ -113,8 +112,7 @@ class Summarization(WritingTask):
         if len(ids) > room:
             raise InputError(
                 f"a text of {len(ids):,} tokens is more than the {room:,} there is room for; "
-                "shorten it, or use predict "
-                "with a file, which cuts it"
+                "shorten it, or use predict with a file, which cuts it"
             )
         return self._prompt(ids)
 
@@ -125,8 +123,8 @@ class Summarization(WritingTask):
         if self.longest - fixed < 1:
             raise InputError(
                 f"inputs of {self.longest} tokens leave no room for a text: {fixed} are taken by "
-                "the template"
-                f"{'' if self.seq2seq else ' and data.max_target_length'}; raise data.max_length"
+                f"the template{'' if self.seq2seq else ' and data.max_target_length'}; raise "
+                "data.max_length"
             )
         return self.longest - fixed
 

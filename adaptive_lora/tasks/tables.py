@@ -88,8 +88,7 @@ def _read_file(path: Path, texts: Collection[str]) -> Dataset:
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}: column {field.name!r} is of the type {field.type!s:.60}, which is not "
-                f"read ({error}); leave "
-                "the column out, or make it text, numbers, or lists of these"
+                f"read ({error}); leave the column out, or make it text, numbers, or lists of these"
             ) from None
     return Dataset(table)
 
@@ -100,6 +99,7 @@ def _check_type(field: pa.Field) -> None:
 
 
 def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
+    # Decoded here: of a byte that is not UTF-8 we name the line.
     text = _read_text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
     for other, name in DELIMITERS.items():
@@ -123,8 +123,7 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
             ),
-            # A record longer than a block would be an error: let the file be one block. Threads do
-            # not count rows.
+            # One block, as a record longer than it would be an error; threads do not count rows.
             read_options=pyarrow.csv.ReadOptions(
                 block_size=min(max(path.stat().st_size, 1 << 20), 2**31 - 1), use_threads=False
             ),
@@ -140,23 +139,23 @@ def _read_csv(path: Path, delimiter: str, texts: Collection[str]) -> pa.Table:
         line = f" (line {text.count(chr(10), 0, found.start()) + 1})" if found else ""
         raise InputError(
             f"{path}, record {row.number - 1}{line}: {row.actual_columns} values where the header "
-            "names "
-            f"{row.expected_columns} columns: {row.text!r:.60}; put quotes around a value that "
-            "holds a separator"
+            f"names {row.expected_columns} columns: {row.text!r:.60}; put quotes around a value "
+            "that holds a separator"
         ) from None
 
 
 def _read_images(folder: Path) -> Dataset:
     """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder
     for each class."""
+    # Sorted, for the order of a folder differs between file systems.
     files = sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file()
     )
     if not files:
         raise InputError(
             f"data file {folder} is a folder without images ({', '.join(IMAGES)}); give a "
-            f"{', '.join(READERS)} file, a "
-            "folder that holds one folder of images for each class, or a hub data set name"
+            f"{', '.join(READERS)} file, a folder that holds one folder of images for each class, "
+            "or a hub data set name"
         )
     columns = {"image": [str(path) for path in files]}
     if all(path.parent != folder for path in files):
@@ -213,8 +212,8 @@ def _misfit(values: list[Any], name: str, path: Path) -> InputError:
     others = "" if before is None else f", and a record before it has {reprlib.repr(before)}"
     return InputError(
         f"{path}, record {unfit}: the values of {name!r} do not fit one type: "
-        f"{reprlib.repr(values[fit])}{others} "
-        f"({reason:.120}); make them all text, all numbers, or all lists or objects of one shape"
+        f"{reprlib.repr(values[fit])}{others} ({reason:.120}); make them all text, all numbers, or "
+        "all lists or objects of one shape"
     )
 
 

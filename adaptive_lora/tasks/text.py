@@ -46,8 +46,7 @@ class TextTask(Task):
 
     @abstractmethod
     def labels(self, split: Split) -> list[Any]:
-        """Return a number for each record's label. Raises `InputError` at the first that is
-        none."""
+        """Return a number for each label. Raises `InputError` at the first that is none."""
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(*self.columns, *([self.label] if labelled else []))
@@ -56,6 +55,7 @@ class TextTask(Task):
         encoded = self.tokenizer(*texts, verbose=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         rows = self._fit(split, lengths, labelled)
+        # Again only where needed: `_fit` had to see the lengths before any cut.
         if max(lengths) > self.longest:
             encoded = self.tokenizer(*texts, truncation=True, max_length=self.longest)
         features = Dataset.from_dict({**encoded, **labels, ROW: list(range(len(lengths)))})
@@ -89,7 +89,7 @@ def _guess_text(split: Split, label: str, key: str) -> list[str]:
     if len(candidates) != 1:
         raise InputError(
             f"{split.source} has {len(candidates)} text columns besides {label!r} "
-            f"({', '.join(candidates)}); "
-            "say which to read: data.text (one column, or a list of two)"
+            f"({', '.join(candidates)}); say which to read: data.text (one column, or a list of "
+            "two)"
         )
     return candidates

@@ -89,6 +89,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         if self.method.adaptation is None:
             return
         _check_arguments(args, self.method)
+        # The Trainer has no event between this one and the loading of a checkpoint.
         plain_load = model.load_adapter
 
         def load_adapter(
@@ -96,8 +97,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         ) -> Any:
             if adapter_name != model.active_adapter:
                 return plain_load(model_id, adapter_name, *load_args, **load_kwargs)
-            # The Trainer resumes by loading the adapter into the model: it must have that
-            # checkpoint's ranks first.
+            # The Trainer loads the checkpoint's adapter into the model, which must have its ranks.
             self._resumed_from = Path(model_id)
             match_ranks(model, self._resumed_from)
             # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
@@ -124,11 +124,10 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         if self.method.adaptation is not None and self.controller.step_count != state.global_step:
             raise IntegrityError(
                 f"the Trainer resumes at step {state.global_step}, the rank controller is at "
-                f"{self.controller.step_count}: the "
-                "callback did not see the checkpoint load. Give the Trainer callbacks=[...] and "
-                "model=, not add_callback or "
-                "model_init="
+                f"{self.controller.step_count}: the callback did not see the checkpoint load. Give "
+                "the Trainer callbacks=[...] and model=, not add_callback or model_init="
             )
+        # The file may hold decisions after the checkpoint, of the training that was cut off.
         self._write(None)
 
     def on_pre_optimizer_step(
@@ -137,6 +136,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         assert self.controller is not None
         if self.method.adaptation is None:
             return
+        # Here the gradients are whole and unscaled; in `on_step_end` they are gone.
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         # No step will be made: `AdaptiveTrainer(on_non_finite="skip")` has thrown the gradients
         # away, or fp16's loss scaler is about to.
@@ -151,6 +151,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.controller is not None
+        # Ranks first: checkpoint and evaluation of this step see those that are trained next.
         self.controller.step()
         super().on_step_end(args, state, control)
 
@@ -164,8 +165,8 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         elif self.method.adaptation.when.needs_evaluation:
             raise InputError(
                 f"method {self.method.name!r} waits for a plateau of eval_loss, but the evaluation "
-                "gave only "
-                f"{', '.join(kwargs['metrics'])}: give the Trainer one evaluation set, with labels"
+                f"gave only {', '.join(kwargs['metrics'])}: give the Trainer one evaluation set, "
+                "with labels"
             )
 
     def on_save(
@@ -177,6 +178,7 @@ class AdaptiveRankCallback(SaveAfterEpoch):
             and state.is_world_process_zero
         ):
             assert args.output_dir is not None
+            # Beside the Trainer's files: what it deletes, it deletes together.
             self.controller.save_state(
                 Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             )
@@ -204,15 +206,14 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
     if args.load_best_model_at_end:
         raise InputError(
             "load_best_model_at_end does not work with changing ranks: the best checkpoint may "
-            "have other ranks than the "
-            "model at the end. Set it to false; every checkpoint can be loaded with "
-            "adaptive_lora.load"
+            "have other ranks than the model at the end. Set it to false; every checkpoint can be "
+            "loaded with adaptive_lora.load"
         )
     if args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
         raise InputError(
             "save_total_limit is 1; expected at least 2 with changing ranks: the Trainer deletes "
-            "the last checkpoint before "
-            "the new one is complete, and a run killed in between could not be resumed"
+            "the last checkpoint before the new one is complete, and a run killed in between could "
+            "not be resumed"
         )
     if args.deepspeed or args.fsdp:
         raise InputError(
@@ -227,20 +228,18 @@ def _check_arguments(args: TrainingArguments, method: Method) -> None:
     if args.n_gpu > 1 or args.world_size > 1:
         raise InputError(
             "ranks cannot change in DataParallel or DistributedDataParallel "
-            f"({max(args.n_gpu, args.world_size)} devices), "
-            "whose replicas keep the old shapes; run on one device (CUDA_VISIBLE_DEVICES=0)"
+            f"({max(args.n_gpu, args.world_size)} devices), whose replicas keep the old shapes; "
+            "run on one device (CUDA_VISIBLE_DEVICES=0)"
         )
     if method.adaptation.when.needs_evaluation and args.eval_strategy == IntervalStrategy.NO:
         raise InputError(
             f"method {method.name!r} waits for a plateau of the evaluation loss, but nothing is "
-            "evaluated; give an "
-            "evaluation set and eval_strategy steps or epoch"
+            "evaluated; give an evaluation set and eval_strategy steps or epoch"
         )
 
 
 def match_ranks(model: PeftModel, checkpoint: Path) -> None:
-    """Give `model` the ranks of the adapter saved in `checkpoint`; a target absent there gets rank
-    0."""
+    """Give `model` the ranks of the adapter in `checkpoint`; a target absent there gets rank 0."""
     saved, now = tensor_ranks(checkpoint / "adapter_model.safetensors"), ranks(model)
     if saved:  # none in a checkpoint of PEFT's AdaLoRA, which keeps its first ranks to the end
         resize(model, {name: saved.get(name, 0) for name in now if saved.get(name, 0) != now[name]})

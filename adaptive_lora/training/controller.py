@@ -77,8 +77,7 @@ class RankController:
         self._driver = driver_of(method)(model, optimizer, method, total_steps)
 
     def observe(self) -> None:
-        """Take in the gradients of this optimizer step: after the last backward, before
-        `optimizer.step()`."""
+        """Take in this step's gradients: after the last backward, before `optimizer.step()`."""
         if not self._driver.watching(self.step_count):
             return
         if self._observed:
@@ -111,6 +110,7 @@ class RankController:
         self.step_count += 1
         self._record(lambda: self._driver.step(self.step_count))
         if not self._driver.watching(self.step_count):
+            # Checkpoints need not carry from here on what nobody will ask for.
             self._driver.forget()
 
     def evaluated(self, loss: float) -> None:
@@ -135,6 +135,7 @@ class RankController:
         the last was refused, unless training stopped early on purpose.
         """
         self._finished = True
+        # Before the driver's last word: to become plain LoRA is no decision of the method.
         last = self.history[-1] if self.history else None
         self._record(self._driver.finish)
         if self.method.adaptation is None or stopped_early:
@@ -186,6 +187,7 @@ class RankController:
             for kind, row in self._statistics.items()
             for name, statistic in row.items()
         }
+        # safetensors refuses any other layout.
         save_file({key: s.tensor.contiguous() for key, s in rows.items()}, folder / TENSOR_FILE)
         state = {
             "version": VERSION,
@@ -197,6 +199,7 @@ class RankController:
             "statistics": {key: [s.dim, s.copies] for key, s in rows.items()},
             "history": [json.loads(row.to_json()) for row in self.history],
         }
+        # Last: a checkpoint without this file is not whole, and a resume passes it over.
         text = json.dumps(state, allow_nan=False)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
 
@@ -208,6 +211,7 @@ class RankController:
         length, is of a later version, or does not fit.
         """
         state, tensors = _read_state(folder)
+        # Schedules are fractions of the whole: another length would have decided otherwise.
         mine = {**_identity(self.method), "total_steps": self.total_steps}
         saved = {**state["method"], "total_steps": state["total_steps"]}
         differing = [
@@ -229,6 +233,7 @@ class RankController:
         self._losses = state["losses"]
         self.initial_pattern = state["initial_pattern"]
         self.history = [history.from_json(row) for row in state["history"]]
+        # The adapter was loaded by others, with whatever ranks it had.
         if history.replay(self.initial_pattern, self.history) != ranks(self.model):
             raise IntegrityError(
                 f"cannot resume from {folder}: the saved ranks are not those the history leads to"

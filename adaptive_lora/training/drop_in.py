@@ -205,6 +205,7 @@ class AdaptiveLoRA:
         )
         self._history: list[Decision] | None = None
         self._started = False
+        # Here, for A is drawn when the adapters are attached.
         set_seed(seed)
         self._model = attach(model, self._method, targets, scale=alpha / r)
 
@@ -265,8 +266,7 @@ class AdaptiveLoRA:
         return Scores(G=gradient, W=delta, s=decision.scores, r=decision.pattern)
 
     def save(self, path: str | Path) -> Path:
-        """Write the adapter and the head as a PEFT checkpoint into the folder `path`, and return
-        it."""
+        """Write adapter and head as a PEFT checkpoint into the folder `path`, and return it."""
         return save(self.model, path)
 
     def _trained(self) -> list[Decision]:
@@ -293,6 +293,7 @@ def _training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "label_names": [LABELS[0]],
+        # torch warns of pinned memory where there is no accelerator.
         "dataloader_pin_memory": torch.cuda.is_available(),
         **given,
     }
@@ -310,9 +311,8 @@ def _check_classifier(model: Any) -> None:
     if other or not labels or labels < 2 or problem not in (None, "single_label_classification"):
         raise InputError(
             f"the model is a {type(model).__name__} with num_labels {labels} and problem_type "
-            f"{problem}; expected a "
-            "classifier of two or more classes, one to each item: AdaptiveLoRA returns accuracy. "
-            f"Or {use}"
+            f"{problem}; expected a classifier of two or more classes, one to each item: "
+            f"AdaptiveLoRA returns accuracy. Or {use}"
         )
 
 
@@ -333,8 +333,8 @@ def _check_data(what: str, dataset: Any, *, labelled: bool) -> None:
         )
         raise InputError(
             f"{what}: its first item has {found}; expected a dict with {LABELS[0]!r} or "
-            f"{LABELS[1]!r}, the class number; "
-            "rename the column, or give a data_collator that makes such batches"
+            f"{LABELS[1]!r}, the class number; rename the column, or give a data_collator that "
+            "makes such batches"
         )
 
 
@@ -346,8 +346,7 @@ def _stack(items: list[Any], *, n_classes: int) -> dict[str, Any]:
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise InputError(
             f"a batch cannot be stacked: {type(error).__name__}: {error}. Give all items the same "
-            "keys, and pad them to one "
-            "length, or give a data_collator that does, such as "
+            "keys, and pad them to one length, or give a data_collator that does, such as "
             "transformers.DataCollatorWithPadding(tokenizer)"
         ) from error
     labels = batch[LABELS[0]]

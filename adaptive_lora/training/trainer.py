@@ -67,9 +67,8 @@ class AdaptiveTrainerMixin(_Base):
         if on_non_finite == "skip" and (self._scaled_or_sharded() or self.args.world_size > 1):
             raise InputError(
                 "on_non_finite 'skip' does not work with fp16 (its loss scaler skips by itself), "
-                "DeepSpeed, FSDP or several "
-                "processes (they would not skip the same steps); use 'stop', or bf16 or float32 on "
-                "one device"
+                "DeepSpeed, FSDP or several processes (they would not skip the same steps); use "
+                "'stop', or bf16 or float32 on one device"
             )
         self.add_callback(SaveAfterEpoch)
         self._at_start: str | None = None  # digest of what is trained, where it can be taken
@@ -112,16 +111,16 @@ class AdaptiveTrainerMixin(_Base):
             )
             raise NothingLearnedError(
                 f"the adapter learned nothing in {self.state.global_step} steps: {what}. Is the "
-                "learning rate 0 or tiny, or "
-                "its warm-up as long as the training; are the adapters frozen; was every step "
-                "skipped; does no record have "
-                "a label that counts in the loss?"
+                "learning rate 0 or tiny, or its warm-up as long as the training; are the adapters "
+                "frozen; was every step skipped; does no record have a label that counts in the "
+                "loss?"
             )
         return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Called by `train()` when a checkpoint, if any, is loaded."""
         model: Any = self.model
+        # A sharded model has no process that holds all its weights.
         whole = (
             isinstance(model, PeftModel)
             and not self.is_fsdp_enabled
@@ -140,6 +139,7 @@ class AdaptiveTrainerMixin(_Base):
         """Called by the Trainer once for each optimizer step, before its micro-batches."""
         self._skipping = False
         if self.on_non_finite == "skip":
+            # A copy: the Trainer adds to this tensor in place.
             self._loss_before = self._tr_loss.clone()
         return super().get_batch_samples(*args, **kwargs)
 
@@ -148,6 +148,7 @@ class AdaptiveTrainerMixin(_Base):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._skipping and not torch.isfinite(loss):
+            # Weights first: a broken one makes every output after it non-finite too.
             where = non_finite(model) or first_non_finite_output(
                 model, self._prepare_inputs(inputs)
             )
@@ -169,6 +170,7 @@ class AdaptiveTrainerMixin(_Base):
         # from the mean over these tokens to their share of all in the step
         loss = loss * tokens / num_items_in_batch
         if self.args.average_tokens_across_devices:
+            # The tokens are those of all processes, and gradients are averaged over these.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -182,8 +184,7 @@ class AdaptiveTrainerMixin(_Base):
         if self._skipping:
             # an optimizer passes over what has no gradient: no update, no decay, no moment
             model.zero_grad()
-            # The logged loss is the mean over the steps made: this one leaves its sum and its
-            # count.
+            # The logged loss is a mean over the steps made: this one leaves sum and count.
             self._tr_loss = self._loss_before
             self._globalstep_last_logged += 1
             self._initial_global_step += 1
@@ -199,8 +200,7 @@ class AdaptiveTrainerMixin(_Base):
             # fp16: infinite gradients are the loss scaler's daily business, it skips the step.
             # Sharded: not ours to clip.
             return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        # the same operations as accelerator.clip_grad_norm_, but nothing is scaled when the norm is
-        # not finite
+        # as accelerator.clip_grad_norm_, but nothing is scaled when the norm is not finite
         try:
             return torch.nn.utils.clip_grad_norm_(
                 model.parameters(), max_norm, error_if_nonfinite=True
@@ -209,6 +209,7 @@ class AdaptiveTrainerMixin(_Base):
             bad = tuple(
                 name
                 for name, parameter in model.named_parameters()
+                # By the norm: finite entries whose squares overflow are culprits too.
                 if parameter.grad is not None and not torch.isfinite(parameter.grad.norm())
             )
         self._met_non_finite(model, "the gradient is not finite", bad)
@@ -261,6 +262,7 @@ class AdaptiveTrainerMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Named: by default fork_rng saves the state of every device there is, and warns of it.
         accelerators = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(accelerators):  # a data loader draws a seed when it starts
             metrics = super().evaluate(*args, **kwargs)
@@ -281,6 +283,7 @@ def divides_by_items(model: nn.Module) -> bool:
     """True when the model's loss is transformers' `loss_function`, which divides by
     `num_items_in_batch` if it is given; T5 and BART take the mean over their own tokens, whatever
     they are given."""
+    # transformers wraps `forward` in decorators, whose code says nothing of the loss.
     forward = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     return forward is not None and "loss_function" in forward.co_names
 
@@ -312,13 +315,13 @@ def trained_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
+            # As bytes, for numpy knows no bfloat16.
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def updates_are_zero(model: nn.Module) -> bool:
-    """True when there are LoRA adapters and B A is zero in each, because B (or A) is, or its
-    rank."""
+    """True when there are LoRA adapters and B A is zero in each, because B, A or the rank is."""
     layers = [
         layer
         for layer in model.modules()
@@ -359,6 +362,7 @@ _SHOWN = (
 def log_line(state: Any, logs: dict[str, Any]) -> str:
     """Return what a person wants of a log row in one line, "" when there is nothing."""
     wanted = [k for k in logs if k.endswith(tuple(f"_{name}" for name in _SHOWN)) or k in _SHOWN]
+    # Without `token_loss`: an evaluation has the same number as its `loss`.
     shown = "  ".join(
         f"{k.removeprefix('eval_')} {logs[k]:.4g}" for k in wanted if not k.endswith("token_loss")
     )
@@ -391,8 +395,7 @@ class ProgressBars(ProgressCallback):
 
 
 def use_progress(trainer: Trainer, *, quiet: bool = False, stream: Any = None) -> None:
-    """Replace the Trainer's own output: bars on a terminal, plain lines elsewhere, nothing when
-    `quiet`."""
+    """Replace the Trainer's output: bars on a terminal, else plain lines, nothing if `quiet`."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if not quiet:
