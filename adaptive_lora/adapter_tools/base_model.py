@@ -52,18 +52,24 @@ def base_of_adapter(
         )
     kind = model_class(record["class"]) if record is not None else None
     if kind is None:
-        mapping: Mapping[str, Any] = adapter.config.auto_mapping or {}
-        kind = model_class(mapping.get("base_model_class"))
-        kind = kind or BY_TASK_TYPE.get(adapter.config.task_type or "")
-    if kind is None:
-        architectures = read_config(name, trust_remote_code=trust_remote_code).architectures
-        kind = model_class((architectures or [None])[0]) or transformers.AutoModel
+        kind = _derived_class(adapter, name, trust_remote_code=trust_remote_code)
     return Base(
         name,
         kind,
         _head(adapter, kind) if record is None else record["head"],
         trust_remote_code,
     )
+
+
+def _derived_class(adapter: Adapter, name: str, *, trust_remote_code: bool) -> Any:
+    """Return the class of the base model as PEFT says it, else as the base model itself does."""
+    mapping: Mapping[str, Any] = adapter.config.auto_mapping or {}
+    kind = model_class(mapping.get("base_model_class"))
+    kind = kind or BY_TASK_TYPE.get(adapter.config.task_type or "")
+    if kind is None:
+        architectures = read_config(name, trust_remote_code=trust_remote_code).architectures
+        kind = model_class((architectures or [None])[0]) or transformers.AutoModel
+    return kind
 
 
 def _head(adapter: Adapter, kind: Any) -> dict[str, Any]:

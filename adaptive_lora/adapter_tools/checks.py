@@ -99,26 +99,28 @@ def split_tensors(
             raise IntegrityError(
                 f"the adapter in {folder} is incomplete: {name!r} has no {missing[0].lstrip('.')}"
             )
-        shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
-        if any(len(shape) > 2 for shape in shapes.values()):
-            raise InputError(
-                f"{name!r} in {folder} is an adapter of a convolution, A {shapes['a']}, B "
-                f"{shapes['b']}; expected linear "
-                f"targets only. Train without it among target_modules, or {MERGE}"
-            )
-        if any(len(shape) < 2 or (0 in shape and not empty) for shape in shapes.values()):
-            raise IntegrityError(
-                f"{name!r} in {folder} has empty weights, A {shapes['a']}, B {shapes['b']}: the "
-                "shards of ZeRO-3 or FSDP "
-                "were not gathered when it was saved"
-            )
-        if shapes["a"][0] != shapes["b"][1]:
-            raise IntegrityError(
-                f"A and B of {name!r} in {folder} do not fit: A is {shapes['a']} and B "
-                f"{shapes['b']}; expected (R, I) and "
-                "(O, R)"
-            )
+        _check_shapes(f"{name!r} in {folder}", found, empty=empty)
     return dict(sorted(parts.items(), key=lambda item: _in_order(item[0]))), rest
+
+
+def _check_shapes(where: str, parts: Tensors, *, empty: bool) -> None:
+    """Raise unless A is (R, I) and B is (O, R); see `split_tensors`."""
+    shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    a, b = shapes["a"], shapes["b"]
+    if any(len(shape) > 2 for shape in shapes.values()):
+        raise InputError(
+            f"{where} is an adapter of a convolution, A {a}, B {b}; expected linear "
+            f"targets only. Train without it among target_modules, or {MERGE}"
+        )
+    if any(len(shape) < 2 or (0 in shape and not empty) for shape in shapes.values()):
+        raise IntegrityError(
+            f"{where} has empty weights, A {a}, B {b}: the shards of ZeRO-3 or FSDP "
+            "were not gathered when it was saved"
+        )
+    if a[0] != b[1]:
+        raise IntegrityError(
+            f"A and B of {where} do not fit: A is {a} and B {b}; expected (R, I) and (O, R)"
+        )
 
 
 def _in_order(name: str) -> list[tuple[int, int | str]]:
@@ -133,18 +135,8 @@ def _target(key: str) -> str:
 def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterable[str]) -> None:
     """Raise `IntegrityError` unless the tensors are those the config speaks of, as far as names can
     tell."""
-    names, wanted = list(targets), config.target_modules
-    everywhere = wanted is None or wanted == "all-linear"
-    try:
-        extra = [
-            name
-            for name in names
-            if not everywhere and not check_target_module_exists(config, name)
-        ]
-    except re.error as error:
-        raise IntegrityError(
-            f"target_modules in {folder / CONFIG_NAME} is no regular expression: {error}"
-        ) from error
+    names = list(targets)
+    extra = _strangers(folder, config, names)
     extra += [key for key in rest if not _expected(config, key)]
     if extra:
         raise IntegrityError(
@@ -153,11 +145,7 @@ def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterabl
             f"{extra[0]!r}; PEFT would ignore them silently. Was a file exchanged, or written by "
             "hand?"
         )
-    listed = [] if isinstance(wanted, str) or wanted is None else sorted(wanted)
-    # A name with a layer index stands for one module; "q_proj" may have been offered for other
-    # models too.
-    absent = [one for one in listed if split_name(one)[1] is not None and one not in names]
-    absent = [one for one in absent if not any(name.endswith(f".{one}") for name in names)]
+    absent = _without_tensors(config.target_modules, names)
     if absent:
         raise IntegrityError(
             f"the adapter in {folder} is incomplete: its {CONFIG_NAME} lists {absent[0]!r}, of "
@@ -172,6 +160,27 @@ def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterabl
             f"the adapter in {folder} is incomplete: modules_to_save names {absent[0]!r}, of which "
             "there are no tensors"
         )
+
+
+def _strangers(folder: Path, config: Any, names: list[str]) -> list[str]:
+    """Return the names that `target_modules` does not speak of."""
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return []
+    try:
+        return [name for name in names if not check_target_module_exists(config, name)]
+    except re.error as error:
+        raise IntegrityError(
+            f"target_modules in {folder / CONFIG_NAME} is no regular expression: {error}"
+        ) from error
+
+
+def _without_tensors(wanted: Any, names: list[str]) -> list[str]:
+    """Return the modules listed in `target_modules` that are none of `names`."""
+    listed = [] if isinstance(wanted, str) or wanted is None else sorted(wanted)
+    # A name with a layer index stands for one module; "q_proj" may have been offered for other
+    # models too.
+    absent = [one for one in listed if split_name(one)[1] is not None and one not in names]
+    return [one for one in absent if not any(name.endswith(f".{one}") for name in names)]
 
 
 def _expected(config: Any, key: str) -> bool:

@@ -238,12 +238,7 @@ def _budget(
         allowed, asked = rank * sum(costs.values()), f"rank {rank} on {len(costs)} targets costs"
     else:
         assert budget is not None
-        if not (math.isfinite(budget) and budget > 0) or (budget >= 1 and budget != int(budget)):
-            raise InputError(
-                f"budget is {budget}; expected a number of parameters, or a share below 1 of those "
-                "there are"
-            )
-        allowed, asked = int(budget * there if budget < 1 else budget), "the budget is"
+        allowed, asked = _in_parameters(budget, there), "the budget is"
     if allowed > there:
         raise InputError(
             f"{asked} {allowed:,} parameters, but the adapter has only {there:,} "
@@ -256,6 +251,16 @@ def _budget(
             "give more"
         )
     return allowed
+
+
+def _in_parameters(budget: float, there: int) -> int:
+    """Return a budget as a number of parameters; below 1 it is a share of those there are."""
+    if not (math.isfinite(budget) and budget > 0) or (budget >= 1 and budget != int(budget)):
+        raise InputError(
+            f"budget is {budget}; expected a number of parameters, or a share below 1 of those "
+            "there are"
+        )
+    return int(budget * there if budget < 1 else budget)
 
 
 def choose(
@@ -293,11 +298,18 @@ def choose(
             "the adapter learned nothing: every update is zero, so there is nothing to keep"
         )
     scores = {name: [value**2 / costs[name] for value in values] for name, values in alive.items()}
-    if energy is None:
-        assert budget is not None
-        bounds = {name: len(values) for name, values in alive.items()}
-        kept = top_k(scores, costs, budget, minimum=dict.fromkeys(costs, 0), maximum=bounds)
-        return {name: len(indices) for name, indices in kept.items()}
+    if energy is not None:
+        return _holding(energy, alive, scores)
+    assert budget is not None
+    bounds = {name: len(values) for name, values in alive.items()}
+    kept = top_k(scores, costs, budget, minimum=dict.fromkeys(costs, 0), maximum=bounds)
+    return {name: len(indices) for name, indices in kept.items()}
+
+
+def _holding(
+    energy: float, alive: Mapping[str, Sequence[float]], scores: Mapping[str, Sequence[float]]
+) -> RankPattern:
+    """Return how many components hold this share of Σ σ²; see `choose`."""
     order = sorted(
         ((-score, name, k) for name, row in scores.items() for k, score in enumerate(row))
     )
@@ -307,7 +319,7 @@ def choose(
         (n for n, total in enumerate(accumulate(squares), start=1) if total >= wanted), len(squares)
     )
     spare = math.fsum(squares[:count]) - wanted
-    pattern = dict.fromkeys(spectra, 0)
+    pattern = dict.fromkeys(alive, 0)
     for _, name, _ in order[:count]:
         pattern[name] += 1
     for (_, name, k), square in zip(

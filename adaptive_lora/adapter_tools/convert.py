@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig
 
-from adaptive_lora.adapter_tools.checks import check_names, split_tensors
+from adaptive_lora.adapter_tools.checks import Tensors, check_names, split_tensors
 from adaptive_lora.adapter_tools.folder import (
     Adapter,
     Update,
@@ -66,37 +66,13 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     pairs, rest = split_tensors(folder, tensors, PARTS, empty=True)
     check_names(folder, config, pairs, rest)
     check_finite(folder, tensors)
-    masks = {
-        _target(key): torch.tensor(mask, dtype=torch.bool)
-        for key, mask in (config.rank_pattern or {}).items()
+    masks = _masks(folder, config, pairs)
+    scale = _alpha(config, config.init_r) / config.init_r
+    gated = {
+        name: _gated(f"{name!r} in {folder}", parts, masks.get(name), config, scale)
+        for name, parts in pairs.items()
     }
-    unknown = sorted(masks.keys() - pairs.keys())
-    if unknown:
-        raise IntegrityError(
-            f"the adapter in {folder} is incomplete: it has a mask, but no tensors, for "
-            f"{unknown[0]!r}"
-        )
-    scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / config.init_r
-    updates = {}
-    for name, parts in pairs.items():
-        a, b, gate = parts["a"], parts["b"], parts["gate"].flatten()
-        mask = masks.get(name)
-        rank = config.init_r if mask is None else int(mask.sum())
-        if len(gate) != len(a) or len(a) not in {
-            rank,
-            config.init_r if mask is None else len(mask),
-        }:
-            raise IntegrityError(
-                f"{name!r} in {folder} has {len(a)} components and {len(gate)} gates; expected "
-                f"{rank}, as its config says"
-            )
-        alive = gate != 0
-        if mask is not None and len(mask) == len(gate):  # not yet cut to the mask
-            alive &= mask
-        alpha = config.lora_alpha if config.lora_alpha > 0 else rank
-        gates = gate.double() * (alpha / (config.init_r + 1e-5) / scale)
-        if bool(alive.any()):
-            updates[name] = Update(a[alive], times(b[:, alive], gates[alive]), scale)
+    updates = {name: update for name, update in gated.items() if update.rank}
     if not updates:
         raise InputError(
             f"the adapter in {folder} has no target left: every gate is zero, so it changes "
@@ -115,7 +91,41 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     return converted
 
 
-def _target(key: Any) -> str:
-    """Return the target of a key of PEFT's `rank_pattern`, such as "layer.0.query.lora_E" or
-    "...lora_E.default"."""
-    return str(key).partition(".lora_E")[0]
+def _masks(folder: Path, config: Any, pairs: dict[str, Tensors]) -> dict[str, torch.Tensor]:
+    """Return {target: the components that PEFT kept} of its `rank_pattern`, whose keys are such as
+    "layer.0.query.lora_E" or "...lora_E.default"."""
+    masks = {
+        str(key).partition(".lora_E")[0]: torch.tensor(mask, dtype=torch.bool)
+        for key, mask in (config.rank_pattern or {}).items()
+    }
+    unknown = sorted(masks.keys() - pairs.keys())
+    if unknown:
+        raise IntegrityError(
+            f"the adapter in {folder} is incomplete: it has a mask, but no tensors, for "
+            f"{unknown[0]!r}"
+        )
+    return masks
+
+
+def _alpha(config: Any, rank: int) -> float:
+    alpha: float = config.lora_alpha
+    return alpha if alpha > 0 else rank
+
+
+def _gated(
+    where: str, parts: Tensors, mask: torch.Tensor | None, config: Any, scale: float
+) -> Update:
+    """Return A' and B' of a target: of the components that are neither masked nor gated by zero."""
+    a, b, gate = parts["a"], parts["b"], parts["gate"].flatten()
+    rank = config.init_r if mask is None else int(mask.sum())
+    uncut = config.init_r if mask is None else len(mask)
+    if len(gate) != len(a) or len(a) not in {rank, uncut}:
+        raise IntegrityError(
+            f"{where} has {len(a)} components and {len(gate)} gates; expected "
+            f"{rank}, as its config says"
+        )
+    alive = gate != 0
+    if mask is not None and len(mask) == len(gate):  # not yet cut to the mask
+        alive &= mask
+    gates = gate.double() * (_alpha(config, rank) / (config.init_r + 1e-5) / scale)
+    return Update(a[alive], times(b[:, alive], gates[alive]), scale)

@@ -35,7 +35,7 @@ from adaptive_lora.adapter_tools.folder import (
     write_adapter,
 )
 from adaptive_lora.adapter_tools.forms import Shapes, max_lora_rank, native, uniform
-from adaptive_lora.adapter_tools.probe import answers, difference, probe_inputs
+from adaptive_lora.adapter_tools.probe import Inputs, answers, difference, probe_inputs
 from adaptive_lora.errors import InputError, IntegrityError, unknown
 from adaptive_lora.files import check_new, read_file, write_json
 from adaptive_lora.model.adapter_file import PREFIX
@@ -117,17 +117,7 @@ def export(
     left behind then.
     """
     path = check_new(output)
-    if to not in FORMS:
-        raise InputError(unknown(f"unknown form {to!r}", to, FORMS))
-    if converter is not None and (to != "gguf" or not Path(converter).is_file()):
-        what = (
-            f"there is no file {converter}"
-            if to == "gguf"
-            else f"a converter is for --to gguf, not {to}"
-        )
-        raise InputError(
-            f"{what}; expected the path of llama.cpp's convert_lora_to_gguf.py with --to gguf"
-        )
+    _check_form(to, converter)
     adapter = read_adapter(source)
     if to == "gguf" and adapter.rest:
         first = next(iter(adapter.rest)).removeprefix(PREFIX)
@@ -145,10 +135,8 @@ def export(
     loaded = load_base(base) if base is not None else None
     modules = _modules(loaded, adapter, base) if loaded is not None and base is not None else None
     written = native(adapter) if to == "native" else uniform(adapter, modules)
-    before = _on(loaded, adapter) if check else None
-    inputs = probe_inputs(before.get_base_model()) if before is not None else []
-    expected = answers(before, inputs) if before is not None else []
-    del loaded, before
+    inputs, expected = _probed(_on(loaded, adapter)) if check else ([], [])
+    del loaded
     write_adapter(written, path)
     worst = None
     with _removed_on_failure(path):
@@ -163,6 +151,21 @@ def export(
         if to == "gguf":
             notes = _gguf(path, adapter, base, converter)
     return Exported(path, written, worst, notes)
+
+
+def _check_form(to: str, converter: str | Path | None) -> None:
+    """Raise `InputError` for an unknown form, or a converter that is none or not needed."""
+    if to not in FORMS:
+        raise InputError(unknown(f"unknown form {to!r}", to, FORMS))
+    if converter is not None and (to != "gguf" or not Path(converter).is_file()):
+        what = (
+            f"there is no file {converter}"
+            if to == "gguf"
+            else f"a converter is for --to gguf, not {to}"
+        )
+        raise InputError(
+            f"{what}; expected the path of llama.cpp's convert_lora_to_gguf.py with --to gguf"
+        )
 
 
 class _removed_on_failure:  # noqa: N801
@@ -209,6 +212,12 @@ def _on(model: Any, adapter: Adapter) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base model where it was
         return load(model, adapter.folder)
+
+
+def _probed(model: PeftModel) -> tuple[Inputs, list[torch.Tensor]]:
+    """Return seeded random inputs for the model, and its answers to them."""
+    inputs = probe_inputs(model.get_base_model())
+    return inputs, answers(model, inputs)
 
 
 def _refuse_above(worst: float, how: str, *, what: str = "the adapter's") -> None:
@@ -261,8 +270,7 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
             "nor version 0.1 at first wrote"
         )
     before = _on(model, adapter)
-    inputs = probe_inputs(before.get_base_model()) if check else []
-    expected = answers(before, inputs)
+    inputs, expected = _probed(before) if check else ([], [])
     merged: Any = before.merge_and_unload(safe_merge=True)
     worst = difference(answers(merged, inputs), expected) if check else None
     if worst is not None:

@@ -75,26 +75,24 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
 def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[int, int]]:
     """Return (I, O) of every module that must have an adapter, in the order of layers."""
     own = {name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()}
-    places = {name: split_name(name) for name in own}
-    kinds = {(stack, kind) for stack, index, kind in places.values() if index is not None}
+    places = [(*split_name(name), shape) for name, shape in own.items()]
+    alike = {(stack, kind): shape for stack, index, kind, shape in places if index is not None}
     if modules is not None:
         wanted = {
             name: shape
             for name, shape in modules.items()
-            if name in own or (split_name(name)[1] is not None and split_name(name)[::2] in kinds)
+            if name in own or (split_name(name)[1] is not None and split_name(name)[::2] in alike)
         }
         return {**wanted, **own}
-    last = {
-        stack: max(i for s, i, _ in places.values() if s == stack and i is not None)
-        for stack, _ in kinds
-    }
-    alike = {places[name][::2]: shape for name, shape in own.items()}
+    last: dict[str, int] = {}
+    for stack, index, _, _ in places:
+        last[stack] = max(last.get(stack, 0), index or 0)
     added = {
-        f"{stack}.{index}.{kind}": alike[stack, kind]
-        for stack, kind in sorted(kinds)
+        f"{stack}.{index}.{kind}": shape
+        for (stack, kind), shape in sorted(alike.items())
         for index in range(last[stack] + 1)
     }
-    return {**own, **{name: shape for name, shape in added.items() if name not in own}}
+    return {**own, **added, **own}  # own first, each with its own shape
 
 
 def _short_names(adapter: Adapter, modules: Shapes | None) -> Any:

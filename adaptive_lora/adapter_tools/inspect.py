@@ -128,7 +128,7 @@ def inspect(path: str | Path) -> Inspection:
         needed_999=_needed(spectra, adapter.costs, 0.999) if defined else None,
         targets=targets,
         other_tensors=tuple(adapter.rest),
-        warnings=tuple(_warnings(adapter, targets)),
+        warnings=(*_faults(adapter, targets), *_misreadings(adapter, targets)),
     )
 
 
@@ -137,7 +137,8 @@ def _needed(spectra: dict[str, tuple[float, ...]], costs: dict[str, int], energy
     return sum(rank * costs[name] for name, rank in pattern.items())
 
 
-def _warnings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
+def _faults(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
+    """Return what is wrong with the weights."""
     found = []
     broken = [name for name, facts in targets.items() if not facts.finite]
     broken += [
@@ -156,6 +157,12 @@ def _warnings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
             f"{len(idle)} of {len(targets)} targets learned nothing (their update is zero), first "
             f"{idle[0]!r}"
         )
+    return found
+
+
+def _misreadings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
+    """Return what some readers refuse, or read otherwise than PEFT."""
+    found = []
     for kind, layers, expected in _gaps(targets):
         found.append(
             f"{kind!r} is adapted in {len(layers)} of {len(expected)} layers (not in "

@@ -238,17 +238,7 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
                 f"unknown key training.{name}.{nearest(name, known)} Fields are those of "
                 "TrainingArguments"
             )
-        if value is False and name.endswith("_strategy"):
-            value = "no"  # YAML 1.1 reads a bare `no` as false
-        kind = _training_type(name)
-        try:
-            checked[name] = value if kind is None else kind.validate_python(value)
-        except ValidationError as error:
-            raise InputError(f"training.{name} is {value!r}: {error.errors()[0]['msg']}") from None
-        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
-            raise InputError(f"training.{name} is {value!r}; expected a finite number")
-        if hasattr(checked[name], "value"):  # an enum: keep the config plain data
-            checked[name] = checked[name].value
+        checked[name] = _as_declared(name, value)
     batches = (
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -258,6 +248,20 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
         if name in checked and not checked[name] > 0:
             raise InputError(f"training.{name} is {checked[name]}; expected a number above 0")
     return checked
+
+
+def _as_declared(name: str, value: Any) -> Any:
+    """Return the value of a field of `TrainingArguments` as its declared type, plain data."""
+    if value is False and name.endswith("_strategy"):
+        value = "no"  # YAML 1.1 reads a bare `no` as false
+    kind = _training_type(name)
+    try:
+        checked = value if kind is None else kind.validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"training.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+    if isinstance(checked, float) and not math.isfinite(checked):
+        raise InputError(f"training.{name} is {value!r}; expected a finite number")
+    return checked.value if hasattr(checked, "value") else checked  # of an enum
 
 
 @functools.cache  # a study checks thousands of recipes

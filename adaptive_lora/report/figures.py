@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -121,19 +122,8 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     )
     colours = matplotlib.colormaps["viridis"].resampled(n_layers)
     for axis, (kind, row) in zip(axes.flat, table.items(), strict=False):
-        for layer, ranks in row.items():
-            once = len(row) == 1
-            # equal ranks would hide one another
-            shift = 0.0 if once else 0.5 * layer / (n_layers - 1) - 0.25
-            colour = "black" if once else colours(layer)
-            axis.step(
-                steps, [rank + shift for rank in ranks], where="post", color=colour, linewidth=1.1
-            )
         axis.set_title(kind, fontsize=8)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _layer_steps(axis, steps, row, colours)
     for axis in axes.flat[len(table) :]:
         axis.set_visible(False)
     for axis in axes.flat[max(0, len(table) - columns) : len(table)]:
@@ -144,6 +134,24 @@ def rank_steps(run: RunRecord, path: Path) -> Path:
     bar = figure.colorbar(scale, ax=axes, label="layer", shrink=0.9)
     bar.set_ticks(list(range(0, n_layers, max(1, n_layers // 12))))
     return save(figure, path)
+
+
+def _layer_steps(
+    axis: Axes, steps: Sequence[int], row: Mapping[int, Sequence[int]], colours: Colormap
+) -> None:
+    """Draw the ranks of one module kind, {layer: rank at every step}, with a colour a layer."""
+    for layer, ranks in row.items():
+        once = len(row) == 1
+        # equal ranks would hide one another
+        shift = 0.0 if once else 0.5 * layer / (colours.N - 1) - 0.25
+        colour = "black" if once else colours(layer)
+        axis.step(
+            steps, [rank + shift for rank in ranks], where="post", color=colour, linewidth=1.1
+        )
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
 
 
 def parameter_steps(run: RunRecord, path: Path) -> Path:

@@ -31,6 +31,22 @@ def parts_of(account: Mapping[str, Any]) -> dict[str, int]:
 
 def show_plan(plan: Plan, alternatives: Mapping[str, Plan]) -> None:
     """Print a plan, what it fits in, and the peaks of trainings that need less."""
+    show(_stages(plan))
+    reserve = (
+        ", 1 GB of it left to CUDA and fragmentation"
+        if plan.device == "cuda"
+        else ", beside Python and its libraries"
+    )
+    fit = ", ".join(f"{name} {'yes' if plan.fits(size) else 'no'}" for name, size in SIZES.items())
+    print(f"fits in: {fit}{reserve}")
+    for note in plan.notes:
+        print(f"note: {note}")
+    if alternatives:
+        show(_peaks(alternatives))
+
+
+def _stages(plan: Plan) -> Table:
+    """Return the table of a plan: a column for each stage, a row for each part of the memory."""
     table = Table(title=f"Memory of the training on {plan.device}, MB (10⁶ bytes)")
     table.add_column("")
     for stage in plan.stages:
@@ -43,27 +59,18 @@ def show_plan(plan: Plan, alternatives: Mapping[str, Plan]) -> None:
         table.add_row(part, *(_mb(row[part]) for row in rows))
     table.add_row("peak", *(_mb(stage.peak) for stage in plan.stages), style="bold")
     table.add_row("LoRA parameters", *(f"{stage.parameters:,}" for stage in plan.stages))
-    show(table)
-    reserve = (
-        ", 1 GB of it left to CUDA and fragmentation"
-        if plan.device == "cuda"
-        else ", beside Python and its libraries"
-    )
-    fit = ", ".join(f"{name} {'yes' if plan.fits(size) else 'no'}" for name, size in SIZES.items())
-    print(f"fits in: {fit}{reserve}")
-    for note in plan.notes:
-        print(f"note: {note}")
-    if alternatives:
-        changes = Table(title="What would need less")
-        changes.add_column("change", overflow="fold")
-        changes.add_column("peak, MB", justify="right")
-        changes.add_column("fits in", justify="right")
-        for what, other in alternatives.items():
-            smallest = next(
-                (name for name, size in SIZES.items() if other.fits(size)), "none of these"
-            )
-            changes.add_row(what, _mb(other.peak), smallest)
-        show(changes)
+    return table
+
+
+def _peaks(alternatives: Mapping[str, Plan]) -> Table:
+    table = Table(title="What would need less")
+    table.add_column("change", overflow="fold")
+    table.add_column("peak, MB", justify="right")
+    table.add_column("fits in", justify="right")
+    for what, other in alternatives.items():
+        smallest = next((name for name, size in SIZES.items() if other.fits(size)), "none of these")
+        table.add_row(what, _mb(other.peak), smallest)
+    return table
 
 
 def write_plan(plan: Plan, folder: Path) -> list[Path]:

@@ -178,26 +178,14 @@ def cost(study: StudyFolder) -> Figure | None:
     """Draw training time and peak memory of the runs in the table: the median as a bar, a run as a
     mark."""
     runs = [run for run in study.runs if run["id"] in study.in_table]
-    times = {run["id"]: study.costs[run["id"]]["train_seconds"] for run in runs}
-    peaks = {run["id"]: study.costs[run["id"]]["peak_memory_bytes"] for run in runs}
-    memory = {identity: peak / 2**20 if peak else None for identity, peak in peaks.items()}
-    measures = [
-        (name, values)
-        for name, values in (("seconds", times), ("peak MiB", memory))
-        if any(values.values())
-    ]
+    measures = _measures(study, runs)
     methods = [method for method in study.methods if any(run["method"] == method for run in runs)]
     if not measures:
         return None
     figure, axes = _panels(len(measures), 4.4, 1.0 + 0.36 * len(methods))
-    for axis, (name, values) in zip(axes, measures, strict=True):
+    for axis, (name, values) in zip(axes, measures.items(), strict=True):
         for place, method in enumerate(methods):
-            own = [
-                value
-                for run in runs
-                if run["method"] == method and (value := values[run["id"]]) is not None
-            ]
-            if own:
+            if own := values.get(method):
                 axis.barh(
                     place, median(own), height=0.55, color=_style(study, method)["color"], alpha=0.8
                 )
@@ -207,6 +195,19 @@ def cost(study: StudyFolder) -> Figure | None:
         axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel(f"{name} (runs in the table, bar: median)", fontsize=8)
     return figure
+
+
+def _measures(study: StudyFolder, runs: Sequence[RunRow]) -> dict[str, dict[str, list[float]]]:
+    """Return {measure: {method: values of its runs}}; a measure that no run has is left out."""
+    found: dict[str, dict[str, list[float]]] = {"seconds": {}, "peak MiB": {}}
+    for run in runs:
+        costs = study.costs[run["id"]]
+        seconds, peak = costs["train_seconds"], costs["peak_memory_bytes"]
+        if seconds is not None:
+            found["seconds"].setdefault(run["method"], []).append(seconds)
+        if peak:
+            found["peak MiB"].setdefault(run["method"], []).append(peak / 2**20)
+    return {name: values for name, values in found.items() if any(map(any, values.values()))}
 
 
 def _points(rows: Sequence[TableRow]) -> tuple[list[float], list[float]]:

@@ -91,7 +91,7 @@ def markdown(study: StudyFolder, figures: Sequence[str]) -> str:
     else:
         parts.append("The table is empty: no run of this study has finished.")
     notes = [*noise_notes(study), *remarks(study), *study.notes]
-    parts.append("\n".join(f"- {_text(note)}" for note in notes))
+    parts.append(_bullets(notes))
     if study.wins:
         counts = [
             [method, *(str(wins[kind]) for kind in ("win", "tie", "loss"))]
@@ -103,7 +103,14 @@ def markdown(study: StudyFolder, figures: Sequence[str]) -> str:
         ]
     parts += ["## Figures", "The same and more, to sort and filter: [report.html](report.html)."]
     parts += [f"![{_text(path.rsplit('/')[-1].removesuffix('.png'))}]({path})" for path in figures]
-    failed = [run for run in study.runs if run["status"] != "ok"]
+    parts += ["## Failures", _failed_runs(study)]
+    if study.problems:
+        parts += ["Files that could not be used:", _bullets(study.problems)]
+    parts += ["## Environment", _bullets(environment_lines(study.environment)) or "Not recorded."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _failed_runs(study: StudyFolder) -> str:
     rows = [
         [
             run["id"],
@@ -115,24 +122,13 @@ def markdown(study: StudyFolder, figures: Sequence[str]) -> str:
             str(run["seed"]),
             run["reason"] or "",
         ]
-        for run in failed
+        for run in study.runs
+        if run["status"] != "ok"
     ]
-    parts.append("## Failures")
     header = ["run", "status", "method", "task", "budget", "lr", "seed", "reason"]
-    parts.append(
-        _table(header, rows) if rows else "No run failed." if study.runs else "There are no runs."
-    )
-    if study.problems:
-        parts += [
-            "Files that could not be used:",
-            "\n".join(f"- {_text(problem)}" for problem in study.problems),
-        ]
-    environment = environment_lines(study.environment)
-    parts += [
-        "## Environment",
-        "\n".join(f"- {_text(line)}" for line in environment) or "Not recorded.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    if rows:
+        return _table(header, rows)
+    return "No run failed." if study.runs else "There are no runs."
 
 
 def results_table(study: StudyFolder, width: int = WIDTH) -> Table:
@@ -145,22 +141,12 @@ def results_table(study: StudyFolder, width: int = WIDTH) -> Table:
         collapse_padding=True,
     )
     rows, figure = [_cells(study, row) for row in study.table], label(study.head["metric"])
-    always = {"method", figure, "difference", "verdict", "parameters", "seeds"}
-    dropped = {"95 % interval", "its 95 % interval", "sd", "trials"}
-    shown = [
-        name
-        for name in (rows[0] if rows else [])
-        if name in always or (name not in dropped and len({row[name] for row in rows}) > 1)
-    ]
     for row, cells in zip(study.table, rows, strict=True):
         if row["ci95"]:
             cells[figure] += (
                 f" ± {(row['ci95'][1] - row['ci95'][0]) / 2:.{digits(study).get(row['task'], 4)}f}"
             )
-    needed = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in shown}
-    for name in ("lr", "model", "p (Holm)", "parameters", "seeds"):
-        if sum(needed[column] for column in shown) > width and name in shown:
-            shown.remove(name)  # it is in report.md
+    shown = _shown(rows, figure, width)
     for name in shown:
         table.add_column(
             name,
@@ -170,6 +156,22 @@ def results_table(study: StudyFolder, width: int = WIDTH) -> Table:
     for cells in rows:
         table.add_row(*(escape(cells[name]) for name in shown))
     return table
+
+
+def _shown(rows: Sequence[dict[str, str]], figure: str, width: int) -> list[str]:
+    """Return the columns in which rows differ, without those that do not fit into `width`."""
+    always = {"method", figure, "difference", "verdict", "parameters", "seeds"}
+    dropped = {"95 % interval", "its 95 % interval", "sd", "trials"}
+    shown = [
+        name
+        for name in (rows[0] if rows else [])
+        if name in always or (name not in dropped and len({row[name] for row in rows}) > 1)
+    ]
+    needed = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in shown}
+    for name in ("lr", "model", "p (Holm)", "parameters", "seeds"):
+        if sum(needed[column] for column in shown) > width and name in shown:
+            shown.remove(name)  # it is in report.md
+    return shown
 
 
 def _cells(study: StudyFolder, row: TableRow) -> dict[str, str]:
@@ -246,6 +248,10 @@ def _text(value: str) -> str:
         .replace(">", "&gt;")
         .replace("://", ":&#47;/")
     )
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_text(line)}" for line in lines)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

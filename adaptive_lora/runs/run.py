@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -86,29 +87,11 @@ def _train(
         method = soon(method)
         overrides |= two_steps(config)
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
-    splits = load_splits(config.data)
-    task.learn(splits.train)
-    _check_arguments(arguments, task, config.metric)
-    train, held_out = task.features(splits.train), task.features(splits.eval)
-    extra = {name: task.features(split) for name, split in splits.extra.items()}
-    if dry_run:  # every record has been looked at
-        held_out = few(held_out, arguments)
-        extra = {name: few(features, arguments) for name, features in extra.items()}
+    train, held_out, extra = _prepare(config, task, arguments, dry_run=dry_run)
 
     before = process_memory()
     set_seed(config.seed)  # the head and A are drawn here
-    base, newly_drawn = load_model(config, task, random_weights=dry_run)
-    notes = coverage(base, find_targets(base, config.adapters.targets))
-    if config.quantization != "none":
-        notes += left_out(base, config.quantization, compute_dtype(config.dtype))
-    model = attach(
-        base,
-        method,
-        config.adapters.targets,
-        scale=config.adapters.scale,
-        dropout=config.adapters.dropout,
-        modules_to_save=newly_drawn,
-    )
+    model, notes = _attach(config, task, method, dry_run=dry_run)
     initial_ranks = ranks(model)
 
     try:
@@ -137,7 +120,6 @@ def _train(
     use_progress(trainer)
 
     started = time.perf_counter()
-    checkpoints = folder / CHECKPOINT_FOLDER
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
@@ -148,13 +130,8 @@ def _train(
             save(model, folder / ADAPTER_FOLDER)
             task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
     except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
-        good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
-        failure["skipped_steps"] = trainer.skipped_steps
-        if isinstance(error, DivergedError):
-            failure |= {"step": error.step, "where": list(error.where)}
-        failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
         if main_process:
+            failure = _failure(error, trainer, folder)
             facts = _facts(config, model, method, initial_ranks, trainer.optimizer, before)
             write_json(folder / RESULT_FILE, {**failure, **facts, "metrics": {}}, indent=2)
         raise
@@ -174,6 +151,21 @@ def _train(
     return result
 
 
+def _prepare(
+    config: RunConfig, task: Task, arguments: TrainingArguments, *, dry_run: bool
+) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    """Return the features to train on, to evaluate on, and to evaluate on once at the end."""
+    splits = load_splits(config.data)
+    task.learn(splits.train)
+    _check_arguments(arguments, task, config.metric)
+    train, held_out = task.features(splits.train), task.features(splits.eval)
+    extra = {name: task.features(split) for name, split in splits.extra.items()}
+    if dry_run:  # every record has been looked at
+        held_out = few(held_out, arguments)
+        extra = {name: few(features, arguments) for name, features in extra.items()}
+    return train, held_out, extra
+
+
 def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | None) -> None:
     """Raise `InputError` for what the Trainer would find out only when it gets there."""
     if metric is not None and metric not in task.metrics:
@@ -191,6 +183,25 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
             f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a "
             "whole number >= 0"
         )
+
+
+def _attach(
+    config: RunConfig, task: Task, method: methods.Method, *, dry_run: bool
+) -> tuple[PeftModel, list[str]]:
+    """Return the base model with adapters, and what its user should know of where they are."""
+    base, newly_drawn = load_model(config, task, random_weights=dry_run)
+    notes = coverage(base, find_targets(base, config.adapters.targets))
+    if config.quantization != "none":
+        notes += left_out(base, config.quantization, compute_dtype(config.dtype))
+    model = attach(
+        base,
+        method,
+        config.adapters.targets,
+        scale=config.adapters.scale,
+        dropout=config.adapters.dropout,
+        modules_to_save=newly_drawn,
+    )
+    return model, notes
 
 
 def _rank_callback(method: methods.Method, folder: Path) -> list[TrainerCallback]:
@@ -221,6 +232,18 @@ def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
     metrics = rows[-1] if evaluated else trainer.evaluate()
     # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
     return {key: value for key, value in sorted(metrics.items()) if key.startswith("eval_")}
+
+
+def _failure(error: Exception, trainer: TaskTrainer, folder: Path) -> dict[str, Any]:
+    """Return what became of a training that failed, and the checkpoint it could go on from."""
+    checkpoints = folder / CHECKPOINT_FOLDER
+    good = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    failure = {"status": "failed", "reason": str(error), "step": trainer.state.global_step}
+    failure["skipped_steps"] = trainer.skipped_steps
+    if isinstance(error, DivergedError):
+        failure |= {"step": error.step, "where": list(error.where)}
+    failure["last_good_checkpoint"] = os.path.relpath(good, folder) if good else None
+    return failure
 
 
 def _facts(

@@ -4,7 +4,7 @@ said beside it. No torch."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,12 @@ def analyse(folder: str | Path) -> StudyRecord:
         if version:
             versions[one["id"]] = version
     table: Table = make_table(head, rows, components)
-    notes = [*_notes_on_runs(study, rows, head, versions), *table.notes]
+    notes = [
+        *_notes_on_runs(study, rows),
+        *_notes_on_versions(versions),
+        *_notes_on_metrics(rows, head),
+        *table.notes,
+    ]
     return {
         "version": VERSION,
         "study": head,
@@ -151,10 +156,7 @@ def _environment(versions: Mapping[str, Mapping[str, str]], threads: int) -> dic
     }
 
 
-def _notes_on_runs(
-    study: Path, rows: Iterable[RunRow], head: StudyHead, versions: Mapping[str, Mapping[str, str]]
-) -> list[str]:
-    rows = list(rows)
+def _notes_on_runs(study: Path, rows: Sequence[RunRow]) -> list[str]:
     notes = [
         f"run {row['id']} skipped: {row['reason']}" for row in rows if row["status"] == "skipped"
     ]
@@ -171,12 +173,22 @@ def _notes_on_runs(
             f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         )
         notes.append(f"not of this study and left out: {few} in {RUNS}.")
+    return notes
+
+
+def _notes_on_versions(versions: Mapping[str, Mapping[str, str]]) -> list[str]:
+    notes = []
     for name in ("torch", "transformers", "peft", "adaptive-lora"):
         if len(different := {one.get(name) for one in versions.values()}) > 1:
             notes.append(
                 f"the runs were made with different versions of {name}: "
                 f"{', '.join(map(str, sorted(different, key=str)))}."
             )
+    return notes
+
+
+def _notes_on_metrics(rows: Sequence[RunRow], head: StudyHead) -> list[str]:
+    notes = []
     for metric in dict.fromkeys((head["metric"], head["selection"]["metric"])):
         lacking = [
             row for row in rows if row["status"] == "ok" and row["metrics"].get(metric) is None

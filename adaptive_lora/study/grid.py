@@ -52,34 +52,30 @@ def labels_of(axis: str, values: Sequence[Any]) -> list[Any]:
     >>> labels_of("method", [{"name": "lora"}, *plateaus])
     ['lora', 'plateau patience 1', 'plateau patience 2']
     """
-    names = [v.get("name") for v in values if isinstance(v, Mapping)]
-    labels: list[Any] = []
-    for value in values:
-        if is_labelled(value):
-            labels.append(str(value[LABEL]))
-        elif isinstance(value, Mapping):
-            rest = {k: v for k, v in value.items() if k != "name"}
-            same = [
-                v for v in values if isinstance(v, Mapping) and v.get("name") == value.get("name")
-            ]
-            told = {k: v for k, v in rest.items() if any(other.get(k) != v for other in same)}
-            extra = " ".join(f"{k} {v}" for k, v in (told if value.get("name") else rest).items())
-            labels.append(" ".join(filter(None, [str(value.get("name") or ""), extra])))
-        else:
-            labels.append(
-                value if isinstance(value, str | int | float | bool | None) else str(value)
-            )
+    labels = [_label(value, values) for value in values]
     for place, label in enumerate(labels):
         if label in labels[:place]:
-            what = (
-                f"{label!r} twice"
-                if names or is_labelled(values[place])
-                else f"the value {label!r} twice"
-            )
+            made = any(isinstance(value, Mapping) for value in values)
+            what = f"{label!r} twice" if made else f"the value {label!r} twice"
             raise InputError(
                 f"study: axis {axis} has {what}; give each value once, with labels of their own"
             )
     return labels
+
+
+def _label(value: Any, values: Sequence[Any]) -> Any:
+    if is_labelled(value):
+        return str(value[LABEL])
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+    name = value.get("name")
+    same = [other for other in values if isinstance(other, Mapping) and other.get("name") == name]
+    told = [
+        f"{k} {v}"
+        for k, v in value.items()
+        if k != "name" and (not name or any(other.get(k) != v for other in same))
+    ]
+    return " ".join([str(name), *told] if name else told)
 
 
 def _assignments(axis: str, value: Any) -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,11 +46,7 @@ def plan_of(study: Study, recipes: Iterable[Mapping[str, Any]]) -> list[PlannedR
     `method` is one axis."""
     resolved = [_resolve(recipe, f"run {number}") for number, recipe in enumerate(recipes, start=1)]
     flat = [flatten(recipe) for recipe in resolved]
-    keys = [
-        key
-        for key in dict.fromkeys(k for one in flat for k in one)
-        if len({str(one.get(key)) for one in flat}) > 1
-    ]
+    keys = _differing(flat)
     arguments = [
         k
         for k in keys
@@ -66,6 +62,12 @@ def plan_of(study: Study, recipes: Iterable[Mapping[str, Any]]) -> list[PlannedR
         labels |= {k: one.get(k) for k in keys if k not in arguments and k != "method.name"}
         plan.append(_planned(study, labels, recipe))
     return _checked(study, plan)
+
+
+def _differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of which there are several values; a key that is missing is None."""
+    keys = dict.fromkeys(key for one in flat for key in one)
+    return [key for key in keys if len({str(one.get(key)) for one in flat}) > 1]
 
 
 def _checked(study: Study, plan: list[PlannedRun]) -> list[PlannedRun]:
