@@ -80,6 +80,6 @@ def explain_missing(what: str, name: str, *, tried: Sequence[str]) -> str:
     cache_dir = os.path.relpath(constants.HF_HUB_CACHE, Path.home())
     return (
         f"{what} {name!r} was not found. Tried: "
-        f"{', '.join([*tried, f'the local cache ~/{cache_dir}', hub])}. "
-        "Give an existing local path, or connect to the network"
+        f"{', '.join([*tried, f'the local cache ~/{cache_dir}', hub])}. Give an existing local "
+        "path, or connect to the network"
     )

@@ -180,8 +180,7 @@ def main() -> None:
             row = rows[name]
             print(
                 f"{name:<46} held {row['held_ratio']:.4f}  peak {stage.peak / 1e6:8.1f} MB, ratio "
-                f"{row['peak_ratio']:.3f},"
-                f" default malloc {usual['peak'] / 1e6:8.1f} MB",
+                f"{row['peak_ratio']:.3f}, default malloc {usual['peak'] / 1e6:8.1f} MB",
                 flush=True,
             )
     where = {

@@ -101,8 +101,7 @@ def main() -> None:
             ratios.append(seconds["ours"] / seconds["plain"])
             print(
                 f"pair {pair:>2}: ours {seconds['ours'] * 1e3:.1f} ms, plain "
-                f"{seconds['plain'] * 1e3:.1f} ms, "
-                f"ratio {ratios[-1]:.3f}"
+                f"{seconds['plain'] * 1e3:.1f} ms, ratio {ratios[-1]:.3f}"
             )
     quartiles = statistics.quantiles(ratios, n=4)
     print(

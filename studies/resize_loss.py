@@ -146,9 +146,8 @@ def main() -> None:
         result["largest_change_at_a_resize"] = max(abs(b - a) for _, a, b in result["resizes"])
         print(
             f"{name:32} {len(result['resizes']):>2} resizes, largest change "
-            f"{result['largest_change_at_a_resize']:.4f}; "
-            f"a step changes {result['median_change_of_a_step']:.4f} (median); final loss "
-            f"{result['loss'][-1]:.3f}"
+            f"{result['largest_change_at_a_resize']:.4f}; a step changes "
+            f"{result['median_change_of_a_step']:.4f} (median); final loss {result['loss'][-1]:.3f}"
         )
     draw(results, options.output / "resize-loss.png")
     (options.output / "resize-loss.json").write_text(

@@ -107,6 +107,5 @@ def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]], name: st
         if found is not None and found != (in_features, out_features):
             raise InputError(
                 f"{target!r} has {found[0]} inputs and {found[1]} outputs in the base model "
-                f"{name!r}; the adapter is for "
-                f"{in_features} and {out_features}: wrong --model?"
+                f"{name!r}; the adapter is for {in_features} and {out_features}: wrong --model?"
             )

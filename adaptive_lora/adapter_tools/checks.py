@@ -49,11 +49,9 @@ def check_supported(adapter: str, config: Any) -> None:
     if isinstance(start, str) and start.lower().startswith(MUTATING):
         raise InputError(
             f"{adapter} was started with init_lora_weights={start!r}, which changes the base "
-            "weights each "
-            "time it is loaded, by its rank. Save it as ordinary LoRA first: "
-            "model.save_pretrained(FOLDER, "
-            "path_initial_model_for_weight_conversion=...), or merge it: "
-            "PeftModel.merge_and_unload()"
+            "weights each time it is loaded, by its rank. Save it as ordinary LoRA first: "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), or merge "
+            "it: PeftModel.merge_and_unload()"
         )
 
 
@@ -82,16 +80,14 @@ def split_tensors(
         if ".lora_embedding_" in key:
             raise InputError(
                 f"the adapter in {folder} changes an embedding ({_target(key)}); expected linear "
-                "targets only. Train "
-                f"without embeddings among target_modules, or {MERGE}"
+                f"targets only. Train without embeddings among target_modules, or {MERGE}"
             )
     if not parts:
         names = f", first {next(iter(tensors))!r}" if tensors else ""
         raise InputError(
             f"the adapter in {folder} has no target left: none of its {len(tensors)} "
-            f"tensors{names} is a LoRA weight "
-            f"({PREFIX}NAME{next(iter(suffixes.values()))}). An adapter of rank 0 everywhere "
-            "changes nothing"
+            f"tensors{names} is a LoRA weight ({PREFIX}NAME{next(iter(suffixes.values()))}). An "
+            "adapter of rank 0 everywhere changes nothing"
         )
     for name, found in parts.items():
         missing = [suffix for part, suffix in suffixes.items() if part not in found]
@@ -109,13 +105,13 @@ def _check_shapes(where: str, parts: Tensors, *, empty: bool) -> None:
     a, b = shapes["a"], shapes["b"]
     if any(len(shape) > 2 for shape in shapes.values()):
         raise InputError(
-            f"{where} is an adapter of a convolution, A {a}, B {b}; expected linear "
-            f"targets only. Train without it among target_modules, or {MERGE}"
+            f"{where} is an adapter of a convolution, A {a}, B {b}; expected linear targets only. "
+            f"Train without it among target_modules, or {MERGE}"
         )
     if any(len(shape) < 2 or (0 in shape and not empty) for shape in shapes.values()):
         raise IntegrityError(
-            f"{where} has empty weights, A {a}, B {b}: the shards of ZeRO-3 or FSDP "
-            "were not gathered when it was saved"
+            f"{where} has empty weights, A {a}, B {b}: the shards of ZeRO-3 or FSDP were not "
+            "gathered when it was saved"
         )
     if a[0] != b[1]:
         raise IntegrityError(
@@ -141,9 +137,8 @@ def check_names(folder: Path, config: Any, targets: Iterable[str], rest: Iterabl
     if extra:
         raise IntegrityError(
             f"the adapter in {folder} holds {len(extra)} tensors that its {CONFIG_NAME} does not "
-            "speak of, first "
-            f"{extra[0]!r}; PEFT would ignore them silently. Was a file exchanged, or written by "
-            "hand?"
+            f"speak of, first {extra[0]!r}; PEFT would ignore them silently. Was a file exchanged, "
+            "or written by hand?"
         )
     absent = _without_tensors(config.target_modules, names)
     if absent:

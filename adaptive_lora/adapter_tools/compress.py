@@ -241,14 +241,13 @@ def _budget(
         allowed, asked = _in_parameters(budget, there), "the budget is"
     if allowed > there:
         raise InputError(
-            f"{asked} {allowed:,} parameters, but the adapter has only {there:,} "
-            f"(ranks {min(ranks.values())}..{max(ranks.values())}); give less"
+            f"{asked} {allowed:,} parameters, but the adapter has only {there:,} (ranks "
+            f"{min(ranks.values())}..{max(ranks.values())}); give less"
         )
     if allowed < cheapest:
         raise InputError(
             f"{asked} {allowed:,} parameters, but the cheapest component costs {cheapest:,}: no "
-            "target would be left; "
-            "give more"
+            "target would be left; give more"
         )
     return allowed
 

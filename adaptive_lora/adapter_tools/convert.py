@@ -76,8 +76,7 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     if not updates:
         raise InputError(
             f"the adapter in {folder} has no target left: every gate is zero, so it changes "
-            "nothing. It was saved before it "
-            "learned anything"
+            "nothing. It was saved before it learned anything"
         )
     plain = LoraConfig(
         **{name: value for name in CARRIED if (value := getattr(config, name, None)) is not None}
@@ -121,8 +120,8 @@ def _gated(
     uncut = config.init_r if mask is None else len(mask)
     if len(gate) != len(a) or len(a) not in {rank, uncut}:
         raise IntegrityError(
-            f"{where} has {len(a)} components and {len(gate)} gates; expected "
-            f"{rank}, as its config says"
+            f"{where} has {len(a)} components and {len(gate)} gates; expected {rank}, as its "
+            "config says"
         )
     alive = gate != 0
     if mask is not None and len(mask) == len(gate):  # not yet cut to the mask

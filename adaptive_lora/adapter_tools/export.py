@@ -257,8 +257,7 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
     if is_quantised(base):
         raise InputError(
             f"the base model {base.name!r} is quantised: merging into such weights would round the "
-            "adapter away. Give the "
-            "full-precision model it was made from with --model"
+            "adapter away. Give the full-precision model it was made from with --model"
         )
     dtype = getattr(base.config(), "dtype", None) or torch.float32
     model = load_base(base)
@@ -297,8 +296,7 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
             if dtype != torch.float32:
                 notes.append(
                     f"rounded to {str(dtype).removeprefix('torch.')}, as the base model is: that "
-                    "moves the logits by "
-                    f"{difference(read_back, expected):.1g} of the largest"
+                    f"moves the logits by {difference(read_back, expected):.1g} of the largest"
                 )
             else:
                 worst = difference(read_back, expected)
@@ -362,7 +360,7 @@ def _gguf(
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise InputError(
             f"{script} failed (exit {done.returncode}): {' / '.join(lines)}. It needs the packages "
-            "of llama.cpp's "
-            "requirements-convert_lora_to_gguf.txt, and knows fewer architectures than PEFT"
+            "of llama.cpp's requirements-convert_lora_to_gguf.txt, and knows fewer architectures "
+            "than PEFT"
         )
     return [f"llama.cpp: llama-cli -m BASE.gguf --lora {target}"]

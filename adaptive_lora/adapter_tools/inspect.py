@@ -166,8 +166,8 @@ def _misreadings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]
     for kind, layers, expected in _gaps(targets):
         found.append(
             f"{kind!r} is adapted in {len(layers)} of {len(expected)} layers (not in "
-            f"{_some(expected - layers)}): TGI and "
-            "LoRAX then drop the whole kind; adaptive-lora export --to uniform fills the gaps"
+            f"{_some(expected - layers)}): TGI and LoRAX then drop the whole kind; adaptive-lora "
+            "export --to uniform fills the gaps"
         )
     ranks = {facts.rank for facts in targets.values()}
     scales = sorted({facts.scale for facts in targets.values()})
@@ -176,14 +176,13 @@ def _misreadings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]
         spread = f"{scales[0]:.4g}" + (f" to {scales[-1]:.4g}" if len(scales) > 1 else "")
         found.append(
             f"PEFT's scales are {spread}, but lora_alpha / r is "
-            f"{config.lora_alpha / config.r:.4g}, which readers like vLLM "
-            "apply to every target: adaptive-lora export writes one that is right everywhere"
+            f"{config.lora_alpha / config.r:.4g}, which readers like vLLM apply to every target: "
+            "adaptive-lora export writes one that is right everywhere"
         )
     if len(ranks) > 1:
         found.append(
             f"ranks differ ({min(ranks)}..{max(ranks)}): PEFT and vLLM read that; llama.cpp takes "
-            "another scale, SGLang, TGI "
-            "and LoRAX refuse: adaptive-lora export --to uniform"
+            "another scale, SGLang, TGI and LoRAX refuse: adaptive-lora export --to uniform"
         )
     return found
 
@@ -244,8 +243,8 @@ def summary(inspection: Inspection) -> list[str]:
             wasted = 100 * (1 - needed / inspection.parameters)
             lines.append(
                 f"{needed:,} parameters hold {share} % of the squared singular values, and the "
-                f"other {wasted:.1f} % the rest: "
-                f"adaptive-lora compress ADAPTER --energy 0.{share.replace('.', '')} --output NEW"
+                f"other {wasted:.1f} % the rest: adaptive-lora compress ADAPTER --energy "
+                f"0.{share.replace('.', '')} --output NEW"
             )
     return [*lines, *(f"warning: {one}" for one in inspection.warnings)]
 

@@ -55,8 +55,7 @@ def _record(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise InputError(
             f"no inputs can be made up for {type(model).__name__} (its main input is {name!r}), so "
-            "that nothing can be "
-            "compared; --no-check writes the files all the same"
+            "that nothing can be compared; --no-check writes the files all the same"
         ) from error
 
 
@@ -90,8 +89,7 @@ def answers(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise InputError(
             f"{type(model).__name__} does not take the inputs made up for it ({error}), so that "
-            "nothing can be compared; "
-            "--no-check writes the files all the same"
+            "nothing can be compared; --no-check writes the files all the same"
         ) from error
     finally:
         model.train(mode)

@@ -53,8 +53,8 @@ def check_bounds(
     for name in costs:
         if not 0 <= minimum[name] <= maximum[name]:
             raise InputError(
-                f"rank bounds of {name!r} are {minimum[name]}..{maximum[name]}; "
-                "expected 0 <= min_rank <= max_rank <= min(in_features, out_features)"
+                f"rank bounds of {name!r} are {minimum[name]}..{maximum[name]}; expected 0 <= "
+                "min_rank <= max_rank <= min(in_features, out_features)"
             )
     least = parameters(minimum, costs)
     if least > budget:

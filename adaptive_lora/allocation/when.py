@@ -78,8 +78,8 @@ class At(When):
         last = first if self.rest is None else total - steps_of(self.rest, total)
         if not 1 <= first <= last <= total:
             raise InputError(
-                f"decision steps {first}..{last} do not fit a training of {total} steps; "
-                "train for longer, or decide earlier (warmup_steps, initial, final)"
+                f"decision steps {first}..{last} do not fit a training of {total} steps; train for "
+                "longer, or decide earlier (warmup_steps, initial, final)"
             )
         # `last` wherever `every` leads: without it the final budget would not be reached.
         return sorted({*range(first, last, max(1, steps_of(self.every, total))), last})

@@ -136,6 +136,6 @@ def check_plain(model: PeftModel, method: Method) -> None:
     """Raise `InputError` unless the model's adapters are plain LoRA."""
     if is_masked(model):
         raise InputError(
-            "the model was attached with methods.peft_adalora; got the method "
-            f"{method.name!r} to train it"
+            f"the model was attached with methods.peft_adalora; got the method {method.name!r} to "
+            "train it"
         )

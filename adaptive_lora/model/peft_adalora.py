@@ -65,8 +65,8 @@ class PeftAdaLora(Driver):
         adaptation.schedule.check(total)
         if not is_masked(model):
             raise InputError(
-                "the model has plain LoRA adapters; attach it with methods.peft_adalora to "
-                "train with that"
+                "the model has plain LoRA adapters; attach it with methods.peft_adalora to train "
+                "with that"
             )
         assert isinstance(model.base_model, AdaLoraModel)
         self.model, self._tuner = model, model.base_model

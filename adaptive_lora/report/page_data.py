@@ -138,9 +138,9 @@ def rule(study: StudyFolder) -> str:
         else f"Nothing was selected{many}."
     )
     return (
-        f"{selected} Reported: {label(study.head['metric'])}, {better} is better. Intervals are "
-        f"95 % over seeds; differences are against {study.head['baseline']} on equal seeds, their "
-        "p corrected over methods (Holm)."
+        f"{selected} Reported: {label(study.head['metric'])}, {better} is better. Intervals are 95 "
+        f"% over seeds; differences are against {study.head['baseline']} on equal seeds, their p "
+        "corrected over methods (Holm)."
     )
 
 
@@ -166,8 +166,7 @@ def noise_notes(study: StudyFolder) -> list[str]:
     if floors:
         notes.append(
             f"Noise floor: 95 % of the differences between two means of {study.head['baseline']}, "
-            "from other seeds each, lie "
-            f"within {'; '.join(floors)}."
+            f"from other seeds each, lie within {'; '.join(floors)}."
         )
     if unknown:
         of = f" of {'; '.join(unknown)}" if any(unknown) else ""

@@ -78,8 +78,8 @@ def _checked(study: Study, plan: list[PlannedRun]) -> list[PlannedRun]:
         if (first := seen.setdefault(one["id"], one)) is not one:
             raise InputError(
                 f"study {study.name}: two runs have one configuration ({one['id']}): {_say(first)} "
-                f"and {_say(one)}. "
-                "Do two axes set one key, or does an axis set a key that its method does not read?"
+                f"and {_say(one)}. Do two axes set one key, or does an axis set a key that its "
+                "method does not read?"
             )
     for one in plan:
         if "after" in one and one["after"]["run"] not in seen:
@@ -114,9 +114,8 @@ def _check_axis(axis: str) -> None:
     guess = f" Did you mean {near[0]!r}?" if near else nearest(axis, known)
     raise InputError(
         f"study: unknown axis {axis!r}.{guess} An axis is a key of the recipe, such as method, "
-        "method.rank, seed, "
-        "training.learning_rate; or any name, if each of its values is a mapping with a label and "
-        "the keys to set"
+        "method.rank, seed, training.learning_rate; or any name, if each of its values is a "
+        "mapping with a label and the keys to set"
     )
 
 

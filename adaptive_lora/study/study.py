@@ -70,8 +70,7 @@ def run_study(
                     if not pool.living(finished=len(watch.over)) and not watch.look():
                         raise AdaptiveLoraError(
                             f"all workers ended and {len(plan) - len(watch.over)} runs are not "
-                            "over; the same command goes "
-                            f"on. {pool.last_words()}"
+                            f"over; the same command goes on. {pool.last_words()}"
                         )
                     time.sleep(POLL)
                 settled = time.monotonic() + SETTLE

@@ -83,8 +83,8 @@ class Study(Strict):
                 )
             if not values:
                 raise InputError(
-                    f"axis {axis} has no values, so there is nothing to run; give one, or leave "
-                    "it out"
+                    f"axis {axis} has no values, so there is nothing to run; give one, or leave it "
+                    "out"
                 )
         return grid
 

@@ -272,16 +272,15 @@ def _notes(head: StudyHead, rows: Sequence[TableRow]) -> list[str]:
         trials = sorted({row["trials"] for row in rows})
         notes.append(
             f"{', '.join(selection['axes'])}: for each method {selection['description']} of "
-            f"{selection['metric']} "
-            f"({selection['rule']}), of "
+            f"{selection['metric']} ({selection['rule']}), of "
             f"{'..'.join(map(str, dict.fromkeys([trials[0], trials[-1]])))} tried; reported: "
             f"{head['metric']}."
         )
         if selection["metric"] == head["metric"]:
             notes.append(
                 f"{head['metric']} both chose the settings and is reported: the figures are "
-                "optimistic, for methods with more "
-                "trials more so. Give data.extra_eval and report its metric."
+                "optimistic, for methods with more trials more so. Give data.extra_eval and report "
+                "its metric."
             )
     else:
         notes.append(
@@ -293,8 +292,7 @@ def _notes(head: StudyHead, rows: Sequence[TableRow]) -> list[str]:
         fewest = pairs[0]
         notes.append(
             "better / worse: Holm's p of the paired t test at most 0.05 and the difference outside "
-            "the noise floor (the "
-            "baseline against itself under other seeds); else a tie."
+            "the noise floor (the baseline against itself under other seeds); else a tie."
             + (
                 f" With {fewest} pairs Wilcoxon's p cannot fall below {2.0 ** (1 - fewest):.3g}."
                 if fewest > 1

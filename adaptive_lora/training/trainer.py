@@ -241,8 +241,8 @@ class AdaptiveTrainerMixin(_Base):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         before = f" Skipped before: {skipped}, all that max_skipped allows." if skipped else ""
         raise DivergedError(
-            f"training stopped at step {step}: {what}.{before} "
-            "Lower the learning rate, warm it up for longer, or look at the data of this step",
+            f"training stopped at step {step}: {what}.{before} Lower the learning rate, warm it up "
+            "for longer, or look at the data of this step",
             step=step,
             where=where,
         )

@@ -369,8 +369,7 @@ def test_coverage_tells_weights_no_adapter_reaches_but_not_convolutions_and_posi
     total = sum(parameter.numel() for parameter in model.parameters())
     assert line == (
         f"mlp.up_proj hold 24 parameters, {24 / total:.0%} of the base, in 3-D parameters (as "
-        "fused experts do), which LoRA "
-        "on linear modules does not reach; adapted are attn"
+        "fused experts do), which LoRA on linear modules does not reach; adapted are attn"
     )
     del layer["mlp"]
     assert coverage(model, find_targets(model)) == []

@@ -486,7 +486,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s" / "plan.json").write_text('{"version": 99}')
     with pytest.raises(IntegrityError, match="is of format 99; this version reads format 1"):
         analyse(tmp_path / "s")
-    with pytest.raises(IntegrityError, match="format 99.*go on with the adaptive-lora that wrote"):
+    with pytest.raises(IntegrityError, match=r"format 99.*go on with the adaptive-lora that wrote"):
         run_study(study(), tmp_path / "s")
     assert (tmp_path / "s" / "plan.json").read_text() == '{"version": 99}'  # not ours to replace
     (tmp_path / "s" / "plan.json").write_text('{"version": 1')
