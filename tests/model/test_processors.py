@@ -46,9 +46,14 @@ def answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 # --- a run with evaluations is the run without ---
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(("kind", "scheme"), [("bert", "nf4"), ("llama", "nf4"), ("bert", "int8")])
 def test_evaluations_change_nothing(
-    kind: str, answer: int, wide_bert_folder: str, wide_llama_folder: str, tmp_path: Path
+    kind: str,
+    scheme: str,
+    answer: int,
+    wide_bert_folder: str,
+    wide_llama_folder: str,
+    tmp_path: Path,
 ) -> None:
     """BERT's linear modules have biases, Llama's have none: there the gradient through the base
     went silently."""
@@ -57,7 +62,7 @@ def test_evaluations_change_nothing(
     )
     rows: Any = reviews(56) if kind == "bert" else [{"text": row["text"]} for row in articles(56)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
-    sections: dict[str, Any] = {"quantization": "nf4", "task": task, "adapters": {"dropout": 0.1}}
+    sections: dict[str, Any] = {"quantization": scheme, "task": task, "adapters": {"dropout": 0.1}}
     if kind == "llama":
         sections["data"] = {"text": "text"}
     for name, times in {
