@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import adaptive_lora as al
 from adaptive_lora.model.memory import account, total
 from adaptive_lora.recipe.config import RunConfig, parse
-from adaptive_lora.report.memory import memory_bars, parts_of
+from adaptive_lora.report.memory_plan import memory_bars, parts_of
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.plan import _inputs, plan
+from adaptive_lora.runs.memory_plan import _inputs, plan
 from adaptive_lora.runs.simulation import enable_checkpointing
 
 STEPS = 3

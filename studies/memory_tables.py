@@ -19,8 +19,8 @@ from transformers import DebertaV2Config, LlamaConfig
 
 from adaptive_lora.files import read_recipe
 from adaptive_lora.recipe.config import parse
-from adaptive_lora.report.memory import memory_bars, parts_of
-from adaptive_lora.runs.plan import Plan, largest_budget, plan
+from adaptive_lora.report.memory_plan import memory_bars, parts_of
+from adaptive_lora.runs.memory_plan import Plan, largest_budget, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from adaptive_lora.adapter_tools.checks import check_supported
 from adaptive_lora.adapter_tools.folder import (
-    Adapter,
+    StoredAdapter,
     Update,
     one_scale,
     read_adapter,
@@ -58,7 +58,7 @@ class Compression:
     costs: dict[str, int]
     before: RankPattern
     after: RankPattern
-    adapter: Adapter | None = None
+    adapter: StoredAdapter | None = None
     path: Path | None = None
 
     @property

@@ -19,7 +19,7 @@ from peft import AdaLoraConfig, LoraConfig
 
 from adaptive_lora.adapter_tools.checks import Tensors, check_names, split_tensors
 from adaptive_lora.adapter_tools.folder import (
-    Adapter,
+    StoredAdapter,
     Update,
     read_files,
     times,
@@ -40,7 +40,7 @@ CARRIED = (
 )  # fmt: skip
 
 
-def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
+def convert(path: str | Path, output: str | Path | None = None) -> StoredAdapter:
     """Return the AdaLoRA checkpoint in the folder `path` as plain LoRA, and write it to the folder
     `output` if given.
 
@@ -81,7 +81,7 @@ def convert(path: str | Path, output: str | Path | None = None) -> Adapter:
     plain = LoraConfig(
         **{name: value for name in CARRIED if (value := getattr(config, name, None)) is not None}
     )
-    whole = Adapter(
+    whole = StoredAdapter(
         plain, {name: Update(p["a"], p["b"], scale) for name, p in pairs.items()}, rest, folder
     )
     converted = with_updates(whole, updates)

@@ -21,20 +21,20 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from adaptive_lora.adapter_tools.base_model import (
+from adaptive_lora.adapter_tools.base import (
     base_of_adapter,
     check_fits,
     is_quantised,
     load_base,
 )
 from adaptive_lora.adapter_tools.folder import (
-    Adapter,
+    StoredAdapter,
     copy_companions,
     new_folder,
     read_adapter,
     write_adapter,
 )
-from adaptive_lora.adapter_tools.forms import Shapes, max_lora_rank, native, uniform
+from adaptive_lora.adapter_tools.forms import LinearFeatures, max_lora_rank, native, uniform
 from adaptive_lora.adapter_tools.probe import Inputs, answers, difference, probe_inputs
 from adaptive_lora.errors import InputError, IntegrityError, unknown
 from adaptive_lora.files import check_new, read_file, write_json
@@ -63,7 +63,7 @@ class Exported:
     """
 
     folder: Path
-    adapter: Adapter | None
+    adapter: StoredAdapter | None
     difference: float | None
     notes: list[str] = field(default_factory=list)
 
@@ -182,7 +182,7 @@ class _removed_on_failure:  # noqa: N801
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _base(adapter: Adapter, model: str | None, trust_remote_code: bool) -> Base:
+def _base(adapter: StoredAdapter, model: str | None, trust_remote_code: bool) -> Base:
     try:
         base = base_of_adapter(adapter, model, trust_remote_code=trust_remote_code)
         base.config()
@@ -193,7 +193,7 @@ def _base(adapter: Adapter, model: str | None, trust_remote_code: bool) -> Base:
     return base
 
 
-def _modules(model: nn.Module, adapter: Adapter, base: Base) -> Shapes:
+def _modules(model: nn.Module, adapter: StoredAdapter, base: Base) -> LinearFeatures:
     """Return the linear modules of the base model, those of a trained head left out."""
     shapes = {
         name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()
@@ -207,7 +207,7 @@ def _modules(model: nn.Module, adapter: Adapter, base: Base) -> Shapes:
     }
 
 
-def _on(model: Any, adapter: Adapter) -> PeftModel:
+def _on(model: Any, adapter: StoredAdapter) -> PeftModel:
     assert adapter.folder is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base model where it was
@@ -228,7 +228,7 @@ def _refuse_above(worst: float, how: str, *, what: str = "the adapter's") -> Non
         )
 
 
-def _notes(adapter: Adapter, modules: Shapes | None, base: Base | None) -> list[str]:
+def _notes(adapter: StoredAdapter, modules: LinearFeatures | None, base: Base | None) -> list[str]:
     rank = max(adapter.ranks.values())
     size = max_lora_rank(rank)
     notes = [
@@ -251,7 +251,7 @@ def _notes(adapter: Adapter, modules: Shapes | None, base: Base | None) -> list[
     return notes
 
 
-def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exported:
+def _merged(adapter: StoredAdapter, base: Base, path: Path, *, check: bool) -> Exported:
     """Merge in float32, write in the dtype of the base model's files; compare before and after the
     rounding to it."""
     if is_quantised(base):
@@ -304,7 +304,7 @@ def _merged(adapter: Adapter, base: Base, path: Path, *, check: bool) -> Exporte
     return Exported(path, None, worst, notes)
 
 
-def _untie(model: Any, adapter: Adapter) -> list[str]:
+def _untie(model: Any, adapter: StoredAdapter) -> list[str]:
     """Give a target whose weight is that of the embeddings too (a tied output) a weight of its own
     to merge into."""
     notes = []
@@ -337,7 +337,7 @@ def _say_labels(file: Path, config: Any) -> None:
 
 
 def _gguf(
-    path: Path, adapter: Adapter, base: Base | None, converter: str | Path | None
+    path: Path, adapter: StoredAdapter, base: Base | None, converter: str | Path | None
 ) -> list[str]:
     """Run llama.cpp's converter on the uniform form at `path`, or return the command that does."""
     name = base.name if base is not None else adapter.base

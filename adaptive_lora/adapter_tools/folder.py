@@ -68,7 +68,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class StoredAdapter:
     """What an adapter folder holds.
 
     Args:
@@ -137,7 +137,7 @@ def read_files(path: str | Path) -> tuple[Path, PeftConfig, Tensors]:
     return folder, config, tensors
 
 
-def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
+def read_adapter(path: str | Path, *, finite: bool = True) -> StoredAdapter:
     """Return the LoRA adapter in the folder `path` (or in `adapter` of a run directory).
 
     Args:
@@ -172,7 +172,7 @@ def read_adapter(path: str | Path, *, finite: bool = True) -> Adapter:
     }
     if finite:
         check_finite(folder, tensors)
-    return Adapter(config, updates, rest, folder)
+    return StoredAdapter(config, updates, rest, folder)
 
 
 def _scale(folder: Path, config: LoraConfig, name: str, rank: int) -> float:
@@ -219,7 +219,7 @@ def times(b: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     return same if torch.equal(same.double(), exact) else exact.float()
 
 
-def with_updates(adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
+def with_updates(adapter: StoredAdapter, updates: Mapping[str, Update]) -> StoredAdapter:
     """Return `adapter` with these updates, all of one scale and none of rank 0, and a config in
     native form for them.
 
@@ -258,7 +258,7 @@ def _target_modules(names: Iterable[str], known: Iterable[str]) -> Any:
     return "|".join(map(re.escape, wanted))
 
 
-def state_dict(adapter: Adapter) -> Tensors:
+def state_dict(adapter: StoredAdapter) -> Tensors:
     """Return the tensors by their names in an adapter file."""
     pairs = {
         f"{PREFIX}{name}{end}": tensor.contiguous()
@@ -268,7 +268,7 @@ def state_dict(adapter: Adapter) -> Tensors:
     return {**pairs, **adapter.rest}
 
 
-def write_adapter(adapter: Adapter, output: str | Path) -> Path:
+def write_adapter(adapter: StoredAdapter, output: str | Path) -> Path:
     """Write the adapter as a folder that PEFT reads, with the tokenizer of the folder it came from,
     and return its path.
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from adaptive_lora.adapter_tools.folder import Adapter, Update, one_scale, times, with_updates
+from adaptive_lora.adapter_tools.folder import StoredAdapter, Update, one_scale, times, with_updates
 from adaptive_lora.naming import split_name
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, `MaxLoRARanks`)."""
 
-Shapes = Mapping[str, tuple[int, int]]
+LinearFeatures = Mapping[str, tuple[int, int]]
 """{full name of a linear module: (I, O)}."""
 
 
@@ -37,12 +37,12 @@ def max_lora_rank(rank: int) -> int | None:
     return next((size for size in MAX_LORA_RANKS if size >= rank), None)
 
 
-def native(adapter: Adapter) -> Adapter:
+def native(adapter: StoredAdapter) -> StoredAdapter:
     """Return the adapter with one scale; see `one_scale`."""
     return with_updates(adapter, one_scale(adapter.updates))
 
 
-def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
+def uniform(adapter: StoredAdapter, modules: LinearFeatures | None = None) -> StoredAdapter:
     """Return the adapter with every rank the largest, scale 1, and an adapter in every layer of
     each adapted kind.
 
@@ -72,7 +72,9 @@ def uniform(adapter: Adapter, modules: Shapes | None = None) -> Adapter:
     return replace(result, config=config)
 
 
-def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[int, int]]:
+def _every_layer(
+    adapter: StoredAdapter, modules: LinearFeatures | None
+) -> dict[str, tuple[int, int]]:
     """Return (I, O) of every module that must have an adapter, in the order of layers."""
     own = {name: (update.a.shape[1], update.b.shape[0]) for name, update in adapter.updates.items()}
     places = [(*split_name(name), shape) for name, shape in own.items()]
@@ -95,7 +97,7 @@ def _every_layer(adapter: Adapter, modules: Shapes | None) -> dict[str, tuple[in
     return {**own, **added, **own}  # own first, each with its own shape
 
 
-def _short_names(adapter: Adapter, modules: Shapes | None) -> Any:
+def _short_names(adapter: StoredAdapter, modules: LinearFeatures | None) -> Any:
     """Return the last parts of the names ("q_proj"), as most readers know them; None where they
     would mean other modules."""
     leaves = {name.rpartition(".")[2] for name in adapter.updates}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from adaptive_lora.adapter_tools.compress import choose
-from adaptive_lora.adapter_tools.folder import Adapter, read_adapter
+from adaptive_lora.adapter_tools.folder import StoredAdapter, read_adapter
 from adaptive_lora.allocation.singular import singular_values
 from adaptive_lora.files import check_new_file, finite
 from adaptive_lora.naming import by_kind, split_name
@@ -137,7 +137,7 @@ def _needed(spectra: dict[str, tuple[float, ...]], costs: dict[str, int], energy
     return sum(rank * costs[name] for name, rank in pattern.items())
 
 
-def _faults(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
+def _faults(adapter: StoredAdapter, targets: dict[str, TargetFacts]) -> list[str]:
     """Return what is wrong with the weights."""
     found = []
     broken = [name for name, facts in targets.items() if not facts.finite]
@@ -160,7 +160,7 @@ def _faults(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
     return found
 
 
-def _misreadings(adapter: Adapter, targets: dict[str, TargetFacts]) -> list[str]:
+def _misreadings(adapter: StoredAdapter, targets: dict[str, TargetFacts]) -> list[str]:
     """Return what some readers refuse, or read otherwise than PEFT."""
     found = []
     for kind, layers, expected in _gaps(targets):

@@ -318,26 +318,26 @@ def plan(
         output = check_new(output)
     quiet()
     resolved = _resolve(flags)
-    from adaptive_lora.report import memory
-    from adaptive_lora.runs import plan as planning
+    from adaptive_lora.report import memory_plan as shown
+    from adaptive_lora.runs import memory_plan
 
     if find_budget is None:
-        found = planning.plan(resolved, device=device)
+        found = memory_plan.plan(resolved, device=device)
         others = (
             {}
-            if found.fits(memory.SIZES["8 GB"])
-            else planning.alternatives(resolved, device=device)
+            if found.fits(shown.SIZES["8 GB"])
+            else memory_plan.alternatives(resolved, device=device)
         )
     else:
-        size = planning.parse_size(find_budget)
-        largest, found = planning.largest_budget(resolved, size, device=device)
+        size = memory_plan.parse_size(find_budget)
+        largest, found = memory_plan.largest_budget(resolved, size, device=device)
         others = {}
         typer.echo(
             f"largest budget in {find_budget}: {largest:,} LoRA parameters (--budget {largest})"
         )
-    memory.show_plan(found, others)
+    shown.show_plan(found, others)
     if output is not None:
-        for file in memory.write_plan(found, output):
+        for file in shown.write_plan(found, output):
             typer.echo(str(file))
 
 

@@ -133,7 +133,7 @@ def resize(
         )
     layers = adapters(model)
     inner = check_optimizer(optimizer) if optimizer is not None else None
-    plans = {name: _plan(name, layers, change) for name, change in changes.items()}
+    plans = {name: _resize_of(name, layers, change) for name, change in changes.items()}
     after = ranks(model) | {name: plan.rank for name, plan in plans.items()}
     if not any(after.values()):
         raise InputError("every adapter would have rank 0; at least one must keep a component")
@@ -249,7 +249,7 @@ def _swap(staged: list[_Staged]) -> None:
         ) from error
 
 
-def _plan(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
+def _resize_of(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
     if name not in layers:
         raise InputError(
             f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ..."

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptive_lora.model.quantization import Quantization, to_quantize
 
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+BatchShapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 BLOCK, NESTED = 64, 256  # weights to a scale of NF4, scales to a scale of theirs
 
 
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
 def step_bytes(
     model: nn.Module,
-    inputs: Shapes,
+    inputs: BatchShapes,
     *,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 Key = TypeVar("Key")
 
 
-class Rule(ABC):
+class SelectionRule(ABC):
     """Chooses among settings by their figures on the selection metric, one a seed; None stands for
     a failed run.
 
@@ -44,7 +44,7 @@ class Rule(ABC):
         return max(settings, key=order)
 
 
-class BestMean(Rule):
+class BestMean(SelectionRule):
     """The best mean over seeds."""
 
     name, description = "best_mean", "the best mean over seeds"
@@ -53,7 +53,7 @@ class BestMean(Rule):
         return statistics.fmean(figures)
 
 
-class BestMedian(Rule):
+class BestMedian(SelectionRule):
     """The best median over seeds."""
 
     name, description = "best_median", "the best median over seeds"
@@ -62,7 +62,7 @@ class BestMedian(Rule):
         return statistics.median(figures)
 
 
-class BestWorst(Rule):
+class BestWorst(SelectionRule):
     """The best worst seed: the careful choice."""
 
     name, description = "best_worst", "the best worst seed"
@@ -71,4 +71,6 @@ class BestWorst(Rule):
         return min(figures)
 
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BestMean, BestMedian, BestWorst)}
+RULES: dict[str, type[SelectionRule]] = {
+    rule.name: rule for rule in (BestMean, BestMedian, BestWorst)
+}

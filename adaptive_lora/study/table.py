@@ -4,12 +4,12 @@ with the baseline. Pure."""
 from __future__ import annotations
 
 import json
-import statistics as plain
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptive_lora.study import statistics
+from adaptive_lora.study import evidence
 from adaptive_lora.study.records import Comparison, NoiseFloor, RunRow, StudyHead, TableRow
 from adaptive_lora.study.selection import RULES
 from adaptive_lora.study.study_file import rises as rises_by_name
@@ -99,7 +99,7 @@ def _choose(head: StudyHead, runs: Sequence[RunRow]) -> list[RunRow]:
 def _row(head: StudyHead, runs: Sequence[RunRow], trials: int) -> TableRow:
     first = runs[0]
     points = [f for run in runs if (f := figure(run, head["metric"])) is not None]
-    mean, sd, interval = statistics.summary(points) if points else (None, None, None)
+    mean, sd, interval = evidence.summary(points) if points else (None, None, None)
     parameters = [
         run["lora_parameters"]
         for run in runs
@@ -121,7 +121,7 @@ def _row(head: StudyHead, runs: Sequence[RunRow], trials: int) -> TableRow:
         "mean": mean,
         "sd": sd,
         "ci95": interval,
-        "lora_parameters": round(plain.fmean(parameters)) if parameters else None,
+        "lora_parameters": round(statistics.fmean(parameters)) if parameters else None,
         "parameters_equal": None,
         "note": None,
         "comparison": None,
@@ -137,7 +137,7 @@ def _noise(head: StudyHead, runs: Sequence[RunRow], row: TableRow) -> NoiseFloor
         "settings": row["settings"],
         "seeds": len(points),
         "sd": row["sd"],
-        "floor": statistics.noise_floor(points) if points else None,
+        "floor": evidence.noise_floor(points) if points else None,
     }
 
 
@@ -161,20 +161,20 @@ def _compare(
         if len(pairs) == 1:
             comparisons[method]["difference"] = pairs[0][0] - pairs[0][1]
         if len(pairs) > 1:
-            found = statistics.compare([a for a, _ in pairs], [b for _, b in pairs])
+            found = evidence.compare([a for a, _ in pairs], [b for _, b in pairs])
             comparisons[method] |= {
                 "difference": found.difference, "ci95": found.ci95, "p_t": found.p_t,
                 "p_bootstrap": found.p_bootstrap,
                 "p_wilcoxon": found.p_wilcoxon,
             }  # fmt: skip
     tested = [method for method, one in comparisons.items() if one["p_t"] is not None]
-    adjusted = statistics.holm([comparisons[method]["p_t"] or 0.0 for method in tested])
+    adjusted = evidence.holm([comparisons[method]["p_t"] or 0.0 for method in tested])
     for method, p in zip(tested, adjusted, strict=True):
         one = comparisons[method]
         assert one["difference"] is not None
         assert floor is not None  # two pairs: two seeds of the baseline
         one["p_holm"] = p
-        one["verdict"] = statistics.verdict(
+        one["verdict"] = evidence.verdict(
             one["difference"], p, floor, greater_is_better=head["greater_is_better"]
         )
     for method, comparison in comparisons.items():
@@ -209,7 +209,7 @@ def _at_equal_settings(
         for key, runs in _settings(head, methods[method]).items():
             if pairs := _pairs(head, runs, theirs.get(key, [])):
                 label = ", ".join(f"{axis} {value}" for axis, value in json.loads(key).items())
-                said.append(f"{plain.fmean(a - b for a, b in pairs):+.2g} at {label}")
+                said.append(f"{statistics.fmean(a - b for a, b in pairs):+.2g} at {label}")
         _say(
             row,
             f"chosen at another setting than {baseline}; differences at equal ones: "
@@ -245,7 +245,7 @@ def _parameters(
         apart = max(max(mine) - min(theirs), max(theirs) - min(mine))
         row["parameters_equal"] = apart <= unit
         if not row["parameters_equal"]:
-            ratio = plain.fmean(mine) / plain.fmean(theirs)
+            ratio = statistics.fmean(mine) / statistics.fmean(theirs)
             _say(row, f"{ratio:.2f} × the LoRA parameters of {baseline}: not an equal budget")
         steps = set(counts(method, "steps")), set(counts(baseline, "steps"))
         if steps[0] != steps[1]:

@@ -18,7 +18,7 @@ from torch import nn
 
 import adaptive_lora as al
 from adaptive_lora import InputError, IntegrityError, methods
-from adaptive_lora.adapter_tools.base_model import base_of_adapter
+from adaptive_lora.adapter_tools.base import base_of_adapter
 from adaptive_lora.adapter_tools.compress import compress
 from adaptive_lora.adapter_tools.export import export
 from adaptive_lora.adapter_tools.folder import read_adapter

@@ -16,9 +16,9 @@ import adaptive_lora as al
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.memory import account, total
 from adaptive_lora.recipe.config import RunConfig, parse
-from adaptive_lora.runs import plan as planning
+from adaptive_lora.runs import memory_plan
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.plan import largest_budget, parse_size, plan
+from adaptive_lora.runs.memory_plan import largest_budget, parse_size, plan
 from adaptive_lora.runs.simulation import LiveBytes, step_bytes
 from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.testing import make_bert
@@ -194,7 +194,7 @@ def test_on_cuda_the_base_is_16_bit_and_attention_is_fused(bert_folder: str) -> 
     }
     assert cuda.account["base"]["float32"] == cuda.account["head"]
     assert cuda.activations < plan(config, device="cpu").stages[0].activations
-    assert not plan(config, device="cuda").fits(planning.CUDA_RESERVE)
+    assert not plan(config, device="cuda").fits(memory_plan.CUDA_RESERVE)
 
 
 def test_result_and_report_hold_the_account(

@@ -22,7 +22,7 @@ from adaptive_lora.model.memory import account, total
 from adaptive_lora.model.quantization import check_plain, compute_dtype, left_out
 from adaptive_lora.model.targets import find_targets, head_modules
 from adaptive_lora.recipe.config import RunConfig
-from adaptive_lora.runs.simulation import Shapes, pack, step_bytes
+from adaptive_lora.runs.simulation import BatchShapes, pack, step_bytes
 from adaptive_lora.tasks import TASKS
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -267,7 +267,7 @@ def _autocast(config: RunConfig, device: str) -> torch.dtype | None:
     return None if dtype == torch.float32 else dtype
 
 
-def _inputs(config: RunConfig, model: PeftModel) -> Shapes:
+def _inputs(config: RunConfig, model: PeftModel) -> BatchShapes:
     """Return the shapes of one training batch of the longest inputs."""
     batch, length = config.training["per_device_train_batch_size"], config.data.max_length
     base_config: Any = model.get_base_model().config

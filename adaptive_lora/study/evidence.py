@@ -8,7 +8,7 @@ What decides: a method is better (worse) than the baseline when Holm's p of the 
 most 0.05 *and* the difference is outside the noise floor. A t test keeps its 5 % with three pairs;
 a percentile bootstrap over three pairs does not, and Wilcoxon's signed-rank test with n pairs can
 never fall below 2^(1 - n), 0.25 with three: both are reported, neither decides.
-`tests/test_study_statistics.py` holds the false-positive rates, with the power.
+`tests/study/test_evidence.py` holds the false-positive rates, with the power.
 """
 
 from __future__ import annotations

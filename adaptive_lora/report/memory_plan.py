@@ -14,7 +14,7 @@ from adaptive_lora.report.figures import save
 from adaptive_lora.report.tables import show
 
 if TYPE_CHECKING:  # a report reads what it is given, and imports no torch to do so
-    from adaptive_lora.runs.plan import Plan
+    from adaptive_lora.runs.memory_plan import Plan
 
 SIZES = {"8 GB": 8 * 10**9, "16 GB": 16 * 10**9, "24 GB": 24 * 10**9, "80 GB": 80 * 10**9}
 PARTS = ("base", "head", "adapters", "gradients", "optimizer", "statistics", "activations")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from adaptive_lora.adapter_tools.folder import Adapter
+from adaptive_lora.adapter_tools.folder import StoredAdapter
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import Base, model_class, read_base, read_config
 from adaptive_lora.model.targets import linear_features
@@ -25,7 +25,7 @@ BY_TASK_TYPE = {
 
 
 def base_of_adapter(
-    adapter: Adapter, name: str | None = None, *, trust_remote_code: bool = False
+    adapter: StoredAdapter, name: str | None = None, *, trust_remote_code: bool = False
 ) -> Base:
     """Return the base model of an adapter.
 
@@ -61,7 +61,7 @@ def base_of_adapter(
     )
 
 
-def _derived_class(adapter: Adapter, name: str, *, trust_remote_code: bool) -> Any:
+def _derived_class(adapter: StoredAdapter, name: str, *, trust_remote_code: bool) -> Any:
     """Return the class of the base model as PEFT says it, else as the base model itself does."""
     mapping: Mapping[str, Any] = adapter.config.auto_mapping or {}
     kind = model_class(mapping.get("base_model_class"))
@@ -72,7 +72,7 @@ def _derived_class(adapter: Adapter, name: str, *, trust_remote_code: bool) -> A
     return kind
 
 
-def _head(adapter: Adapter, kind: Any) -> dict[str, Any]:
+def _head(adapter: StoredAdapter, kind: Any) -> dict[str, Any]:
     """Return the number of labels by the width of the trained head."""
     widths = [tensor.shape[0] for tensor in adapter.rest.values() if tensor.dim() == 2]
     return {"num_labels": min(widths)} if widths and "Classification" in kind.__name__ else {}

@@ -1,6 +1,6 @@
 """The statistics of studies: equal to scipy's where scipy has them, and honest by simulation.
 
-Simulations are vectorised twins of `statistics` (checked against it below): 1,000 repetitions of a
+Simulations are vectorised twins of `evidence` (checked against it below): 1,000 repetitions of a
 whole study each.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from adaptive_lora.errors import InputError
-from adaptive_lora.study import statistics as ours
+from adaptive_lora.study import evidence as ours
 from adaptive_lora.study.selection import RULES, BestMean, BestMedian, BestWorst
 
 REPETITIONS = 1_000
