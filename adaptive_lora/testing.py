@@ -39,6 +39,7 @@ from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.methods import Method
 from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.model.deciding import decision_steps
 from adaptive_lora.model.resize import unwrap
 from adaptive_lora.model.targets import find_targets
 from adaptive_lora.training.callback import AdaptiveRankCallback
@@ -282,6 +283,25 @@ def check_decides(make_method: MakeMethod, folder: Path) -> None:
         assert not refused, f"decisions were refused: {refused}"
 
 
+def check_when(make_method: MakeMethod, folder: Path) -> None:
+    """The moments lie in the training, and are the same whenever one asks: a resumed training asks
+    a new object."""
+    method, again = make_method(), make_method()
+    if method.adaptation is None or again.adaptation is None:
+        return
+    when, other = method.adaptation.when, again.adaptation.when
+    steps = decision_steps(when, STEPS)
+    losses = [0.9, 0.7, 0.8, 0.8, 0.6, 0.6, 0.7, 0.5]
+    answers = [when.decides(losses[:count]) for count in range(1, len(losses) + 1)]
+    backwards = [other.decides(losses[:count]) for count in range(len(losses), 0, -1)][::-1]
+    assert decision_steps(other, STEPS) == steps, (
+        f"asked anew, the decision steps are {other.steps(STEPS)}, before {steps}"
+    )
+    assert answers == backwards, (
+        f"asked in another order, the evaluations decide {backwards}, before {answers}"
+    )
+
+
 def check_ranks_are_the_pattern(make_method: MakeMethod, folder: Path) -> None:
     """After every decision, and at the end, the tensors have the ranks that were decided."""
     trainer, witness, _ = _watched(make_method)
@@ -460,6 +480,7 @@ def _same(what: str, trainer: Trainer, reference: Trainer) -> None:
 CHECKS: tuple[Check, ...] = (
     check_initial_pattern,
     check_decides,
+    check_when,
     check_ranks_are_the_pattern,
     check_budget,
     check_bounds,

@@ -4,7 +4,7 @@ broken."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from adaptive_lora.allocation.importance import (
 )
 from adaptive_lora.allocation.method import Adaptation
 from adaptive_lora.allocation.rules import Grow, Rule, TopK, View
-from adaptive_lora.allocation.when import At
+from adaptive_lora.allocation.when import At, When
 from adaptive_lora.methods import METHODS
 from adaptive_lora.model import adapters, deciding
 from adaptive_lora.model.resize import resize, unwrap
@@ -44,6 +44,7 @@ from adaptive_lora.testing import (
     check_reload,
     check_resume,
     check_same_seed,
+    check_when,
 )
 from adaptive_lora.training import controller
 from adaptive_lora.training.trainer import AdaptiveTrainer
@@ -116,9 +117,22 @@ class Hoards(Rule):
         return view.to_pattern(dict.fromkeys(view.ranks, 1))
 
 
-def broken(importance: Importance, rule: Rule, **bounds: int) -> Method:
+class Counts(When):
+    """Decides when it has been asked often enough, whatever it is asked."""
+
+    needs_evaluation = True
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def decides(self, losses: Sequence[float]) -> bool:
+        self.asked += 1
+        return self.asked > 3
+
+
+def broken(importance: Importance, rule: Rule, when: When | None = None) -> Method:
     adaptation = Adaptation(
-        importance=importance, rule=rule, when=At(start=2, rest=2, every=2), **bounds
+        importance=importance, rule=rule, when=when or At(start=2, rest=2, every=2)
     )
     return Method(
         name="broken",
@@ -144,6 +158,7 @@ def shape_of(rank: object) -> Method:
         ),
         (check_initial_pattern, lambda: shape_of(2.0), "expected a whole number"),
         (check_decides, lambda: broken(Uniform(), TopK()), "none changed a rank"),
+        (check_when, lambda: broken(Uniform(), TopK(), when=Counts()), "in another order"),
         (check_budget, lambda: broken(Uniform(), Hoards()), "one more component costs"),
         (check_resume, lambda: broken(Remembers("looks"), Hoards()), "resumed from step 4"),
         (check_same_seed, lambda: broken(Remembers("number"), Hoards()), "the same seed"),
