@@ -17,6 +17,7 @@ from adaptive_lora import AdaptiveLoRA, InputError, lora_parameters
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.importance import min_max
 from adaptive_lora.model.adapters import scale_of, targets_of
+from adaptive_lora.testing import apart
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32,
          "pad_token_id": 0,
@@ -101,7 +102,16 @@ def test_growing_throws_nothing_away() -> None:
     same, grown = (tuner(r=2, min_r=2, max_r=top, warmup_steps=12) for top in (2, 8))
     assert same.train() == grown.train()
     assert sum(grown.ranks.values()) > sum(same.ranks.values()) == 2 * len(same.ranks)
-    assert torch.allclose(logits(grown.model), logits(same.model), atol=1e-6, rtol=0)
+    before = dict(same.model.named_parameters())
+    for name, parameter in grown.model.named_parameters():
+        if "lora_" in name:
+            dim = 0 if "lora_A" in name else 1
+            kept, new = parameter.tensor_split([before[name].shape[dim]], dim)
+            assert torch.equal(kept, before[name])
+            assert dim == 0 or not new.any()
+    # A product with more columns of zeros is summed in another order: some ten roundings of float32
+    # with AVX2, fewer with AVX512.
+    assert apart(logits(same.model), logits(grown.model)) <= 5e-6
 
 
 def test_what_cannot_work_is_said_before_the_first_step() -> None:
