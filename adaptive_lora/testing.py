@@ -37,6 +37,7 @@ from adaptive_lora.allocation import history
 from adaptive_lora.allocation.allocate import RankPattern, parameters
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.target import Target
+from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.methods import Method
 from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
 from adaptive_lora.model.deciding import decision_steps
@@ -200,7 +201,7 @@ class Witness(AdaptiveRankCallback):
 def _train(make_method: MakeMethod, folder: Path, **options: Any) -> tuple[Trainer, Witness]:
     method = make_method()
     folder.mkdir(parents=True, exist_ok=True)
-    witness = Witness(method, folder / "allocations.jsonl")
+    witness = Witness(method, folder / HISTORY_FILE)
     trainer = make_trainer(folder, method, callback=witness, **{"save_strategy": "no", **options})
     trainer.train()
     return trainer, witness

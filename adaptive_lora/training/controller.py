@@ -21,6 +21,7 @@ from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.importance import Statistic, Statistics
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.files import to_json, write_text
 from adaptive_lora.model.adapters import adapters, lora_parameters, ranks
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.driver import Outcome
@@ -200,8 +201,7 @@ class RankController:
             "history": [json.loads(row.to_json()) for row in self.history],
         }
         # Last: a checkpoint without this file is not whole, and a resume passes it over.
-        text = json.dumps(state, allow_nan=False)
-        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+        write_text(folder / STATE_FILE, to_json(state))
 
     def load_state(self, folder: Path) -> None:
         """Take up the state that `save_state` wrote. The model must already have the ranks of that
