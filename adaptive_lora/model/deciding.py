@@ -162,6 +162,7 @@ class Deciding(Driver):
         return Outcome(status=status, parameters_before=before, changes=changes, **seen)
 
     def _view(self, step: int, *, last: bool) -> tuple[View, dict[str, dict[str, float]]]:
+        self._start()  # an evaluation may come before the first step
         importance, pairs, now = self.adaptation.importance, self._pairs(), ranks(self.model)
         rows = importance.scores(pairs, self._statistics)
         _check_scores(importance, rows, pairs)

@@ -14,7 +14,14 @@ import torch
 import adaptive_lora as al
 from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.budget import Constant
-from adaptive_lora.allocation.importance import Importance, Pairs, Statistic, Statistics, Uniform
+from adaptive_lora.allocation.importance import (
+    Importance,
+    Pairs,
+    Sensitivity,
+    Statistic,
+    Statistics,
+    Uniform,
+)
 from adaptive_lora.allocation.method import Adaptation
 from adaptive_lora.allocation.rules import Proportional, Rule, View
 from adaptive_lora.allocation.when import At, OnPlateau, When
@@ -106,6 +113,14 @@ def test_a_when_of_ones_own_decides_at_steps_and_at_evaluations() -> None:
     rows = train(method_of(when=Both()), losses=[0.5, 2.0, 0.5, 0.5, 3.0]).history
     decided = [(row.step, row.reason) for row in rows if row.scores]
     assert decided == [(2, None), (3, None), (5, None)]
+
+
+def test_an_evaluation_before_the_first_step_may_decide() -> None:
+    """Trainers evaluate there with eval_on_start; nothing has been observed yet."""
+    controller, _ = controlled(method_of(when=Evaluations(True), importance=Sensitivity()))
+    controller.evaluated(0.5)
+    (row,) = controller.history
+    assert set(row.scores.values()) == {0.0}
 
 
 @dataclass(frozen=True)
