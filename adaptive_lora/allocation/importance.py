@@ -226,9 +226,8 @@ class WeightDelta(Importance):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Magnitude(Importance):
-    """|b_k| |a_k|, the Frobenius norm of the component b_k a_k."""
+class Memoryless(Importance):
+    """Scores what the weights are now; nothing is remembered of the steps."""
 
     def start(self, pairs: Pairs) -> Statistics:
         return {}
@@ -236,12 +235,17 @@ class Magnitude(Importance):
     def observe(self, pairs: Pairs, statistics: Statistics) -> None:
         pass
 
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Memoryless):
+    """|b_k| |a_k|, the Frobenius norm of the component b_k a_k."""
+
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         return {n: a.detach().norm(dim=1) * b.detach().norm(dim=0) for n, (a, b) in pairs.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingularValues(Importance):
+class SingularValues(Memoryless):
     """σ_k² / (I + O): the energy ‖B A‖² that the k-th singular component holds, for each parameter
     it costs.
 
@@ -249,12 +253,6 @@ class SingularValues(Importance):
     rotate (`Truncate`). The scale is the same everywhere and left out. Equal costs: the kept
     components are the best approximation of all updates together (Eckart & Young 1936).
     """
-
-    def start(self, pairs: Pairs) -> Statistics:
-        return {}
-
-    def observe(self, pairs: Pairs, statistics: Statistics) -> None:
-        pass
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         return {
@@ -264,14 +262,8 @@ class SingularValues(Importance):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Importance):
+class Uniform(Memoryless):
     """1 for every component: ranks then follow the rule alone."""
-
-    def start(self, pairs: Pairs) -> Statistics:
-        return {}
-
-    def observe(self, pairs: Pairs, statistics: Statistics) -> None:
-        pass
 
     def scores(self, pairs: Pairs, statistics: Statistics) -> Scores:
         return {n: torch.ones(a.shape[0]) for n, (a, _) in pairs.items()}
