@@ -413,6 +413,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     `IntegrityError` when the files are damaged, do not fit, or belong to another base model.
     """
     _check_base(model)
+    keep_trainable(model)
     folder = Path(path)
     check_kind(folder, read_config(folder))
     found = tensor_shapes(folder / WEIGHTS_NAME)
@@ -433,7 +434,6 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
         )
     check_finite(folder, loaded)
     check_fingerprint(peft_model, folder)
-    keep_trainable(peft_model)
     return peft_model
 
 

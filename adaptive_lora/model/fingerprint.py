@@ -18,6 +18,7 @@ from torch import nn
 
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.files import read_file, write_json
+from adaptive_lora.model.quantization import Dequantized
 from adaptive_lora.model.targets import head_modules
 from adaptive_lora.naming import inside
 
@@ -79,7 +80,9 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    heads = head_modules(base)
+    # What a 4-bit weight stands for can no more be compared with what it was made from.
+    stand_ins = [name for name, module in base.named_modules() if isinstance(module, Dequantized)]
+    left_out = [*head_modules(base), *stand_ins]
     for name, weight in base.named_parameters():
         whole = (
             # Quantised weights and shards have types of their own.
@@ -89,7 +92,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         )
         skipped = (
             name.endswith("bias")
-            or inside(name, heads)
+            or inside(name, left_out)
             or any(part in name for part in NOT_THE_BASE)
         )
         if whole and weight.is_floating_point() and not skipped:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +31,7 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.model.targets import head_modules
 from adaptive_lora.naming import inside
 
+logger = logging.getLogger(__name__)
 Quantization = Literal["none", "nf4", "int8"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MINIMUM = "0.48"  # the first bitsandbytes whose 4-bit and 8-bit layers run on a CPU
@@ -158,20 +160,17 @@ def to_quantize(
 ) -> dict[str, tuple[int, int]]:
     """Return {full name: (in_features, out_features)} of the modules that will be quantised: of the
     `quantizable` ones those whose kernel computes what it should on `device` (None: the one a
-    `Trainer` would use here).
+    `Trainer` would use here). It may be that none is: `left_out` says so.
 
-    Raises `InputError` when there is none.
+    Raises `InputError` when there is no `quantizable` one.
     """
     found = quantizable(model)
-    inexact = _inexact(found, quantization, dtype, device)
-    if len(inexact) == len(found):
-        why = left_out(model, quantization, dtype, device) or [
-            "its layers are of types of their own"
-        ]
+    if not found:
         raise InputError(
-            f"{type(model).__name__} has no linear module that can be quantised ({why[0]}); use "
-            "quantization: none"
+            f"{type(model).__name__} has no linear module that can be quantised (its layers are of "
+            "types of their own); use quantization: none"
         )
+    inexact = _inexact(found, quantization, dtype, device)
     return {name: shape for name, shape in found.items() if name not in inexact}
 
 
@@ -289,10 +288,13 @@ def keep_trainable(model: nn.Module) -> None:
     """Keep the 4-bit layers of `model` as they are in evaluations, on every processor; nothing
     happens to other models.
 
+    A layer whose kernel computes with other weights than it holds (`kernel_is_exact`) becomes a
+    `Dequantized` one, which is said in a warning.
+
     Raises `InputError` for a layer that was packed for inference before, which rounded its scales
-    for good, and for one whose kernel computes with other weights than it holds
-    (`kernel_is_exact`).
+    for good, and for such a kernel under an adapter that is there already.
     """
+    wrong: dict[str, Any] = {}
     for name, module in model.named_modules():
         if "support_avx512bf16_for_cpu" not in vars(module):
             continue
@@ -308,22 +310,42 @@ def keep_trainable(model: nn.Module) -> None:
                 "model again, and attach before it is evaluated"
             )
         out_features, in_features = state.shape
-        dtype = module.compute_dtype or state.dtype
-        kind = (
-            in_features,
-            out_features,
-            dtype,
-            weight.device.type,
-            state.quant_type,
-            state.nested,
-            state.blocksize,
+        dtype, device = module.compute_dtype or state.dtype, weight.device.type
+        kind = (state.quant_type, state.nested, state.blocksize)
+        if not kernel_is_exact(in_features, out_features, dtype, device, *kind):
+            wrong[name] = module
+    if not wrong:
+        return
+    widths = ", ".join(map(str, sorted({module.in_features for module in wrong.values()})))
+    fault = (
+        "on this processor bitsandbytes' 4-bit kernel computes with wrong weights for modules of "
+        f"{widths} inputs"
+    )
+    if any(f".{name}".endswith(".base_layer") for name in wrong):
+        raise InputError(
+            f"{fault}, such as {next(iter(wrong))!r}, and they carry adapters already: put the "
+            "adapters on with adaptive_lora.attach or load, which leave such modules unquantised"
         )
-        if not kernel_is_exact(*kind):
-            raise InputError(
-                "on this processor bitsandbytes' 4-bit kernel computes with other weights than "
-                f"{name!r} holds ({in_features} inputs): leave such modules out of the "
-                "quantisation (llm_int8_skip_modules), as adaptive-lora train does"
-            )
+    for name, module in wrong.items():
+        model.set_submodule(name, Dequantized(module))
+    logger.warning("%d linear modules are used unquantised: %s", len(wrong), fault)
+
+
+class Dequantized(nn.Linear):
+    """A linear module with the weights that a 4-bit one stands for, in the type it computes in."""
+
+    def __init__(self, layer: Any) -> None:
+        state = layer.weight.quant_state
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = state.shape
+        weight = dequantized_by_definition(layer.weight.data, state)
+        dtype = layer.compute_dtype or state.dtype
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.linear(input.to(self.weight.dtype), self.weight, bias).to(input.dtype)
 
 
 def bitsandbytes_config(
@@ -352,8 +374,9 @@ def skipped(
 ) -> list[str]:
     """Return the linear modules that stay as they are, anchored: transformers takes a plain name
     for every module whose name begins or ends so."""
-    chosen = to_quantize(model, quantization, dtype).keys() - set(also)
-    if not chosen:
+    exact = to_quantize(model, quantization, dtype).keys()
+    chosen = exact - set(also)
+    if exact and not chosen:
         raise InputError(
             f"every linear module of {type(model).__name__} lacks weights in its files; nothing to "
             "quantise"
@@ -371,7 +394,8 @@ def quantize_in_place(
     no file."""
     from bitsandbytes.nn import modules as bnb
 
-    for name in to_quantize(model, quantization, dtype):
+    chosen = to_quantize(model, quantization, dtype)
+    for name in chosen:
         old: Any = model.get_submodule(name)
         weight = old.weight.detach().T if isinstance(old, Conv1D) else old.weight.detach()
         out_features, in_features = weight.shape
@@ -392,5 +416,6 @@ def quantize_in_place(
         if old.bias is not None:
             new.bias = old.bias
         model.set_submodule(name, new.to(weight.device))
-    kind = "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit"
-    setattr(model, kind, True)  # where PEFT looks
+    if chosen:
+        kind = "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit"
+        setattr(model, kind, True)  # where PEFT looks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, Trainer, T
 import adaptive_lora as al
 from adaptive_lora.errors import InputError
 from adaptive_lora.model import quantization
-from adaptive_lora.model.quantization import kernel_is_exact, left_out, quantize_in_place
+from adaptive_lora.model.quantization import (
+    dequantized_by_definition,
+    kernel_is_exact,
+    left_out,
+    quantize_in_place,
+)
 from adaptive_lora.recipe.config import parse
 from adaptive_lora.runs.run import run
 from adaptive_lora.tasks import TASKS
@@ -255,14 +260,75 @@ def test_a_wrong_kernel_is_found_and_never_trained_on(
         run(config)
         said = " ".join(capsys.readouterr().out.split())
         assert "11 linear modules are not quantised: on this processor" in said
-        base = BertModel.from_pretrained(
-            wide_bert_folder,
-            quantization_config=quantization.bitsandbytes_config("nf4", torch.float32, []),
-        )
-        with pytest.raises(InputError, match="computes with other weights than 'encoder"):
-            al.attach(base, al.methods.lora(2))
     finally:
         kernel_is_exact.cache_clear()
+
+
+@pytest.fixture
+def wrong_at_128(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On any machine: a kernel that is wrong at 128 inputs."""
+    true = bitsandbytes.functional.dequantize_4bit
+
+    def wrong(packed: Any, state: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return true(packed, state, *args, **kwargs) * (1.1 if state.shape[-1] == 128 else 1.0)
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", wrong)
+    kernel_is_exact.cache_clear()
+    yield
+    kernel_is_exact.cache_clear()
+
+
+def test_a_base_of_ones_own_is_used_as_it_is_meant(
+    wrong_at_128: None, wide_bert_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a module with a wrong kernel holds is taken by the definition, unquantised; the adapter
+    is an ordinary one, for the quantised base and for the one in full precision."""
+    settings = quantization.bitsandbytes_config("nf4", torch.float32, [])
+
+    def quantised() -> Any:
+        return BertModel.from_pretrained(wide_bert_folder, quantization_config=settings)
+
+    base = quantised()
+    name = "encoder.layer.0.output.dense"  # 128 inputs
+    layer = base.get_submodule(name)
+    held = dequantized_by_definition(layer.weight.data, layer.weight.quant_state)
+    model = al.attach(base, al.methods.lora(2))
+    assert "2 linear modules are used unquantised: on this processor" in caplog.text
+    x = torch.randn(3, 128)
+    used = model.get_base_model().get_submodule(name).get_base_layer()
+    assert torch.equal(used(x), nn.functional.linear(x, held, layer.bias))
+    for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+        nn.init.normal_(parameter)
+    ids = torch.arange(6, 30).view(2, 12)
+    expected = model.eval()(input_ids=ids)[0].detach()
+    al.save(model, tmp_path / "adapter")
+    again = al.load(quantised(), tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids)[0], expected)
+    al.load(BertModel.from_pretrained(wide_bert_folder), tmp_path / "adapter")  # no other base
+
+
+def test_adapters_on_a_wrong_kernel_are_refused(wrong_at_128: None, wide_llama_folder: str) -> None:
+    with pytest.raises(InputError, match="carry adapters already: put the adapters on with"):
+        with_callback(plain(four_bit(wide_llama_folder)))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_where_no_kernel_is_right_nothing_is_quantised_and_that_is_said(
+    dry_run: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    wide_bert_folder: str,
+    reviews_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(quantization, "kernel_is_exact", lambda *_: False)
+    values = recipe(wide_bert_folder, reviews_file, tmp_path / "run", quantization="nf4")
+    result = run(
+        parse({**values, "training": {**values["training"], "max_steps": 2}}), dry_run=dry_run
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "13 linear modules are not quantised: on this processor" in said
+    assert result["memory"]["base"].keys() == {"float32", "int64"}
 
 
 def test_a_plan_for_another_machine_asks_no_kernel_of_this_one(
