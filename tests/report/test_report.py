@@ -191,9 +191,10 @@ def test_brackets_in_a_name_are_no_markup(folder: Path, capsys: pytest.CaptureFi
     )
     renamed = folder.rename(folder.parent / "a[bold]b")
     report(renamed)
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    # Where a title or a cell is wrapped depends on how long the temporary folder's name is.
+    out = "".join(capsys.readouterr().out.replace("│", " ").split())
     for text in ("a[bold]b", "expected [a, b] or [/c]", "models/[red]bert"):
-        assert text in out
+        assert text.replace(" ", "") in out
 
 
 @pytest.mark.parametrize(
