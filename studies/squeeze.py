@@ -202,7 +202,8 @@ def go_on(training: Training, treat: Treatment, steps: int, name: str) -> dict[s
         changed = {m for row in controller.history[decided:] for m in row.changes}
         for m in changed:
             now = all_weights(layers[m])
-            treat(now, tuple(optimizer.state[p] for p in now), states[m], pairs[m])  # type: ignore[arg-type]
+            moments: Any = tuple(optimizer.state[p] for p in now)
+            treat(now, moments, states[m], pairs[m])
         if changed:
             cuts.append({"step": step, "loss": {-1: before, 0: training.loss()}})
     controller.finish()

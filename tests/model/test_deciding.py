@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ import adaptive_lora as al
 from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.budget import Constant
 from adaptive_lora.allocation.importance import (
-    Importance,
     Pairs,
     Sensitivity,
     Statistic,
@@ -299,9 +298,3 @@ def test_plain_lora_is_not_driven_by_pefts_adalora_nor_the_other_way_round() -> 
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         with pytest.raises(InputError, match="attach"):
             al.RankController(model, optimizer, trained, STEPS)
-
-
-def test_importances_are_abstract() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        Importance()  # type: ignore[abstract]
-    assert replace(At(start=5, rest=3), every=2).steps(12) == [5, 7, 9]

@@ -515,7 +515,9 @@ def test_a_larger_grid_does_only_what_is_missing_and_failures_wait_to_be_retried
     work(tmp_path / "s", counting)
     assert len(done) == 12
     run_study(study(grid=grid), tmp_path / "s", executor=Forked, train=INSTANT, retry_failed=True)
-    assert claims.newest(tmp_path / "s" / "claims" / ids[-1]).number == 1  # type: ignore[union-attr]
+    last = claims.newest(tmp_path / "s" / "claims" / ids[-1])
+    assert last is not None
+    assert last.number == 1
     shutil.rmtree(tmp_path / "s" / "runs" / ids[0])  # the user wants it again
     assert not is_over(tmp_path / "s", ids[0])
     work(tmp_path / "s", counting)
