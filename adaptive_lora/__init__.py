@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from adaptive_lora.errors import IntegrityError as IntegrityError
     from adaptive_lora.methods import METHODS as METHODS
     from adaptive_lora.methods import Method as Method
-    from adaptive_lora.model.adapters import attach as attach
-    from adaptive_lora.model.adapters import load as load
     from adaptive_lora.model.adapters import lora_parameters as lora_parameters
     from adaptive_lora.model.adapters import ranks as ranks
-    from adaptive_lora.model.adapters import save as save
+    from adaptive_lora.model.attach import attach as attach
     from adaptive_lora.model.resize import resize as resize
+    from adaptive_lora.model.saving import load as load
+    from adaptive_lora.model.saving import save as save
     from adaptive_lora.training.callback import AdaptiveRankCallback as AdaptiveRankCallback
     from adaptive_lora.training.controller import RankController as RankController
     from adaptive_lora.training.drop_in import AdaptiveLoRA as AdaptiveLoRA
@@ -43,7 +43,9 @@ _HOME = {
         ("AdaptiveLoraError", "DivergedError", "InputError", "IntegrityError"), "errors"
     ),
     "Resize": "allocation.allocate",
-    **dict.fromkeys(("attach", "load", "lora_parameters", "ranks", "save"), "model.adapters"),
+    "attach": "model.attach",
+    **dict.fromkeys(("load", "save"), "model.saving"),
+    **dict.fromkeys(("lora_parameters", "ranks"), "model.adapters"),
     "resize": "model.resize",
     "RankController": "training.controller",
     "AdaptiveRankCallback": "training.callback",

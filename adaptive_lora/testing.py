@@ -39,9 +39,11 @@ from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.methods import Method
-from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.model.adapters import lora_parameters, ranks, targets_of
+from adaptive_lora.model.attach import attach
 from adaptive_lora.model.deciding import decision_steps
 from adaptive_lora.model.resize import unwrap
+from adaptive_lora.model.saving import save
 from adaptive_lora.model.targets import find_targets
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.trainer import AdaptiveTrainer

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.methods import METHODS, Method
-from adaptive_lora.model.adapters import infer_task_type
+from adaptive_lora.model.attach import infer_task_type
 from adaptive_lora.model.peft_adalora import MaskedByPeft
 from adaptive_lora.model.targets import find_targets
 

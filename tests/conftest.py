@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from peft import PeftModel
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from adaptive_lora.model.adapters import adapters
 from adaptive_lora.testing import make_bert as make_bert
 
 torch.set_num_threads(1)
@@ -36,3 +38,10 @@ def tiny_bert() -> BertForSequenceClassification:
 @pytest.fixture
 def tiny_gpt2() -> GPT2LMHeadModel:
     return make_gpt2()
+
+
+def scale_of(model: PeftModel) -> float:
+    """Return the one scale of the model's adapters, up to its last bits."""
+    scales = {float(layer.scaling[layer.active_adapters[0]]) for layer in adapters(model).values()}
+    assert max(scales) - min(scales) <= 1e-6 * max(scales)
+    return max(scales)

@@ -14,7 +14,7 @@ from test_readme import python_blocks
 
 from adaptive_lora import methods
 from adaptive_lora.methods import METHODS
-from adaptive_lora.model.adapters import attach
+from adaptive_lora.model.attach import attach
 from adaptive_lora.testing import CHECKS, Check
 
 ROOT = Path(__file__).parent.parent

@@ -15,28 +15,21 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.model.adapter_file import PREFIX
+from adaptive_lora.model.condition import MERGE, NO_COMPONENTS
+from adaptive_lora.model.fingerprint import changes_base
 from adaptive_lora.naming import passes, split_name
 
 Tensors = dict[str, torch.Tensor]
-MERGE = "merge it into the base model instead: PeftModel.merge_and_unload()"
-# Fields of a LoraConfig that make the update something else than scale · B A of a linear layer.
+# Fields of a LoraConfig that make the function another than that of scale · B A on linear layers.
 UNSUPPORTED = {
+    **NO_COMPONENTS,
     "use_dora": ("DoRA, which rescales W + B A column by column", MERGE),
     "lora_bias": ("a bias on B (lora_bias)", MERGE),
-    "use_qalora": ("QALoRA, whose A reads pooled inputs", MERGE),
-    "use_bdlora": ("block-diagonal LoRA", MERGE),
-    "kasa_config": ("KaSA, which changes the base weights", MERGE),
-    "monteclora_config": ("MonteCLoRA, whose updates are sampled", MERGE),
-    "arrow_config": ("an Arrow router over several adapters", "give one of its adapters"),
     "target_parameters": (
         "adapters on bare parameters (target_parameters), such as experts",
         MERGE,
     ),
-    "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
-    "megatron_config": ("Megatron's parallel layers", MERGE),
 }
-# starts that change the base weights at every load
-MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def check_supported(adapter: str, config: Any) -> None:
@@ -46,7 +39,7 @@ def check_supported(adapter: str, config: Any) -> None:
         if getattr(config, name, None):
             raise InputError(f"{adapter} is {what}: not a sum of components of B A; {remedy}")
     start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(MUTATING):
+    if changes_base(start):
         raise InputError(
             f"{adapter} was started with init_lora_weights={start!r}, which changes the base "
             "weights each time it is loaded, by its rank. Save it as ordinary LoRA first: "

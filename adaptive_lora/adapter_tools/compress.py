@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import overload
 
 import torch
-from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
 
 from adaptive_lora.adapter_tools.checks import check_supported
@@ -36,8 +36,10 @@ from adaptive_lora.allocation.allocate import RankPattern, parameters, top_k
 from adaptive_lora.allocation.singular import balanced
 from adaptive_lora.errors import DivergedError, InputError
 from adaptive_lora.files import check_new
-from adaptive_lora.model.adapters import adapters, kind_of, non_finite, targets_of, weights
+from adaptive_lora.model.adapters import adapters, linear_adapters, non_finite, weights
+from adaptive_lora.model.condition import MERGE
 from adaptive_lora.model.resize import check_model, resize
+from adaptive_lora.model.saving import kind_of
 
 Spectra = dict[str, tuple[float, ...]]
 
@@ -105,7 +107,7 @@ def compress(
 
 @overload
 def compress(
-    adapter: PeftModel,
+    adapter: nn.Module,
     *,
     budget: float | None = ...,
     rank: int | None = ...,
@@ -114,7 +116,7 @@ def compress(
 
 
 def compress(
-    adapter: str | Path | PeftModel,
+    adapter: str | Path | nn.Module,
     *,
     budget: float | None = None,
     rank: int | None = None,
@@ -336,23 +338,23 @@ def _noise(name: str, spectra: Mapping[str, Sequence[float]], costs: Mapping[str
     return max(spectra[name], default=0.0) * costs[name] * sys.float_info.epsilon
 
 
-def updates_of(model: PeftModel) -> dict[str, Update]:
+def updates_of(model: nn.Module) -> dict[str, Update]:
     """Return {full target name: its update} of the active adapter; targets of rank 0 are left out.
 
     Raises `InputError` for models and adapters that cannot be changed in place, `DivergedError` for
     weights that are not finite.
     """
-    check_model(model)
+    model = check_model(model)
     config = model.peft_config[model.active_adapter]
     if (kind := kind_of(config)) != "LORA":
         raise InputError(f"the model's adapter is {kind}; expected LORA")
     check_supported("the model's adapter", config)
-    targets_of(model)  # refuses what is not linear
     layers = adapters(model)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
+    if other := [name for name in layers if name not in linear_adapters(model)]:
         raise InputError(
-            f"the adapter is merged into {merged[0]!r}; call model.unmerge_adapter() first"
+            f"the adapter on {other[0]!r}, a {type(layers[other[0]].get_base_layer()).__name__}, "
+            "is no pair of matrices on a linear module; train without it, or "
+            f"{MERGE}"
         )
     bad = non_finite(model)
     pairs = {name: pair for name, layer in layers.items() if (pair := weights(layer)) is not None}
@@ -370,7 +372,7 @@ def updates_of(model: PeftModel) -> dict[str, Update]:
     }
 
 
-def _put(model: PeftModel, ranks: RankPattern, updates: Mapping[str, Update]) -> None:
+def _put(model: nn.Module, ranks: RankPattern, updates: Mapping[str, Update]) -> None:
     """Give the model's adapters these ranks and weights, and one scale."""
     layers = adapters(model)
     scale = next(iter(updates.values())).scale

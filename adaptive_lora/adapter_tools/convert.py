@@ -28,7 +28,7 @@ from adaptive_lora.adapter_tools.folder import (
 )
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.files import check_new
-from adaptive_lora.model.adapters import check_finite, kind_of
+from adaptive_lora.model.saving import check_finite, kind_of
 
 PARTS = {"a": ".lora_A", "b": ".lora_B", "gate": ".lora_E"}
 CARRIED = (

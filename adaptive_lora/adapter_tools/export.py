@@ -39,8 +39,8 @@ from adaptive_lora.adapter_tools.probe import Inputs, answers, difference, probe
 from adaptive_lora.errors import InputError, IntegrityError, unknown
 from adaptive_lora.files import check_new, read_file, write_json
 from adaptive_lora.model.adapter_file import PREFIX
-from adaptive_lora.model.adapters import load
 from adaptive_lora.model.base_model import BASE_FILE, Base
+from adaptive_lora.model.saving import load
 from adaptive_lora.model.targets import linear_features
 from adaptive_lora.naming import passes
 

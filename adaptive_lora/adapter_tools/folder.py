@@ -36,9 +36,10 @@ from adaptive_lora.allocation.allocate import RankPattern
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.files import ADAPTER_FOLDER, check_new, whole
 from adaptive_lora.model.adapter_file import CONFIG_NAME, LORA_A, LORA_B, PREFIX, WEIGHTS_NAME
-from adaptive_lora.model.adapters import check_finite, check_kind, read_config, scaled_config
+from adaptive_lora.model.adapters import scaled_config
 from adaptive_lora.model.base_model import BASE_FILE
 from adaptive_lora.model.fingerprint import FINGERPRINT_FILE
+from adaptive_lora.model.saving import check_finite, check_kind, read_config
 
 # What belongs to the base model's text or images rather than to the adapter, and is copied along.
 COMPANIONS = (

@@ -17,7 +17,8 @@ class Decision:
     """What was decided after optimizer step `step`, and from what.
 
     `status` is "changed", "kept" (nothing to change), "masked" (by PEFT's AdaLoRA: the ranks stay
-    as they are) or "refused" (with the `reason`; the ranks stay as they are).
+    as they are), "refused" (with the `reason`; the ranks stay as they are) or "loaded" (the ranks
+    of the best checkpoint, which was loaded at the end).
     """
 
     step: int

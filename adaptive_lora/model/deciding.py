@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from adaptive_lora.allocation.allocate import Resize, check_bounds, parameters
+from adaptive_lora.allocation.allocate import RankPattern, Resize, check_bounds, parameters
 from adaptive_lora.allocation.importance import Pairs, Scores, Statistics
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.allocation.rules import View
 from adaptive_lora.allocation.when import When
 from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.model.adapters import (
-    adapters,
     all_weights,
+    linear_adapters,
     lora_parameters,
     ranks,
     targets_of,
@@ -46,14 +47,16 @@ class Deciding(Driver):
         assert method.adaptation is not None
         self.model, self.optimizer, self.total = model, optimizer, total
         self.adaptation = method.adaptation
-        self.layers = adapters(model)
+        self.layers = linear_adapters(model)
         self._statistics: Statistics = {}
         check_optimizer(optimizer)
         check_state_shapes(self.layers, optimizer)
         targets = targets_of(model)
         low, high = self.adaptation.min_rank, self.adaptation.max_rank
         self.costs = {target.name: target.cost for target in targets}
-        self.budget = method.budget_parameters(targets)
+        # What keeps its rank, such as an adapter on an embedding, costs all the same.
+        self.kept = kept_parameters(model)
+        self.budget = within(method, self.kept).budget_parameters(targets)
         # A target too narrow for min_rank is held at its full rank.
         self.minimum = {target.name: min(low, target.full_rank) for target in targets}
         self.maximum = {
@@ -121,6 +124,32 @@ class Deciding(Driver):
         reason = f"loss {losses[-1]:.6g}, best {min(losses):.6g}: no plateau"
         return Outcome(status="kept", reason=reason)
 
+    def settle(self, step: int, *, decided: bool) -> Outcome | None:
+        above = self.budget is not None and parameters(self._ranks(), self.costs) > self.budget
+        # A method that waits for evaluations grows: what grows now would never be trained.
+        never = not decided and step > 0 and not self.adaptation.when.needs_evaluation
+        if not (above or never):
+            return None
+        outcome = self._decide(step, last=True, budget=self.budget)
+        reason = outcome.reason or f"training ended after step {step}: the last decision"
+        return replace(outcome, reason=reason)
+
+    def reach(self, evaluations: int) -> tuple[int, int]:
+        """Return how often at most a method that waits for evaluations decides in so many, and the
+        parameters it then has at most."""
+        flat = [1.0]
+        decisions = sum(
+            self.adaptation.when.decides(flat * count) for count in range(1, evaluations + 1)
+        )
+        now = self._ranks()
+        for _ in range(decisions):
+            components = {name: [0.0] * rank for name, rank in now.items()}
+            changes = self.adaptation.rule.decide(
+                self._view_of(now, self.budget, components, dict.fromkeys(now, 0.0), last=False)
+            )
+            now |= {name: change.rank for name, change in changes.items()}
+        return decisions, parameters(now, self.costs) + self.kept
+
     def forget(self) -> None:
         self._statistics = {}
 
@@ -131,7 +160,7 @@ class Deciding(Driver):
     @classmethod
     def planned_bytes(cls, method: Method, model: PeftModel) -> int:
         assert method.adaptation is not None
-        pairs = {target: all_weights(layer) for target, layer in adapters(model).items()}
+        pairs = {target: all_weights(layer) for target, layer in linear_adapters(model).items()}
         return statistics_bytes(method.adaptation.importance.start(pairs))
 
     def _pairs(self) -> Pairs:
@@ -141,9 +170,14 @@ class Deciding(Driver):
             if (pair := weights(layer)) is not None
         }
 
-    def _decide(self, step: int, *, last: bool) -> Outcome:
-        view, parts = self._view(step, last=last)
-        seen: dict[str, Any] = {"budget": view.budget, "scores": dict(view.scores), "parts": parts}
+    def _ranks(self) -> RankPattern:
+        now = ranks(self.model)
+        return {name: now[name] for name in self.layers}
+
+    def _decide(self, step: int, *, last: bool, budget: int | None = None) -> Outcome:
+        view, parts = self._view(step, last=last, budget=budget)
+        total = None if view.budget is None else view.budget + self.kept
+        seen: dict[str, Any] = {"budget": total, "scores": dict(view.scores), "parts": parts}
         # Refused and recorded, not raised: a later decision may meet finite scores.
         if (culprit := view.not_finite()) is not None:
             importance = type(self.adaptation.importance).__name__
@@ -156,14 +190,16 @@ class Deciding(Driver):
         resize(self.model, changes, self.optimizer, self._statistics, seed=step)
         decided = {**view.ranks, **{name: change.rank for name, change in changes.items()}}
         # Read off the tensors: what is recorded is what is there, not what was meant.
-        if changes and ranks(self.model) != decided:
+        if changes and self._ranks() != decided:
             raise IntegrityError("the ranks after a resize are not those decided")
         status = "changed" if changes else "kept"
         return Outcome(status=status, parameters_before=before, changes=changes, **seen)
 
-    def _view(self, step: int, *, last: bool) -> tuple[View, dict[str, dict[str, float]]]:
+    def _view(
+        self, step: int, *, last: bool, budget: int | None
+    ) -> tuple[View, dict[str, dict[str, float]]]:
         self._start()  # an evaluation may come before the first step
-        importance, pairs, now = self.adaptation.importance, self._pairs(), ranks(self.model)
+        importance, pairs, now = self.adaptation.importance, self._pairs(), self._ranks()
         rows = importance.scores(pairs, self._statistics)
         _check_scores(importance, rows, pairs)
         targets = importance.target_scores(pairs, self._statistics)
@@ -172,26 +208,59 @@ class Deciding(Driver):
                 f"{type(importance).__name__}.target_scores() returned {_some(targets)}; expected "
                 f"a number for each of the {len(pairs)} targets that have a rank"
             )
-        budget = self.budget
-        if budget is not None:
-            budget = self.adaptation.schedule.at(step, self.total, budget)
+        if budget is None and self.budget is not None:
+            budget = self.adaptation.schedule.at(step, self.total, self.budget)
             if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
                 raise InputError(
                     f"{type(self.adaptation.schedule).__name__}.at({step}, {self.total}, "
                     f"{self.budget}) returned {budget!r}; expected a whole number of parameters"
                 )
-        view = View(
+        components = {name: rows[name].tolist() if name in rows else [] for name in now}
+        # A target of rank 0 has nothing to score, but may grow: it takes part with 0.
+        scores = {**dict.fromkeys(now, 0.0), **targets}
+        view = self._view_of(now, budget, components, scores, last=last)
+        return view, importance.target_parts(pairs, self._statistics)
+
+    def _view_of(
+        self,
+        now: RankPattern,
+        budget: int | None,
+        components: Mapping[str, Sequence[float]],
+        scores: Mapping[str, float],
+        *,
+        last: bool,
+    ) -> View:
+        return View(
             ranks=now,
             costs=self.costs,
             budget=budget,
             minimum=self.minimum,
             maximum=self.maximum,
-            components={name: rows[name].tolist() if name in rows else [] for name in now},
-            # A target of rank 0 has nothing to score, but may grow: it takes part with 0.
-            scores={**dict.fromkeys(now, 0.0), **targets},
+            components=components,
+            scores=scores,
             last=last,
         )
-        return view, importance.target_parts(pairs, self._statistics)
+
+
+def kept_parameters(model: PeftModel) -> int:
+    """Return the LoRA parameters that no rank of a target counts: adapters on what is no linear
+    module, magnitudes of DoRA."""
+    now = ranks(model)
+    targets = sum(now[target.name] * target.cost for target in targets_of(model))
+    return lora_parameters(model) - targets
+
+
+def within(method: Method, kept: int) -> Method:
+    """Return `method` with the budget that is left beside `kept` parameters. Raises `InputError`
+    when that is none. `rank` counts targets alone and stays."""
+    if method.budget is None or not kept:
+        return method
+    if kept >= method.budget:
+        raise InputError(
+            f"the budget is {method.budget:,} parameters, and adapters that keep their rank (on "
+            f"what is no linear module) have {kept:,} already: give more, or leave them out"
+        )
+    return replace(method, budget=method.budget - kept)
 
 
 def decision_steps(when: When, total: int) -> list[int]:

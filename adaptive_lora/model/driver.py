@@ -81,6 +81,15 @@ class Driver(ABC):
             losses: of all evaluations so far, those that were finite.
         """
 
+    def settle(self, step: int, *, decided: bool) -> Outcome | None:
+        """Decide once more where training ends after `step`, before the last decision or above the
+        budget.
+
+        Args:
+            decided: whether anything was decided so far.
+        """
+        return None
+
     def finish(self) -> Outcome | None:
         """End the training."""
         return None

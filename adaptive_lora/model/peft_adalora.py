@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -166,6 +166,15 @@ class PeftAdaLora(Driver):
 
     def evaluated(self, step: int, losses: Sequence[float]) -> Outcome | None:
         return None
+
+    def settle(self, step: int, *, decided: bool) -> Outcome | None:
+        """Let PEFT mask to its target now, by what it has scored."""
+        scored = bool(self._tuner.rankallocator.exp_avg_ipt)
+        if self._done or step >= self._last or not scored:
+            return None
+        outcome = self.step(self._last)
+        reason = f"training ended after step {step}: the last decision"
+        return outcome and replace(outcome, reason=reason)
 
     def finish(self) -> Outcome | None:
         """Turn what is left into plain LoRA."""

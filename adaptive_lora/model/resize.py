@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from adaptive_lora.allocation.allocate import Resize
@@ -44,6 +43,7 @@ from adaptive_lora.model.adapters import (
     unpark,
     weights,
 )
+from adaptive_lora.model.condition import Need, is_linear, peft_model
 from adaptive_lora.model.quantization import keep_trainable
 
 # 8-bit Adam and Adafactor keep state that is not shaped like its parameter.
@@ -58,20 +58,12 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def check_model(model: Any) -> None:
-    """Raise `InputError` for a model whose parameters are not its own to change: wrapped, sharded,
-    or packed for inference."""
-    kind = None if isinstance(model, PeftModel) else type(model).__name__
-    # FSDP puts its own parameter back where one is replaced: the resize would be undone, unseen.
-    if kind is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        kind = "PeftModel sharded by FSDP"
-    if kind is not None:
-        raise InputError(
-            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. "
-            "Ranks cannot change inside DistributedDataParallel, FSDP or DeepSpeed, whose copies "
-            "keep the old shapes: train on one device, unwrapped"
-        )
-    keep_trainable(model)
+def check_model(model: Any, need: Need = Need.CHANGE) -> PeftModel:
+    """Return the `PeftModel` that `model` is or holds. Raises `InputError` for one whose ranks
+    cannot change, or whose weights were packed for inference."""
+    found = peft_model(model, need)
+    keep_trainable(found)
+    return found
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
@@ -89,7 +81,7 @@ def check_optimizer(optimizer: Any) -> Optimizer:
 
 
 def resize(
-    model: PeftModel,
+    model: nn.Module,
     changes: Mapping[str, int | Resize],
     optimizer: Any = None,
     statistics: Statistics | None = None,
@@ -103,7 +95,7 @@ def resize(
     moments carried over.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or a module that holds one.
         changes: {full target name: new rank, or `Resize`}. A plain rank keeps the components of
             largest |b_k| |a_k| when it shrinks, and adds new ones at the end when it grows.
         optimizer: the optimizer that trains the adapters, bare or wrapped by accelerate; None
@@ -112,9 +104,10 @@ def resize(
         seed: of the new rows of A; drawn from a generator of their own, so that no other random
             number changes.
 
-    Raises `InputError` for unknown targets, impossible ranks or an unsupported optimizer,
-    `DivergedError` when a new tensor would not be finite; nothing is changed then. Gradients of
-    changed adapters are dropped.
+    Raises `InputError` for unknown targets, those on no linear module, impossible ranks, an
+    unsupported optimizer, or adapters whose ranks cannot change (merged, PiSSA), `DivergedError`
+    when a new tensor would not be finite; nothing is changed then. Gradients of changed adapters
+    are dropped.
 
     >>> from transformers import BertConfig, BertModel
     >>> from adaptive_lora import attach, methods, ranks
@@ -125,7 +118,7 @@ def resize(
     >>> ranks(model)
     {'encoder.layer.0.attention.self.query': 2}
     """
-    check_model(model)
+    model = check_model(model)
     if is_masked(model):
         raise InputError(
             "PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that "
@@ -211,6 +204,15 @@ def check_state_shapes(layers: Mapping[str, Any], optimizer: Any) -> None:
                     )
 
 
+def drop_misfits(optimizer: Any) -> None:
+    """Forget the state of parameters that were given another shape behind the optimizer's back."""
+    state = unwrap(optimizer).state
+    for parameter in list(state):
+        values = state[parameter].values()
+        if any(_is_moment(value) and value.shape != parameter.shape for value in values):
+            del state[parameter]
+
+
 @dataclass
 class _Staged:
     """One parameter with its new value and new optimizer state, not yet in place."""
@@ -255,6 +257,12 @@ def _resize_of(name: str, layers: Mapping[str, Any], change: int | Resize) -> Re
             f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ..."
         )
     layer = layers[name]
+    if not is_linear(layer):
+        raise InputError(
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} with an adapter of PEFT's "
+            f"{type(layer).__name__}, whose rank stays as it is; only adapters on linear modules "
+            "can be resized"
+        )
     pair = weights(layer)
     now = 0 if pair is None else pair[0].shape[0]
     full_rank = min(layer.in_features, layer.out_features)

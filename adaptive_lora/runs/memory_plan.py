@@ -15,7 +15,8 @@ from adaptive_lora import methods
 from adaptive_lora.allocation.allocate import RankPattern, proportional
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
-from adaptive_lora.model.adapters import attach, base_of, lora_parameters
+from adaptive_lora.model.adapters import base_of, lora_parameters
+from adaptive_lora.model.attach import attach
 from adaptive_lora.model.base_model import Base, read_config
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.memory import account, total

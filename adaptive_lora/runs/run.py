@@ -28,9 +28,11 @@ from adaptive_lora.files import (
     write_json,
     write_text,
 )
-from adaptive_lora.model.adapters import attach, lora_parameters, ranks, save, targets_of
+from adaptive_lora.model.adapters import lora_parameters, ranks, targets_of
+from adaptive_lora.model.attach import attach
 from adaptive_lora.model.memory import account, peak_memory, process_memory
 from adaptive_lora.model.quantization import compute_dtype, left_out
+from adaptive_lora.model.saving import save
 from adaptive_lora.model.targets import coverage, find_targets
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.dry_run import few, soon, two_steps

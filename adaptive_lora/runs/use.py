@@ -28,7 +28,7 @@ from adaptive_lora.files import (
     to_json,
     whole,
 )
-from adaptive_lora.model.adapters import load
+from adaptive_lora.model.saving import load
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.runs.loading import load_model, load_task
 from adaptive_lora.runs.task_trainer import TaskTrainer

@@ -3,24 +3,37 @@
 
 from __future__ import annotations
 
+import random
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.method import Method
-from adaptive_lora.errors import InputError, IntegrityError
-from adaptive_lora.model.adapter_file import tensor_ranks
-from adaptive_lora.model.adapters import ranks
-from adaptive_lora.model.deciding import driver_of
-from adaptive_lora.model.quantization import keep_trainable
-from adaptive_lora.model.resize import resize
-from adaptive_lora.training.controller import RankController
+from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.model.adapters import is_masked, ranks
+from adaptive_lora.model.fingerprint import keep_fingerprint
+from adaptive_lora.model.following import follow, loaded_from
+from adaptive_lora.model.resize import drop_misfits, resize, unwrap
+from adaptive_lora.model.saving import save
+from adaptive_lora.training.contract import bring_to_start, check_arguments, model_for, tell
+from adaptive_lora.training.controller import (
+    STATE_FILE,
+    NeverDecidedError,
+    RankController,
+    saved_step,
+)
+
+RESCUE_FOLDER = "adapter"  # of an adapter that is trained, in a training that failed
+# {model: (its callback, the state of its training)}
+IN_TRAINING: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class SaveAfterEpoch(TrainerCallback):
@@ -50,22 +63,25 @@ class AdaptiveRankCallback(SaveAfterEpoch):
     """Hand to a `Trainer`: `Trainer(model, args, ..., callbacks=[AdaptiveRankCallback(method)])`.
 
     Total steps come from the Trainer. Scores are taken before each optimizer step, ranks change
-    after it; checkpoints carry what an exact resume needs. One callback belongs to one training.
+    after it; checkpoints carry what an exact resume needs. A model with other ranks than the method
+    starts with, as TRL's `peft_config=` makes it, is brought to that start, with a warning. However
+    the training ends (early, or with the best checkpoint), the ranks at the end are within the
+    budget. One callback belongs to one training.
 
     Args:
-        method: the method the model was attached with.
+        method: how ranks are chosen; where the model comes from `attach`, the method given there.
         history_file: where to write one line a decision; None keeps the history in `.history` only.
 
-    Raises `InputError` at the start for what cannot work: wrapped or sharded models,
-    `load_best_model_at_end` with changing ranks, a plateau method without evaluation;
-    `NeverDecidedError` at the end when nothing was ever decided.
+    Raises `InputError` at the start for what cannot work: wrapped or sharded models, adapters that
+    are merged, frozen or disabled, a plateau method without evaluation; `NeverDecidedError` at the
+    end when nothing was ever decided, with the adapter saved first.
     """
 
     def __init__(self, method: Method, history_file: str | Path | None = None) -> None:
         self.method = method
         self.history_file = Path(history_file) if history_file is not None else None
         self.controller: RankController | None = None
-        self._resumed_from: Path | None = None
+        self._first: _Snapshot | None = None
         self._ended = False
 
     @property
@@ -81,54 +97,78 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, PeftModel):
-            raise InputError(
-                "AdaptiveRankCallback needs a model from adaptive_lora.attach(base, method)"
-            )
-        keep_trainable(model)
-        if self.method.adaptation is None:
-            return
-        _check_arguments(args, self.method)
-        # The Trainer has no event between this one and the loading of a checkpoint.
-        plain_load = model.load_adapter
+        self._check(args, model)
 
-        def load_adapter(
-            model_id: Any, adapter_name: str, *load_args: Any, **load_kwargs: Any
-        ) -> Any:
-            if adapter_name != model.active_adapter:
-                return plain_load(model_id, adapter_name, *load_args, **load_kwargs)
-            # The Trainer loads the checkpoint's adapter into the model, which must have its ranks.
-            self._resumed_from = Path(model_id)
-            match_ranks(model, self._resumed_from)
-            # And its dtype: PEFT would make float32 of adapters that are trained in bfloat16.
-            return plain_load(
-                model_id,
-                adapter_name,
-                *load_args,
-                **{"autocast_adapter_dtype": False, **load_kwargs},
-            )
-
-        model.load_adapter = load_adapter  # type: ignore[method-assign]
+    def _check(self, args: TrainingArguments, model: Any) -> PeftModel:
+        """Make sure that ranks can change in `model`, and that it follows the checkpoint that the
+        Trainer may load next. A callback that is added later comes here at the start."""
+        found = model_for(model, self.method)
+        check_arguments(args, self.method)
+        keep_fingerprint(found)
+        follow(found, ranks=True)
+        bring_to_start(found, self.method, fresh_only=True)
+        return found
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        resumed = state.global_step > 0
+        model = model_for(kwargs["model"], self.method) if resumed else None
+        model = model or self._check(args, kwargs["model"])
+        check_arguments(args, self.method)
+        self._alone(model, state)
+        if args.auto_find_batch_size:
+            self._start_anew(model, kwargs["optimizer"], resumed=resumed)
         self._ended = False
         self.controller = RankController(
-            model, optimizer, self.method, state.max_steps, self._write
+            model, kwargs["optimizer"], self.method, state.max_steps, self._write
         )
-        if self.method.adaptation is not None and self._resumed_from is not None:
-            self.controller.load_state(self._resumed_from)
-        vars(model).pop("load_adapter", None)  # the Trainer has loaded by now
-        if self.method.adaptation is not None and self.controller.step_count != state.global_step:
-            raise IntegrityError(
-                f"the Trainer resumes at step {state.global_step}, the rank controller is at "
-                f"{self.controller.step_count}: the callback did not see the checkpoint load. Give "
-                "the Trainer callbacks=[...] and model=, not add_callback or model_init="
-            )
+        if not resumed:
+            self.controller.begin()
+        elif self.method.adaptation is not None:
+            self.controller.load_state(self._checkpoint(args, state, model))
+        tell(args, state, model, self.method, self.controller.driver)
         # The file may hold decisions after the checkpoint, of the training that was cut off.
         self._write(None)
+
+    def _alone(self, model: PeftModel, state: TrainerState) -> None:
+        """Raise `InputError` for a second callback in the same training."""
+        other = IN_TRAINING.get(model)
+        if other is not None and other[1]() is state and other[0]() not in (None, self):
+            raise InputError(
+                "the Trainer has two AdaptiveRankCallbacks, which would both change the ranks of "
+                "one model; give it one"
+            )
+        IN_TRAINING[model] = (weakref.ref(self), weakref.ref(state))
+
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> Path:
+        """Return the folder that the training is resumed from, which no event tells."""
+        if (known := loaded_from(model)) is not None:
+            return known
+        # The model lies in a module that has no `load_adapter`.
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        given = (args.resume_from_checkpoint, Path(args.output_dir or ".") / name)
+        places = [Path(place) for place in given if isinstance(place, str | Path)]
+        for place in places:
+            if (place / STATE_FILE).is_file() and saved_step(place) == state.global_step:
+                return place
+        raise IntegrityError(
+            f"the Trainer resumes at step {state.global_step}, but no rank state of that step is "
+            f"in {', '.join(map(str, places))}; resume from a checkpoint in output_dir that was "
+            "written with this callback"
+        )
+
+    def _start_anew(self, model: PeftModel, optimizer: Any, *, resumed: bool) -> None:
+        """Put everything back where the training began, when `auto_find_batch_size` begins again
+        with a smaller batch: weights, ranks and random numbers are those of an attempt that ran out
+        of memory."""
+        if self._first is None or self._first.model() is not model or self._ended:
+            self._first = _Snapshot(model)
+        elif self.controller is not None:
+            self._first.restore()
+            # of a resume they have just been loaded
+            drop = drop_misfits if resumed else lambda one: unwrap(one).state.clear()
+            drop(optimizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,7 +228,28 @@ class AdaptiveRankCallback(SaveAfterEpoch):
     ) -> None:
         assert self.controller is not None
         self._ended = True  # what is evaluated from here on decides nothing
-        self.controller.finish(stopped_early=state.global_step < state.max_steps)
+        self._first = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.controller.take_up(Path(state.best_model_checkpoint))
+        try:
+            self.controller.finish(stopped_early=state.global_step < state.max_steps)
+        except NeverDecidedError as error:
+            raise NeverDecidedError(f"{error}{self._rescued(args, state)}") from error
+        finally:
+            IN_TRAINING.pop(self.controller.model, None)
+
+    def _rescued(self, args: TrainingArguments, state: TrainerState) -> str:
+        """Save the adapter of a training that is over, whatever is wrong with its ranks, and say
+        where it is."""
+        assert self.controller is not None
+        folder = Path(args.output_dir or ".") / RESCUE_FOLDER
+        if not state.is_world_process_zero:
+            return ""
+        try:
+            save(self.controller.model, folder)
+        except (AdaptiveLoraError, OSError) as error:
+            return f" The trained adapter could not be saved: {error}"
+        return f" The trained adapter is in {folder}"
 
     def _write(self, decision: Decision | None) -> None:
         if self.history_file is None or self.controller is None or self.method.adaptation is None:
@@ -201,45 +262,34 @@ class AdaptiveRankCallback(SaveAfterEpoch):
                 file.write(decision.to_json() + "\n")
 
 
-def _check_arguments(args: TrainingArguments, method: Method) -> None:
-    assert method.adaptation is not None
-    if args.load_best_model_at_end:
-        raise InputError(
-            "load_best_model_at_end does not work with changing ranks: the best checkpoint may "
-            "have other ranks than the model at the end. Set it to false; every checkpoint can be "
-            "loaded with adaptive_lora.load"
-        )
-    if args.save_total_limit == 1 and args.save_strategy != SaveStrategy.NO:
-        raise InputError(
-            "save_total_limit is 1; expected at least 2 with changing ranks: the Trainer deletes "
-            "the last checkpoint before the new one is complete, and a run killed in between could "
-            "not be resumed"
-        )
-    if args.deepspeed or args.fsdp:
-        raise InputError(
-            "ranks cannot change under DeepSpeed or FSDP, which keep parameters of their own; "
-            "train without"
-        )
-    if args.fp16 and driver_of(method).needs_every_step:
-        raise InputError(
-            "PEFT's AdaLoRA needs the gradients of every step, and fp16's loss scaler skips some: "
-            "use bf16"
-        )
-    if args.n_gpu > 1 or args.world_size > 1:
-        raise InputError(
-            "ranks cannot change in DataParallel or DistributedDataParallel "
-            f"({max(args.n_gpu, args.world_size)} devices), whose replicas keep the old shapes; "
-            "run on one device (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if method.adaptation.when.needs_evaluation and args.eval_strategy == IntervalStrategy.NO:
-        raise InputError(
-            f"method {method.name!r} waits for a plateau of the evaluation loss, but nothing is "
-            "evaluated; give an evaluation set and eval_strategy steps or epoch"
-        )
+class _Snapshot:
+    """What is trained of a model, its ranks, and the random numbers to come."""
 
+    def __init__(self, model: PeftModel) -> None:
+        self.model = weakref.ref(model)
+        self.ranks = ranks(model)
+        self.values = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.cpu, self.numpy, self.python = (
+            torch.get_rng_state(), np.random.get_state(), random.getstate(),
+        )  # fmt: skip
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
-def match_ranks(model: PeftModel, checkpoint: Path) -> None:
-    """Give `model` the ranks of the adapter in `checkpoint`; a target absent there gets rank 0."""
-    saved, now = tensor_ranks(checkpoint / "adapter_model.safetensors"), ranks(model)
-    if saved:  # none in a checkpoint of PEFT's AdaLoRA, which keeps its first ranks to the end
-        resize(model, {name: saved.get(name, 0) for name in now if saved.get(name, 0) != now[name]})
+    def restore(self) -> None:
+        model = self.model()
+        assert model is not None
+        if not is_masked(model):
+            now = ranks(model)
+            resize(model, {name: r for name, r in self.ranks.items() if r != now[name]})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.values:
+                    parameter.copy_(self.values[name])
+        torch.set_rng_state(self.cpu)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)

@@ -17,16 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adaptive_lora.allocation import history
+from adaptive_lora.allocation.allocate import Resize
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.importance import Statistic, Statistics
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
 from adaptive_lora.files import to_json, write_text
-from adaptive_lora.model.adapters import adapters, lora_parameters, ranks
+from adaptive_lora.model.adapters import adapters, lora_parameters, ranks, targets_of
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.driver import Outcome
+from adaptive_lora.model.following import follow
 from adaptive_lora.model.memory import adapter_bytes
-from adaptive_lora.model.resize import check_model
+from adaptive_lora.model.resize import drop_misfits
+from adaptive_lora.training.contract import bring_to_start, model_for
 
 STATE_FILE, TENSOR_FILE = "rank_state.json", "rank_state.safetensors"
 VERSION = 2  # of the rank state
@@ -48,15 +51,16 @@ class RankController:
     nothing.
 
     Args:
-        model: from `attach(base, method)`.
+        model: from `attach(base, method)`, or any `PeftModel` with LoRA, or a module that holds
+            one. Attached otherwise than the method starts, it is brought there.
         optimizer: AdamW, Adam or SGD over the model's trainable parameters, bare or wrapped by
             accelerate.
         method: the method the model was attached with.
         total_steps: optimizer steps of the whole training.
         on_decision: called with each `Decision`.
 
-    Raises `InputError` at once for an unsupported optimizer, a schedule that does not fit, or a
-    budget below the minimum.
+    Raises `InputError` at once for an unsupported optimizer, a schedule that does not fit, a budget
+    below the minimum, or adapters that cannot be trained as they are (merged, disabled, frozen).
     """
 
     def __init__(
@@ -67,26 +71,38 @@ class RankController:
         total_steps: int,
         on_decision: Callable[[Decision], None] | None = None,
     ) -> None:
-        check_model(model)
-        self.model, self.optimizer, self.method = model, optimizer, method
+        self.model = model_for(model, method)
+        self.optimizer, self.method = optimizer, method
         self.total_steps, self.on_decision = total_steps, on_decision
         self.step_count = 0
         self.history: list[Decision] = []
-        self.initial_pattern = ranks(model)
         self._losses: list[float] = []  # of the evaluations so far, where the method waits for them
-        self._observed = self._finished = False
-        self._driver = driver_of(method)(model, optimizer, method, total_steps)
+        self._observed = self._finished = self._begun = False
+        self.driver = driver_of(method)(self.model, optimizer, method, total_steps)
+        follow(self.model, ranks=True)
+        # Of a run that is resumed the adapters may be there already, trained: `begin` is for later.
+        bring_to_start(self.model, method, optimizer, fresh_only=True)
+        self.initial_pattern = ranks(self.model)
+
+    def begin(self) -> None:
+        """Bring the model to the method's first ranks, if it was attached with others; called by
+        the first `observe()` or `step()` of a training that is not resumed."""
+        if not self._begun:
+            self._begun = True
+            bring_to_start(self.model, self.method, self.optimizer)
+            self.initial_pattern = ranks(self.model)
 
     def observe(self) -> None:
         """Take in this step's gradients: after the last backward, before `optimizer.step()`."""
-        if not self._driver.watching(self.step_count):
+        self.begin()
+        if not self.driver.watching(self.step_count):
             return
         if self._observed:
             raise InputError(
                 "observe() was called twice without step(); call controller.step() after each "
                 "optimizer step"
             )
-        self._driver.observe(self.step_count + 1)
+        self.driver.observe(self.step_count + 1)
         self._observed = True
 
     def skip(self) -> None:
@@ -95,24 +111,25 @@ class RankController:
 
         Raises `DivergedError` for PEFT's AdaLoRA, which must see the gradients of every step.
         """
-        if self._driver.watching(self.step_count):
-            self._driver.skip(self.step_count + 1)
+        if self.driver.watching(self.step_count):
+            self.driver.skip(self.step_count + 1)
             self._observed = True
 
     def step(self) -> None:
         """Count one optimizer step and, at a decision step, change ranks: after `optimizer.step()`
         and `zero_grad()`."""
-        if self._driver.watching(self.step_count) and not self._observed:
+        self.begin()
+        if self.driver.watching(self.step_count) and not self._observed:
             raise InputError(
                 "step() was called without observe(); call controller.observe() after "
                 "loss.backward()"
             )
         self._observed = False
         self.step_count += 1
-        self._record(lambda: self._driver.step(self.step_count))
-        if not self._driver.watching(self.step_count):
+        self._record(lambda: self.driver.step(self.step_count))
+        if not self.driver.watching(self.step_count):
             # Checkpoints need not carry from here on what nobody will ask for.
-            self._driver.forget()
+            self.driver.forget()
 
     def evaluated(self, loss: float) -> None:
         """Take in a validation loss; a method that waits for one may change ranks now, but not
@@ -127,19 +144,27 @@ class RankController:
             self._record(lambda: Outcome(status="refused", reason=reason))
             return
         self._losses.append(loss)
-        self._record(lambda: self._driver.evaluated(self.step_count, self._losses))
+        self._record(lambda: self.driver.evaluated(self.step_count, self._losses))
 
     def finish(self, *, stopped_early: bool = False) -> None:
-        """End the training: adapters that only PEFT can run become plain LoRA.
+        """End the training, wherever it ends: the ranks are those of a last decision, within the
+        budget, and adapters that only PEFT can run become plain LoRA.
 
-        Raises `NeverDecidedError` when the method has decision steps and none was ever reached or
-        the last was refused, unless training stopped early on purpose.
+        Args:
+            stopped_early: training ended before its last step on purpose; what was to be decided
+                later is decided now.
+
+        Raises `NeverDecidedError` when the method has decision steps and none was ever reached, or
+        the last was refused.
         """
         self._finished = True
+        if self.history or stopped_early:
+            decided = bool(self.history)
+            self._record(lambda: self.driver.settle(self.step_count, decided=decided))
         # Before the driver's last word: to become plain LoRA is no decision of the method.
         last = self.history[-1] if self.history else None
-        self._record(self._driver.finish)
-        if self.method.adaptation is None or stopped_early:
+        self._record(self.driver.finish)
+        if self.method.adaptation is None:
             return
         if last is not None and last.status == "refused":
             raise NeverDecidedError(
@@ -147,7 +172,7 @@ class RankController:
                 f"refused: {last.reason}. The ranks are not those the method would have chosen; "
                 "train with a lower learning rate, or in bf16 or float32"
             )
-        if last is None:
+        if last is None and not stopped_early:
             raise NeverDecidedError(
                 f"method {self.method.name!r} never decided anything in {self.step_count} of "
                 f"{self.total_steps} steps: the adapter still has its initial ranks. Is "
@@ -155,9 +180,32 @@ class RankController:
                 "after every evaluation?"
             )
 
+    def take_up(self, folder: Path) -> None:
+        """Go on from an earlier state of this training whose weights are in the model again: the
+        best checkpoint's, at the end. Its scores come back, and the change is a row of the history.
+
+        Raises `IntegrityError` as `load_state`.
+        """
+        now, before = ranks(self.model), history.replay(self.initial_pattern, self.history)
+        # Moments of other shapes would be trusted by the next step, if there is one.
+        drop_misfits(self.optimizer)
+        if self.method.adaptation is None:
+            return
+        saved, statistics = self._read(folder)
+        self.driver.restore(statistics)
+        changes = {name: Resize((), rank) for name, rank in now.items() if rank != before[name]}
+        reason = f"the best checkpoint, after step {saved['step']}, was loaded"
+        costs = {target.name: target.cost for target in targets_of(self.model)}
+        was = lora_parameters(self.model) + sum(
+            (before[name] - now[name]) * costs[name] for name in changes
+        )
+        self._record(
+            lambda: Outcome(status="loaded", reason=reason, parameters_before=was, changes=changes)
+        )
+
     @property
     def _statistics(self) -> Statistics:
-        return self._driver.statistics
+        return self.driver.statistics
 
     def _record(self, act: Callable[[], Outcome | None]) -> None:
         """Let the driver act, and put what it did into the history."""
@@ -210,6 +258,21 @@ class RankController:
         Raises `IntegrityError` when a file is missing, belongs to another method or training
         length, is of a later version, or does not fit.
         """
+        state, statistics = self._read(folder)
+        self._begun = True
+        self.step_count = state["step"]
+        self._losses = state["losses"]
+        self.initial_pattern = state["initial_pattern"]
+        self.history = [history.from_json(row) for row in state["history"]]
+        # The adapter was loaded by others, with whatever ranks it had.
+        if history.replay(self.initial_pattern, self.history) != ranks(self.model):
+            raise IntegrityError(
+                f"cannot resume from {folder}: the saved ranks are not those the history leads to"
+            )
+        self.driver.restore(statistics)
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], Statistics]:
+        """Return the state in `folder`, of this training, and its statistics."""
         state, tensors = _read_state(folder)
         # Schedules are fractions of the whole: another length would have decided otherwise.
         mine = {**_identity(self.method), "total_steps": self.total_steps}
@@ -229,16 +292,15 @@ class RankController:
             kind, _, name = key.partition("|")
             row = statistics.setdefault(kind, {})
             row[name] = Statistic(tensors[key].to(device), dim, copies)
-        self.step_count = state["step"]
-        self._losses = state["losses"]
-        self.initial_pattern = state["initial_pattern"]
-        self.history = [history.from_json(row) for row in state["history"]]
-        # The adapter was loaded by others, with whatever ranks it had.
-        if history.replay(self.initial_pattern, self.history) != ranks(self.model):
-            raise IntegrityError(
-                f"cannot resume from {folder}: the saved ranks are not those the history leads to"
-            )
-        self._driver.restore(statistics)
+        return state, statistics
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the step of the rank state in `folder`, None where it cannot be read."""
+    try:
+        return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -22,7 +22,9 @@ from adaptive_lora.allocation.importance import GradientNorm, WeightDelta
 from adaptive_lora.errors import InputError, nearest
 from adaptive_lora.files import HISTORY_FILE
 from adaptive_lora.methods import grad_delta
-from adaptive_lora.model.adapters import attach, infer_task_type, ranks, save
+from adaptive_lora.model.adapters import ranks
+from adaptive_lora.model.attach import attach, infer_task_type
+from adaptive_lora.model.saving import save
 from adaptive_lora.model.targets import ALL_LINEAR
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.trainer import AdaptiveTrainer, use_progress

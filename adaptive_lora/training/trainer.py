@@ -18,7 +18,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from adaptive_lora.errors import DivergedError, InputError, NothingLearnedError
 from adaptive_lora.files import to_json, write_text
-from adaptive_lora.model.adapters import base_of, infer_task_type, non_finite, weights
+from adaptive_lora.model.adapters import base_of, non_finite, weights
+from adaptive_lora.model.attach import infer_task_type
 from adaptive_lora.model.quantization import keep_trainable
 from adaptive_lora.training.callback import SaveAfterEpoch
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
-from adaptive_lora.model.adapters import adapters, scale_of
+from adaptive_lora.model.adapters import adapters
 
 Tensors = dict[str, torch.Tensor]
 QUERY_A = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
@@ -81,10 +81,18 @@ def test_a_head_named_like_targets_is_refused(tiny_bert: PreTrainedModel) -> Non
         al.attach(tiny_bert, methods.lora(2), ["query", "value"])
 
 
-def test_adapters_of_different_scale_are_refused(model: PeftModel) -> None:
-    next(iter(adapters(model).values())).scaling["default"] = 7.0
-    with pytest.raises(InputError, match=r"different scales, \[2.0, 7.0\]"):
-        scale_of(model)
+def test_adapters_of_different_scale_are_saved_and_resized_each_with_its_own(
+    model: PeftModel, tmp_path: Path
+) -> None:
+    """As PEFT's `rank_pattern` without `alpha_pattern` makes them, or `set_scale`."""
+    first, second = list(al.ranks(model))[:2]
+    adapters(model)[first].scaling["default"] = 7.0
+    al.resize(model, {second: 1})
+    folder = al.save(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(make_bert(), folder)
+    scales = {name: layer.scaling["default"] for name, layer in adapters(again).items()}
+    assert scales[first] == pytest.approx(7.0)
+    assert set(scales.values()) - {scales[first]} == {2.0}
 
 
 # --- save ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bert, make_gpt2
+from conftest import make_bert, make_gpt2, scale_of
 from peft import LoraConfig, PeftModel, TaskType
 from safetensors.torch import load_file
 from torch import nn
@@ -28,7 +28,8 @@ from transformers import (
 
 import adaptive_lora as al
 from adaptive_lora import methods
-from adaptive_lora.model.adapters import adapters, infer_task_type, scale_of, weights
+from adaptive_lora.model.adapters import adapters, weights
+from adaptive_lora.model.attach import infer_task_type
 
 IDS = torch.arange(24).reshape(3, 8)
 MIXED = {

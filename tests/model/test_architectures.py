@@ -21,7 +21,7 @@ from adaptive_lora import methods
 from adaptive_lora.allocation.target import Target
 from adaptive_lora.errors import InputError
 from adaptive_lora.methods import METHODS
-from adaptive_lora.model.adapters import infer_task_type
+from adaptive_lora.model.attach import infer_task_type
 from adaptive_lora.model.targets import coverage, find_targets, head_modules
 
 HEADS = [name for name, architecture in ARCHITECTURES.items() if architecture.heads]

@@ -242,7 +242,7 @@ def test_a_schedule_that_answers_no_whole_number_is_named() -> None:
 
 def test_a_method_that_never_changes_ranks_is_driven_by_nothing(tmp_path: Path) -> None:
     controller, _ = controlled(al.methods.lora(2))
-    assert isinstance(controller._driver, Static)
+    assert isinstance(controller.driver, Static)
     controller.step()
     controller.finish()
     assert controller.history == []

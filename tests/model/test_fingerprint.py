@@ -18,7 +18,7 @@ import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.adapter_tools.compress import compress
 from adaptive_lora.errors import IntegrityError
-from adaptive_lora.model.fingerprint import FINGERPRINT_FILE, digests
+from adaptive_lora.model.fingerprint import FINGERPRINT_FILE, fingerprint
 
 pytest_plugins = ("model_folders",)
 
@@ -28,13 +28,13 @@ def folder(tiny_bert: PreTrainedModel, tmp_path: Path) -> Path:
     return al.save(al.attach(tiny_bert, methods.lora(2), ["query"]), tmp_path / "adapter")
 
 
-def test_the_digests_are_of_the_base_whether_adapters_are_on_it_or_not() -> None:
+def test_the_samples_are_of_the_base_whether_adapters_are_on_it_or_not() -> None:
     bare, adapted = make_bert(), al.attach(make_bert(), methods.lora(2), ["query"])
     for weight in bare.parameters():
         weight.requires_grad_(False)
-    assert digests(adapted) == digests(bare)
-    assert "bert.encoder.layer.0.attention.self.query.weight" in digests(bare)
-    assert not any("classifier" in name or "lora" in name for name in digests(bare))
+    assert fingerprint(adapted) == fingerprint(bare)
+    assert "bert.encoder.layer.0.attention.self.query.weight" in fingerprint(bare)
+    assert not any("classifier" in name or "lora" in name for name in fingerprint(bare))
 
 
 @pytest.mark.parametrize("changed", ["query", "value", "word_embeddings", "LayerNorm"])

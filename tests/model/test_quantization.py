@@ -27,8 +27,8 @@ import adaptive_lora as al
 from adaptive_lora.adapter_tools.export import export
 from adaptive_lora.errors import InputError
 from adaptive_lora.model import quantization
-from adaptive_lora.model.adapters import load
 from adaptive_lora.model.quantization import compute_dtype, quantizable, to_quantize
+from adaptive_lora.model.saving import load
 from adaptive_lora.recipe.config import RunConfig, parse
 from adaptive_lora.runs import run as run_module
 from adaptive_lora.runs import use

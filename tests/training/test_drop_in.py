@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import scale_of
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from adaptive_lora import AdaptiveLoRA, InputError, lora_parameters
 from adaptive_lora.allocation import history
 from adaptive_lora.allocation.importance import min_max
-from adaptive_lora.model.adapters import scale_of, targets_of
+from adaptive_lora.model.adapters import targets_of
 from adaptive_lora.testing import apart
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32,

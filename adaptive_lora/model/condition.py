@@ -1,0 +1,304 @@
+"""In which condition a model is: the one place that looks at a PEFT model as PEFT, transformers,
+TRL or its user left it.
+
+Adapters can be merged, disabled, frozen or several at once; they can lie on embeddings, or be of a
+kind that is no sum of components; the model can lie inside another module. Every public function
+asks here for what it needs, first of all, and gets the `PeftModel` or one sentence:
+
+    READ     the adapters' tensors, to be counted: what all others need too
+    SAVE     the function, to be read again
+    CHANGE   the ranks
+    TRAIN    the adapters, in a training that starts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Flag
+from typing import Any
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import PeftType
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from adaptive_lora.errors import InputError
+from adaptive_lora.model.fingerprint import changes_base
+
+MERGE = "merge it into the base model instead: PeftModel.merge_and_unload()"
+# Fields of a LoraConfig that make the update something else than scale · B A of a linear layer.
+NO_COMPONENTS = {
+    "use_qalora": ("QALoRA, whose A reads pooled inputs", MERGE),
+    "use_bdlora": ("block-diagonal LoRA", MERGE),
+    "kasa_config": ("KaSA, which changes the base weights", MERGE),
+    "monteclora_config": ("MonteCLoRA, whose updates are sampled", MERGE),
+    "arrow_config": ("an Arrow router over several adapters", "give one of its adapters"),
+    "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
+    "megatron_config": ("Megatron's parallel layers", MERGE),
+}
+
+
+class Need(Flag):
+    """What a function needs of a model; see the top of the file."""
+
+    READ = 0
+    SAVE = 1
+    CHANGE = 2
+    TRAIN = 4
+
+
+def peft_model(model: Any, need: Need = Need.READ) -> PeftModel:
+    """Return the `PeftModel` that `model` is or holds, fit for `need`.
+
+    Raises `InputError` in one sentence: what is in the way, of which adapter, and what to do.
+    """
+    if need & Need.CHANGE:
+        _check_own(model)
+    found = _find(model)
+    for needs, look in LOOKS:
+        if needs == Need.READ or needs & need:
+            for obstacle in look(found):
+                raise InputError(obstacle)
+    return found
+
+
+def _check_own(model: Any) -> None:
+    """Raise `InputError` for a model whose parameters are not its own to change."""
+    # FSDP puts its own parameter back where one is replaced: the resize would be undone, unseen.
+    sharded = isinstance(model, nn.Module) and any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+    name = type(model).__name__
+    if sharded or name in WRAPPERS:
+        kind = "PeftModel sharded by FSDP" if sharded and isinstance(model, PeftModel) else name
+        raise InputError(
+            f"the model is a {kind}; expected the PeftModel that adaptive_lora.attach returned. "
+            "Ranks cannot change inside DistributedDataParallel, FSDP or DeepSpeed, whose copies "
+            "keep the old shapes: train on one device, unwrapped"
+        )
+
+
+# By name: DeepSpeed need not be installed.
+WRAPPERS = (
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine",
+)  # fmt: skip
+
+
+def _find(model: Any) -> PeftModel:
+    """Return the one `PeftModel` in `model`."""
+    if isinstance(model, PeftMixedModel):
+        raise InputError(
+            "the model is a PeftMixedModel, which mixes kinds of adapters; expected a PeftModel "
+            "from adaptive_lora.attach or peft.get_peft_model"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"got a {type(model).__name__}; expected a model with LoRA adapters, from "
+            "adaptive_lora.attach(model, method)"
+        )
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        nested = any(two in set(one.modules()) - {one} for one in found for two in found)
+        how = "one inside the other (get_peft_model on a PeftModel)" if nested else "side by side"
+        raise InputError(
+            f"the {type(model).__name__} holds {len(found)} PeftModels, {how}; expected one: give "
+            "the one that is meant, or put further adapters on with add_adapter"
+        )
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise InputError(
+            f"the {type(model).__name__} has LoRA layers but is no PeftModel (transformers' "
+            "add_adapter, or PEFT's inject_adapter_in_model); expected one from "
+            "adaptive_lora.attach or peft.get_peft_model, which can be saved and read again"
+        )
+    raise InputError(
+        "the model has no LoRA adapters; attach some first: adaptive_lora.attach(model, method)"
+    )
+
+
+def lora_layers(model: PeftModel) -> dict[str, Any]:
+    """Return {full name: PEFT's `LoraLayer`} of every layer with the active adapter, in module
+    order, whatever it lies on."""
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    # `r` and not `lora_A`: a parked adapter has left `lora_A`, and is a target all the same.
+    return {name: layer for name, layer in layers.items() if _active(layer) & layer.r.keys()}
+
+
+def _active(layer: Any) -> set[str]:
+    return set(layer.active_adapters)
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(map(repr, names[:2])) + more
+
+
+# Each of these yields what is in the way, the most telling first.
+
+
+def _kind(model: PeftModel) -> Iterator[str]:
+    for name in _names(model):
+        config = model.peft_config.get(name)
+        if config is None:
+            yield (
+                f"the active adapter {name!r} is not there any more (deleted, or renamed); "
+                f"model.set_adapter one of {_listed(model.peft_config)}"
+            )
+        elif config.peft_type not in (PeftType.LORA, PeftType.ADALORA):
+            kind = str(PeftType(config.peft_type).value)
+            yield (
+                f"the adapter {name!r} is of kind {kind}; expected LORA: attach one with "
+                "adaptive_lora.attach(model, method)"
+            )
+
+
+def _names(model: PeftModel) -> list[str]:
+    active = getattr(model.base_model, "active_adapters", None) or model.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _several(model: PeftModel) -> Iterator[str]:
+    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
+    active = {name for layer in layers for name in _active(layer) & layer.r.keys()}
+    active |= set(_names(model)) & model.peft_config.keys()
+    if len(active) > 1:
+        yield (
+            f"{len(active)} adapters are active together, {_listed(sorted(active))}, and which one "
+            "is meant is open: activate one with model.set_adapter(NAME), or make one of them with "
+            "model.add_weighted_adapter"
+        )
+    elif not lora_layers(model):
+        there = _listed(model.peft_config)
+        yield (
+            f"no layer has an active adapter (there are {there}); activate one with "
+            "model.set_adapter(NAME)"
+        )
+    elif model.active_adapter not in active:
+        yield (
+            f"the layers' active adapter is {_listed(active)}, the model's {model.active_adapter!r}"
+            ": activate one for both with model.set_adapter(NAME)"
+        )
+
+
+def _tensors(model: PeftModel) -> Iterator[str]:
+    for name, layer in lora_layers(model).items():
+        if any(p.is_meta for p in adapter_parameters(layer)):
+            yield (
+                f"the adapter's weights at {name!r} have no storage (device meta); load them "
+                "first: model.load_adapter, or attach without low_cpu_mem_usage"
+            )
+
+
+def _merged(model: PeftModel) -> Iterator[str]:
+    merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+    if merged:
+        adapters = sorted({one for layer in merged.values() for one in layer.merged_adapters})
+        yield (
+            f"the adapter {_listed(adapters)} is merged into the base weights of {_listed(merged)}"
+            "; call model.unmerge_adapter() first"
+        )
+
+
+def _components(model: PeftModel) -> Iterator[str]:
+    name = model.active_adapter
+    config = model.peft_config[name]
+    for field, (what, remedy) in NO_COMPONENTS.items():
+        if getattr(config, field, None):
+            yield f"the adapter {name!r} is {what}: not a sum of components of B A; {remedy}"
+    start = getattr(config, "init_lora_weights", None)
+    if changes_base(start):
+        yield (
+            f"the adapter {name!r} was started with init_lora_weights={start!r}, which changes the "
+            "base weights each time it is loaded, by its rank: its ranks cannot change. Start with "
+            "init_lora_weights=True, or save it as ordinary LoRA first: "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...)"
+        )
+    owners: dict[int, str] = {}
+    for layer_name, layer in lora_layers(model).items():
+        for parameter in adapter_parameters(layer):
+            other = owners.setdefault(id(parameter), layer_name)
+            if other != layer_name:
+                yield (
+                    f"{other!r} and {layer_name!r} share one adapter (ensure_weight_tying): its "
+                    "rank cannot change in one of them. Leave one out of target_modules"
+                )
+
+
+def _trained(model: PeftModel) -> Iterator[str]:
+    name, layers = model.active_adapter, lora_layers(model)
+    if off := [one for one, layer in layers.items() if layer.disable_adapters]:
+        yield (
+            f"the adapter {name!r} is disabled in {_listed(off)}; call "
+            "model.base_model.enable_adapter_layers() first"
+        )
+    frozen = [
+        one
+        for one, layer in layers.items()
+        if not all(p.requires_grad for p in adapter_parameters(layer))
+    ]
+    if frozen:
+        yield (
+            f"the adapter {name!r} is frozen in {_listed(frozen)}: nothing of it would be trained. "
+            "Load it with is_trainable=True (adaptive_lora.load: trainable=True), or call "
+            "model.set_adapter(NAME)"
+        )
+
+
+def adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    """Return the parameters of the active adapter of one layer: A and B, gates (AdaLoRA),
+    magnitudes (DoRA), biases of B."""
+    (adapter,) = list(_active(layer) & layer.r.keys())[:1]
+    found: list[nn.Parameter] = []
+    for kind in PARTS:
+        parts = getattr(layer, kind, {})
+        if adapter in parts:
+            part = parts[adapter]
+            found += [part] if isinstance(part, nn.Parameter) else part.parameters()
+    parked = getattr(layer, "parked", None)
+    return found if parked is None else [*found, *parked.parameters()]
+
+
+PARTS = (
+    "lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
+
+LOOKS: tuple[tuple[Need, Callable[[PeftModel], Iterator[str]]], ...] = (
+    (Need.READ, _kind),
+    (Need.READ, _several),
+    (Need.SAVE | Need.CHANGE | Need.TRAIN, _tensors),
+    (Need.CHANGE | Need.TRAIN, _merged),
+    (Need.CHANGE, _components),
+    (Need.TRAIN, _trained),
+)
+
+
+def is_linear(layer: Any) -> bool:
+    """Return whether the active adapter of a layer is a pair A (R, I), B (O, R) on a linear module,
+    whose rank can change; false for embeddings, convolutions, experts and the like."""
+    (adapter,) = list(_active(layer) & layer.r.keys())[:1]
+    if hasattr(layer, "parked"):
+        return True
+    if adapter not in layer.lora_A:
+        return False
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if isinstance(a, nn.Parameter):  # of PEFT's AdaLoRA
+        return True
+    plain = type(a) is nn.Linear and type(b) is nn.Linear and not hasattr(layer, "parameter_name")
+    return plain and (a.in_features, b.out_features) == (layer.in_features, layer.out_features)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether `model`, or a module in it, is compiled by torch."""
+    kinds = (torch._dynamo.eval_frame.OptimizedModule,)
+    return any(
+        isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
