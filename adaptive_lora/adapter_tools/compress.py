@@ -362,7 +362,7 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
         name
         for name, pair in pairs.items()
         for tensor in pair
-        if not bool(torch.isfinite(tensor).all())
+        if not bool(torch.isfinite(tensor.detach()).all())
     )
     if bad:
         raise DivergedError(f"not compressed: {bad[0]} is not finite", where=bad)

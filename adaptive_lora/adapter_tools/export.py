@@ -270,7 +270,10 @@ def _merged(adapter: StoredAdapter, base: Base, path: Path, *, check: bool) -> E
         )
     before = _on(model, adapter)
     inputs, expected = _probed(before) if check else ([], [])
-    merged: Any = before.merge_and_unload(safe_merge=True)
+    try:
+        merged: Any = before.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:  # of a kind that depends on the input
+        raise InputError(f"PEFT cannot merge this adapter: {error}; use --to native") from error
     worst = difference(answers(merged, inputs), expected) if check else None
     if worst is not None:
         _refuse_above(worst, "merged")

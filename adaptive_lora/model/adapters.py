@@ -21,7 +21,7 @@ from torch import nn
 
 from adaptive_lora.allocation.allocate import RankPattern
 from adaptive_lora.allocation.target import Target
-from adaptive_lora.model.condition import adapter_parameters, is_linear, lora_layers, peft_model
+from adaptive_lora.model.condition import adapter_parameters, linear_layers, lora_layers, peft_model
 from adaptive_lora.model.targets import describe_targets
 
 
@@ -47,7 +47,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 def linear_adapters(model: nn.Module) -> dict[str, Any]:
     """Return those of `adapters` whose rank can change."""
-    return {name: layer for name, layer in adapters(model).items() if is_linear(layer)}
+    return linear_layers(peft_model(model))
 
 
 def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -149,14 +149,25 @@ def sync_config(model: PeftModel) -> None:
     config: Any = model.peft_config[model.active_adapter]
     layers = adapters(model)
     # Rank 0 is left out: PEFT cannot create it when it loads.
-    present = {name: rank for name, rank in ranks(model).items() if rank > 0}
-    scales = {name: _scale(layers[name]) for name in present}
-    modules = [name for name in present if not hasattr(layers[name], "parameter_name")]
+    present = {name: layer for name, layer in layers.items() if _rank(layer) > 0}
+    # What lies in an adapted module, as in a MultiheadAttention, comes with it.
+    present = {name: layer for name, layer in present.items() if ".base_layer." not in name}
+    modules = [name for name, layer in present.items() if not hasattr(layer, "parameter_name")]
     config.target_modules = target_modules(model.get_base_model(), modules)
     # These chose among the targets, which are now listed.
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    for field, value in scaled_config(present, scales).items():
+    by_key = {_key(name, layer): layer for name, layer in present.items()}
+    pattern = {key: _rank(layer) for key, layer in by_key.items()}
+    scales = {key: _scale(layer) for key, layer in by_key.items()}
+    for field, value in scaled_config(pattern, scales).items():
         setattr(config, field, value)
+
+
+def _key(name: str, layer: Any) -> str:
+    """Return by which name PEFT looks an adapter up in `rank_pattern`."""
+    plain = name.replace(".base_layer", "")
+    parameter = getattr(layer, "parameter_name", None)
+    return plain if parameter is None else f"{plain}.{parameter}"
 
 
 def _scale(layer: Any) -> float:
@@ -169,8 +180,9 @@ def is_described(model: PeftModel) -> bool:
     config: Any = model.peft_config[model.active_adapter]
     by_rank, by_alpha = config.rank_pattern or {}, config.alpha_pattern or {}
     for name, layer in adapters(model).items():
-        rank = by_rank.get(get_pattern_key(list(by_rank), name), config.r)
-        alpha = by_alpha.get(get_pattern_key(list(by_alpha), name), config.lora_alpha)
+        key = _key(name, layer)
+        rank = by_rank.get(get_pattern_key(list(by_rank), key), config.r)
+        alpha = by_alpha.get(get_pattern_key(list(by_alpha), key), config.lora_alpha)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         if rank != _rank(layer) or not math.isclose(scale, _scale(layer), rel_tol=1e-6):
             return False
@@ -204,7 +216,7 @@ def scaled_config(pattern: RankPattern, scale: float | Mapping[str, float]) -> d
 
     largest, most = max(pattern, key=pattern.__getitem__), max(scales.values())
     # alpha / r of unequal ranks is one number only up to its last bits.
-    one = most - min(scales.values()) <= 1e-6 * most
+    one = most - min(scales.values()) <= 1e-6 * abs(most)
     uniform = one and len(set(pattern.values())) == 1
     # ^: a key without it means every module whose name ends so, and PEFT sorts the keys it saves.
     exact = {} if uniform else {f"^{re.escape(name)}": name for name in pattern}
@@ -221,7 +233,8 @@ def scaled_config(pattern: RankPattern, scale: float | Mapping[str, float]) -> d
 
 def non_finite(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the trainable parameters that hold a NaN or an infinity."""
-    trainable = [
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    ]
-    return tuple(name for name, parameter in trainable if not bool(torch.isfinite(parameter).all()))
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all())
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -105,7 +106,8 @@ def attach(
     adaptation, largest = method.adaptation, max(created.values())
     own = None if adaptation is None else adaptation.peft_config(largest, scale, common)
     config = own or LoraConfig(**common, **scaled_config(created, scale))
-    attached = _created(model, config, pattern)
+    with undone_on_failure(model):
+        attached = _created(model, config, pattern)
     follow(attached, ranks=adaptation is not None)
     return attached
 
@@ -132,6 +134,30 @@ def _created(model: nn.Module, config: LoraConfig, pattern: RankPattern) -> Peft
     if not is_masked(made):
         sync_config(made)
     return made
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put `model` back as it was when what follows raises: PEFT replaces modules and freezes
+    weights one by one, and leaves off where something is wrong."""
+    modules = [(m, dict(m._modules), dict(m._parameters), dict(vars(m))) for m in model.modules()]
+    weights = [(p, p.requires_grad, p.data) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, parameters, attributes in modules:
+            for name in set(vars(module)) - attributes.keys():
+                delattr(module, name)
+            module.training = attributes["training"]
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for parameter, trainable, data in weights:
+            # A start such as PiSSA's puts other weights in their place.
+            parameter.data = data
+            parameter.requires_grad_(trainable)
+        raise
 
 
 def check_base(model: nn.Module) -> None:

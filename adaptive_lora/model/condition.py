@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +38,10 @@ NO_COMPONENTS = {
     "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
     "megatron_config": ("Megatron's parallel layers", MERGE),
 }
+
+
+# Starts that change the base weights, but alike whenever the adapter is put on the same base.
+REPEATABLE = ("pissa", "olora", "loftq", "mica")
 
 
 class Need(Flag):
@@ -161,8 +165,7 @@ def _kind(model: PeftModel) -> Iterator[str]:
 
 
 def _names(model: PeftModel) -> list[str]:
-    active = getattr(model.base_model, "active_adapters", None) or model.active_adapter
-    return [active] if isinstance(active, str) else list(active)
+    return list(model.active_adapters) or [model.active_adapter]
 
 
 def _several(model: PeftModel) -> Iterator[str]:
@@ -197,6 +200,50 @@ def _tensors(model: PeftModel) -> Iterator[str]:
             )
 
 
+def _others_merged(model: PeftModel) -> Iterator[str]:
+    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
+    others = {one for layer in layers for one in layer.merged_adapters} - set(_names(model))
+    if others:
+        yield (
+            f"the adapter {_listed(sorted(others))} is merged into the base weights, and what is "
+            f"saved of {model.active_adapter!r} alone would answer otherwise; call "
+            "model.unmerge_adapter() first"
+        )
+
+
+def _unsaved(model: PeftModel) -> Iterator[str]:
+    """What is trained, or made, and is in no adapter's folder."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    start = getattr(config, "init_lora_weights", None)
+    if changes_base(start) and str(start).lower() not in REPEATABLE:
+        yield (
+            f"the adapter {name!r} was started with init_lora_weights={start!r}, which changed the "
+            "base weights in a way that no reader can repeat: save it as ordinary LoRA instead, "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), or "
+            f"{MERGE}"
+        )
+    if getattr(config, "arrow_config", None):
+        yield f"the adapter {name!r} is an Arrow router over several adapters; save one of these"
+    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    there = {tensor.data_ptr() for tensor in saved.values() if isinstance(tensor, torch.Tensor)}
+    lost = [
+        key
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and parameter.numel()
+        and not parameter.is_meta
+        and parameter.data_ptr() not in there
+        and ".lora_" not in key
+    ]
+    if lost:
+        yield (
+            f"{len(lost)} weights of the base are trainable, first {lost[0]!r}, and no adapter's "
+            "folder holds them: name their modules in modules_to_save when adapters are put on, or "
+            "freeze them"
+        )
+
+
 def _merged(model: PeftModel) -> Iterator[str]:
     merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
     if merged:
@@ -221,10 +268,26 @@ def _components(model: PeftModel) -> Iterator[str]:
             "init_lora_weights=True, or save it as ordinary LoRA first: "
             "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...)"
         )
+    if nested := [one for one in lora_layers(model) if ".base_layer." in one]:
+        yield (
+            f"the adapter {name!r} lies on a MultiheadAttention, in which PEFT adapts "
+            f"{nested[0]!r} too, and gives it the rank of no pattern when it loads: no rank can "
+            "change beside it. Leave it out of target_modules"
+        )
+    if not linear_layers(model):
+        kinds = sorted({type(layer).__name__ for layer in lora_layers(model).values()})
+        yield (
+            f"the adapter {name!r} lies on no linear module ({', '.join(kinds)} only), so there is "
+            "no rank to change"
+        )
     owners: dict[int, str] = {}
     for layer_name, layer in lora_layers(model).items():
         for parameter in adapter_parameters(layer):
-            other = owners.setdefault(id(parameter), layer_name)
+            if parameter.is_meta or not parameter.numel():
+                continue
+            # By storage: PEFT makes a parameter of its own of what it ties.
+            place = parameter.untyped_storage().data_ptr()
+            other = owners.setdefault(place, layer_name)
             if other != layer_name:
                 yield (
                     f"{other!r} and {layer_name!r} share one adapter (ensure_weight_tying): its "
@@ -239,6 +302,13 @@ def _trained(model: PeftModel) -> Iterator[str]:
             f"the adapter {name!r} is disabled in {_listed(off)}; call "
             "model.base_model.enable_adapter_layers() first"
         )
+    broken = [
+        one
+        for one, layer in layers.items()
+        if not all(bool(p.detach().isfinite().all()) for p in adapter_parameters(layer))
+    ]
+    if broken:
+        yield f"the adapter {name!r} holds NaN or infinite values in {_listed(broken)}"
     frozen = [
         one
         for one, layer in layers.items()
@@ -253,26 +323,27 @@ def _trained(model: PeftModel) -> Iterator[str]:
 
 
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
-    """Return the parameters of the active adapter of one layer: A and B, gates (AdaLoRA),
-    magnitudes (DoRA), biases of B."""
+    """Return the parameters of the active adapter of one layer: A and B, and whatever else its kind
+    has, such as gates (AdaLoRA) and magnitudes (DoRA)."""
     (adapter,) = list(_active(layer) & layer.r.keys())[:1]
     found: list[nn.Parameter] = []
-    for kind in PARTS:
-        parts = getattr(layer, kind, {})
-        if adapter in parts:
-            part = parts[adapter]
-            found += [part] if isinstance(part, nn.Parameter) else part.parameters()
+    for kind, parts in layer.named_children():
+        if not kind.startswith("lora_") or not isinstance(parts, nn.ModuleDict | nn.ParameterDict):
+            continue
+        part = dict(parts.items()).get(adapter)
+        if isinstance(part, nn.Parameter):
+            found.append(part)
+        elif isinstance(part, nn.Module):
+            found += part.parameters()
     parked = getattr(layer, "parked", None)
     return found if parked is None else [*found, *parked.parameters()]
 
 
-PARTS = (
-    "lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-)  # fmt: skip
-
 LOOKS: tuple[tuple[Need, Callable[[PeftModel], Iterator[str]]], ...] = (
     (Need.READ, _kind),
     (Need.READ, _several),
+    (Need.SAVE, _others_merged),
+    (Need.SAVE | Need.TRAIN, _unsaved),
     (Need.SAVE | Need.CHANGE | Need.TRAIN, _tensors),
     (Need.CHANGE | Need.TRAIN, _merged),
     (Need.CHANGE, _components),
@@ -280,9 +351,19 @@ LOOKS: tuple[tuple[Need, Callable[[PeftModel], Iterator[str]]], ...] = (
 )
 
 
+def linear_layers(model: PeftModel) -> dict[str, Any]:
+    """Return those of `lora_layers` whose rank can change."""
+    return {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        # PEFT adapts a MultiheadAttention and the projection in it as one
+        if is_linear(layer) and ".base_layer." not in name
+    }
+
+
 def is_linear(layer: Any) -> bool:
-    """Return whether the active adapter of a layer is a pair A (R, I), B (O, R) on a linear module,
-    whose rank can change; false for embeddings, convolutions, experts and the like."""
+    """Return whether the active adapter of a layer is a pair A (R, I), B (O, R) on a linear module;
+    false for embeddings, convolutions, experts and the like."""
     (adapter,) = list(_active(layer) & layer.r.keys())[:1]
     if hasattr(layer, "parked"):
         return True

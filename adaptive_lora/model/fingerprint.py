@@ -52,15 +52,17 @@ class Sample:
         size: how many values of the weight, from its first on, they are spread over; of a
             vocabulary these are its first rows, which stay when it grows.
         values: (`SAMPLES`,) or fewer, in the type of the weight, on the CPU.
+        tokens: of a vocabulary, how many it has.
     """
 
     size: int
     values: torch.Tensor
+    tokens: int | None = None
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Sample)
-            and self.size == other.size
+            and (self.size, self.tokens) == (other.size, other.tokens)
             and self.values.dtype == other.values.dtype
             and torch.equal(self.values, other.values)
         )
@@ -80,7 +82,10 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """
     frozen = ((name, weight) for name, weight in _weights(model) if not weight.requires_grad)
     rows = _vocabularies(model)
-    return {name: _sample(weight, _spread(weight, name in rows)) for name, weight in frozen}
+    return {
+        name: _sample(weight, _spread(weight, name in rows), len(weight) if name in rows else None)
+        for name, weight in frozen
+    }
 
 
 def keep_fingerprint(model: PeftModel) -> None:
@@ -96,7 +101,7 @@ def write_fingerprint(model: nn.Module, folder: Path) -> None:
     # What was unfrozen after it was taken is none of the base any more.
     trained = {name for name, weight in _weights(model, merged=True) if weight.requires_grad}
     weights = {
-        name: [_kind(sample.values), sample.size, _text(sample.values)]
+        name: [_kind(sample.values), sample.size, _text(sample.values), sample.tokens]
         for name, sample in kept.items()
         if name not in trained
     }
@@ -133,6 +138,14 @@ def check_fingerprint(model: nn.Module, folder: Path) -> None:
         )
 
 
+def tokens_of(folder: Path) -> dict[str, int]:
+    """Return {name in the base model: tokens} of the vocabularies that the adapter in `folder` was
+    trained with, {} where it does not say. Raises `IntegrityError` as `check_fingerprint`."""
+    file = folder / FINGERPRINT_FILE
+    saved = _read(file)[0] if file.is_file() else {}
+    return {name: sample.tokens for name, sample in saved.items() if sample.tokens is not None}
+
+
 def _read(file: Path) -> tuple[Fingerprint, dict[str, tuple[str, str]]]:
     """Return the fingerprint in `file`, and the hashes that adaptive-lora 0.1 wrote instead. Raises
     `IntegrityError` when it is damaged."""
@@ -143,8 +156,10 @@ def _read(file: Path) -> tuple[Fingerprint, dict[str, tuple[str, str]]]:
         if content["version"] != VERSION:
             raise ValueError(f"it is of format {content['version']!r}, expected {VERSION}")
         return {
-            str(name): Sample(int(size), _values(kind, text))
-            for name, (kind, size, text) in content["weights"].items()
+            str(name): Sample(
+                int(size), _values(kind, text), None if tokens is None else int(tokens)
+            )
+            for name, (kind, size, text, tokens) in content["weights"].items()
         }, {}
     except (InputError, ValueError, AttributeError, TypeError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"{file} is damaged: {error}") from error
@@ -153,8 +168,9 @@ def _read(file: Path) -> tuple[Fingerprint, dict[str, tuple[str, str]]]:
 def _same(then: torch.Tensor, now: torch.Tensor, layer: Any) -> bool:
     """Return whether rounding explains that one weight is `then` and `now`; `layer` is the adapter
     on it, if there is one."""
-    if len(then) != len(now):
+    if len(then) != len(now) or not torch.equal(then.isnan(), now.isnan()):
         return False
+    then, now = then.nan_to_num(), now.nan_to_num()
     # The type each is held in, or is rounded to: a copy in 16 bits may be loaded in 32.
     for kind in (torch.float32, torch.bfloat16, torch.float16):
         allowed = ROUNDING[kind]
@@ -263,10 +279,10 @@ def _spread(weight: torch.Tensor, vocabulary: bool) -> int:
     return min(1024, max(1, 1 << (rows.bit_length() - 2))) * (weight.numel() // rows)
 
 
-def _sample(weight: torch.Tensor, size: int) -> Sample:
+def _sample(weight: torch.Tensor, size: int, tokens: int | None = None) -> Sample:
     flat = weight.detach().reshape(-1)[:size]
     values = flat[:: max(1, size // SAMPLES)][:SAMPLES].cpu().clone()
-    return Sample(size, values.float() if values.dtype == torch.float64 else values)
+    return Sample(size, values.float() if values.dtype == torch.float64 else values, tokens)
 
 
 def _kind(values: torch.Tensor) -> str:

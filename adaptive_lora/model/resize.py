@@ -257,7 +257,7 @@ def _resize_of(name: str, layers: Mapping[str, Any], change: int | Resize) -> Re
             f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ..."
         )
     layer = layers[name]
-    if not is_linear(layer):
+    if not is_linear(layer) or ".base_layer." in name:
         raise InputError(
             f"{name!r} is a {type(layer.get_base_layer()).__name__} with an adapter of PEFT's "
             f"{type(layer).__name__}, whose rank stays as it is; only adapters on linear modules "

@@ -19,13 +19,14 @@ from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.files import move, read_file
 from adaptive_lora.model.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_files, tensor_shapes
 from adaptive_lora.model.adapters import is_described, is_masked, non_finite, sync_config
-from adaptive_lora.model.attach import check_base
+from adaptive_lora.model.attach import check_base, undone_on_failure
 from adaptive_lora.model.base_model import BASE_FILE, write_base
 from adaptive_lora.model.condition import Need, peft_model
 from adaptive_lora.model.fingerprint import (
     FINGERPRINT_FILE,
     check_fingerprint,
     keep_fingerprint,
+    tokens_of,
     write_fingerprint,
 )
 from adaptive_lora.model.following import follow
@@ -108,17 +109,27 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     folder = Path(path)
     check_kind(folder, read_config(folder))
     found = tensor_shapes(folder / WEIGHTS_NAME)
-    tokens = other_vocabulary(model, found)
+    tokens = other_vocabulary(model, folder, found)
     if tokens is not None:
         raise InputError(
             f"the adapter in {folder} was trained with a vocabulary of {tokens:,} tokens, the base "
             f"model another: call model.resize_token_embeddings({tokens}) first"
         )
+    with undone_on_failure(model):
+        return _loaded(model, folder, found, trainable=trainable)
+
+
+def _loaded(
+    model: nn.Module, folder: Path, found: Mapping[str, list[int]], *, trainable: bool
+) -> PeftModel:
+    """Have PEFT load the adapter in `folder`, whose tensors have the shapes `found`, and check what
+    came of it."""
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # of many kinds; all mean the same to the caller
+        reason = " ".join(str(error).split())
         raise IntegrityError(
-            f"the adapter in {folder} does not fit this model or is damaged: {error}"
+            f"the adapter in {folder} does not fit this model or is damaged: {reason}"
         ) from error
     tensors = get_peft_model_state_dict(loaded)
     expected = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -136,14 +147,22 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False) -> Peft
     return loaded
 
 
-def other_vocabulary(model: Any, shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Return how many tokens the adapter with tensors of these shapes was trained with; None where
-    it does not say, or it is as many as `model` has.
+def other_vocabulary(model: Any, folder: Path, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Return how many tokens the adapter in `folder` was trained with; None where it does not say,
+    or `model` has as many.
+
+    A vocabulary that has grown since is not told from a padded one, where the adapter holds none of
+    its tokens.
 
     Args:
         model: a base model.
-        shapes: {name in the adapter's file: shape}.
+        folder: of the adapter.
+        shapes: {name in its file: shape}.
     """
+    weights = dict(model.named_parameters())
+    for name, tokens in tokens_of(folder).items():
+        if name in weights and len(weights[name]) < tokens:
+            return tokens
     ends = {f"{name}.weight": embedding for name, embedding in _embeddings(model).items()}
     for key, shape in shapes.items():
         plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
