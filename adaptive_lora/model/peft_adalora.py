@@ -170,7 +170,9 @@ class PeftAdaLora(Driver):
     def settle(self, step: int, *, decided: bool) -> Outcome | None:
         """Let PEFT mask to its target now, by what it has scored."""
         scored = bool(self._tuner.rankallocator.exp_avg_ipt)
-        if self._done or step >= self._last or not scored:
+        alive = self.alive()
+        above = sum(map(len, alive.values())) > self._config.target_r * len(alive)
+        if self._done or not above or not scored:
             return None
         outcome = self.step(self._last)
         reason = f"training ended after step {step}: the last decision"

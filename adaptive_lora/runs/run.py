@@ -70,7 +70,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
         # Some faults come out only when the Trainer starts. What is in the folder then is ours: it
         # was empty or absent.
         metrics = folder / METRICS_FILE
-        if not resume and not (metrics.is_file() and metrics.stat().st_size):
+        trained = (folder / ADAPTER_FOLDER).is_dir()
+        if not resume and not trained and not (metrics.is_file() and metrics.stat().st_size):
             shutil.rmtree(folder, ignore_errors=True)
             if existed:
                 folder.mkdir()
@@ -125,14 +126,16 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
+        if main_process:  # first of all: nothing that goes wrong from here on may cost the training
+            save(model, folder / ADAPTER_FOLDER)
+            task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
         metrics = _final_metrics(trainer)
         for name, features in extra.items():
             metrics |= trainer.evaluate(features, metric_key_prefix=f"eval_{name}")
-        if main_process:
-            save(model, folder / ADAPTER_FOLDER)
-            task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
-    except (DivergedError, NeverDecidedError, NothingLearnedError) as error:
-        if main_process:
+    except Exception as error:
+        failed = isinstance(error, DivergedError | NeverDecidedError | NothingLearnedError)
+        # Whatever goes wrong after the training: it is over, and its adapter is there.
+        if main_process and (failed or (folder / ADAPTER_FOLDER).is_dir()):
             failure = _failure(error, trainer, folder)
             facts = _facts(config, model, method, initial_ranks, trainer.optimizer, before)
             write_json(folder / RESULT_FILE, {**failure, **facts, "metrics": {}}, indent=2)

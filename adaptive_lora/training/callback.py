@@ -18,6 +18,7 @@ from adaptive_lora.allocation import history
 from adaptive_lora.allocation.history import Decision
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
+from adaptive_lora.files import ADAPTER_FOLDER
 from adaptive_lora.model.adapters import is_masked, ranks
 from adaptive_lora.model.fingerprint import keep_fingerprint
 from adaptive_lora.model.following import follow, loaded_from
@@ -31,7 +32,6 @@ from adaptive_lora.training.controller import (
     saved_step,
 )
 
-RESCUE_FOLDER = "adapter"  # of an adapter that is trained, in a training that failed
 # {model: (its callback, the state of its training)}
 IN_TRAINING: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -242,7 +242,8 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         """Save the adapter of a training that is over, whatever is wrong with its ranks, and say
         where it is."""
         assert self.controller is not None
-        folder = Path(args.output_dir or ".") / RESCUE_FOLDER
+        beside = self.history_file.parent if self.history_file else Path(args.output_dir or ".")
+        folder = beside / ADAPTER_FOLDER
         if not state.is_world_process_zero:
             return ""
         try:

@@ -4,6 +4,7 @@ ranks in it."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from adaptive_lora.model.following import follow
 from adaptive_lora.model.memory import adapter_bytes
 from adaptive_lora.model.resize import drop_misfits
 from adaptive_lora.training.contract import bring_to_start, model_for
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE, TENSOR_FILE = "rank_state.json", "rank_state.safetensors"
 VERSION = 2  # of the rank state
@@ -159,8 +162,13 @@ class RankController:
         """
         self._finished = True
         if self.history or stopped_early:
-            decided = bool(self.history)
-            self._record(lambda: self.driver.settle(self.step_count, decided=decided))
+            before, count = lora_parameters(self.model), len(self.history)
+            self._record(lambda: self.driver.settle(self.step_count, decided=count > 0))
+            if len(self.history) > count:
+                logger.warning(
+                    "%s, %s -> %s LoRA parameters",
+                    self.history[-1].reason, f"{before:,}", f"{lora_parameters(self.model):,}",
+                )  # fmt: skip
         # Before the driver's last word: to become plain LoRA is no decision of the method.
         last = self.history[-1] if self.history else None
         self._record(self.driver.finish)
