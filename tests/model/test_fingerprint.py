@@ -3,6 +3,7 @@ form is not."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import make_bert
 from model_folders import Command
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertModel, PreTrainedModel
 
 import adaptive_lora as al
@@ -19,6 +20,7 @@ from adaptive_lora import methods
 from adaptive_lora.adapter_tools.compress import compress
 from adaptive_lora.errors import IntegrityError
 from adaptive_lora.model.fingerprint import FINGERPRINT_FILE, fingerprint
+from adaptive_lora.testing import TARGETS
 
 pytest_plugins = ("model_folders",)
 
@@ -136,3 +138,118 @@ def test_every_command_refuses_another_base_model(
         assert "layer.0.output.dense.weight" in done.err
     assert not (tmp_path / "out").exists()
     assert json.loads((classification_run / "adapter" / FINGERPRINT_FILE).read_text())
+
+
+# --- the same base, changed by rounding alone ---
+
+
+def filled(base: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PeftModel:
+    model = al.attach(base.to(dtype), methods.lora(4), TARGETS)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return model
+
+
+def retrained(base: PreTrainedModel, by: float = 1e-3) -> PreTrainedModel:
+    """As little as anyone fine-tunes: every weight moved by a thousandth of its size."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.add_(torch.randn_like(weight) * by * weight.std(unbiased=False))
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cycles", [1, 20])
+def test_merging_and_unmerging_in_training_does_not_make_it_another_base(
+    dtype: torch.dtype, cycles: int, tmp_path: Path
+) -> None:
+    """GRPO with vLLM does so at each generation; in 16 bits it wears the weights out."""
+    model = filled(make_bert(), dtype)
+    for _ in range(cycles):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    folder = al.save(model, tmp_path / "adapter")
+    assert isinstance(al.load(make_bert().to(dtype), folder), PeftModel)
+    assert isinstance(al.load(make_bert(), folder), PeftModel)
+    # what bfloat16 cannot tell is not told
+    by = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    with pytest.raises(IntegrityError, match="another base model"):
+        al.load(retrained(make_bert(), by), folder)
+
+
+def test_saved_while_merged_and_read_on_a_base_that_was_merged_with_it_before(
+    tmp_path: Path,
+) -> None:
+    """As of an adapter that PEFT alone put on: its fingerprint is taken when it is saved."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = LoraConfig(r=4, target_modules=list(TARGETS), init_lora_weights=False)
+        torch.manual_seed(7)
+        model = get_peft_model(make_bert().to(dtype), config)
+        model.merge_adapter()
+        folder = al.save(model, tmp_path / str(dtype))
+        assert isinstance(al.load(make_bert().to(dtype), folder), PeftModel)
+        base = make_bert().to(dtype)
+        other = get_peft_model(base, config)
+        other.merge_adapter()
+        other.unmerge_adapter()
+        assert isinstance(al.load(other.unload(), folder), PeftModel)
+
+
+@pytest.mark.parametrize("tokens", [60, 65, 128, 1000])
+def test_a_resized_vocabulary_is_the_same_base_and_too_small_a_one_is_named(
+    tokens: int, folder: Path
+) -> None:
+    base = make_bert()
+    base.resize_token_embeddings(tokens, mean_resizing=False)
+    if tokens < 64:
+        with pytest.raises(al.InputError, match=r"vocabulary of 64 tokens.*embeddings\(64\) first"):
+            al.load(base, folder)
+    else:
+        assert isinstance(al.load(base, folder), PeftModel)
+    other = make_bert()
+    torch.nn.init.normal_(other.get_input_embeddings().weight)
+    other.resize_token_embeddings(max(tokens, 64), mean_resizing=False)
+    with pytest.raises(IntegrityError, match="word_embeddings"):
+        al.load(other, folder)
+
+
+def test_a_base_that_differs_by_a_thousandth_is_another_one_in_float32(folder: Path) -> None:
+    with pytest.raises(IntegrityError, match="another base model"):
+        al.load(retrained(make_bert()), folder)
+
+
+def test_a_refused_base_is_as_it_was(folder: Path) -> None:
+    base = retrained(make_bert())
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    modules = [type(module) for module in base.modules()]
+    with pytest.raises(IntegrityError):
+        al.load(base, folder)
+    after = base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [type(module) for module in base.modules()] == modules
+    assert all(weight.requires_grad for weight in base.parameters())
+
+
+def test_a_fingerprint_of_version_0_1_is_still_compared(folder: Path) -> None:
+    """It held hashes of 1,024 values in bfloat16."""
+    model = make_bert()
+    hashes = {}
+    for name, weight in model.named_parameters():
+        if "classifier" in name or "pooler" in name or name.endswith("bias"):
+            continue
+        flat = weight.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).contiguous()
+        digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        hashes[name] = ["float32", digest]
+    (folder / FINGERPRINT_FILE).write_text(json.dumps(hashes))
+    assert isinstance(al.load(make_bert(), folder), PeftModel)
+    other = make_bert()
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(1.01)
+    with pytest.raises(IntegrityError, match=r"1 of \d+ compared weights differ"):
+        al.load(other, folder)
