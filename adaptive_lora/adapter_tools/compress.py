@@ -37,7 +37,7 @@ from adaptive_lora.allocation.singular import balanced
 from adaptive_lora.errors import DivergedError, InputError
 from adaptive_lora.files import check_new
 from adaptive_lora.model.adapters import adapters, linear_adapters, non_finite, weights
-from adaptive_lora.model.condition import MERGE
+from adaptive_lora.model.condition import MERGE, Need
 from adaptive_lora.model.resize import check_model, resize
 from adaptive_lora.model.saving import kind_of
 
@@ -344,7 +344,7 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
     Raises `InputError` for models and adapters that cannot be changed in place, `DivergedError` for
     weights that are not finite.
     """
-    model = check_model(model)
+    model = check_model(model, Need.CHANGE | Need.SAVE)
     config = model.peft_config[model.active_adapter]
     if (kind := kind_of(config)) != "LORA":
         raise InputError(f"the model's adapter is {kind}; expected LORA")

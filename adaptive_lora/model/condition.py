@@ -303,12 +303,15 @@ def _trained(model: PeftModel) -> Iterator[str]:
             "model.base_model.enable_adapter_layers() first"
         )
     broken = [
-        one
-        for one, layer in layers.items()
-        if not all(bool(p.detach().isfinite().all()) for p in adapter_parameters(layer))
+        one for one, layer in layers.items() if not all(map(_is_finite, adapter_parameters(layer)))
     ]
     if broken:
         yield f"the adapter {name!r} holds NaN or infinite values in {_listed(broken)}"
+    if nowhere := [one for one, weight in model.named_parameters() if not _is_finite(weight)]:
+        yield (
+            f"the base model holds NaN or infinite values in {_listed(nowhere)}: no loss of it "
+            "would be finite. Load it anew"
+        )
     frozen = [
         one
         for one, layer in layers.items()
@@ -320,6 +323,14 @@ def _trained(model: PeftModel) -> Iterator[str]:
             "Load it with is_trainable=True (adaptive_lora.load: trainable=True), or call "
             "model.set_adapter(NAME)"
         )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if weight.is_meta or not weight.is_floating_point():
+        return True
+    # One pass, and no mask as large as the weight; the sum of finite values may overflow.
+    values = weight.detach()
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
