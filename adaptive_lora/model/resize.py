@@ -233,6 +233,13 @@ def _swap(staged: list[_Staged]) -> None:
     `loss`) exists. It refuses a parameter that a graph still needs, one that was never run
     backward; then the others are swapped back.
     """
+    graph = (
+        "ranks cannot change while a graph over the adapters waits for backward(): run evaluations "
+        "under torch.no_grad(), and delete losses that are not used. Nothing was changed"
+    )
+    # Asked of all before any is swapped: a swap, taken back or not, ends the old graph for good.
+    if any(map(_awaited, (item.parameter for item in staged))):
+        raise InputError(graph)
     done: list[tuple[nn.Parameter, nn.Parameter]] = []
     try:
         for item in staged:
@@ -244,11 +251,16 @@ def _swap(staged: list[_Staged]) -> None:
     except RuntimeError as error:
         for parameter, other in done:
             torch.utils.swap_tensors(parameter, other)
-        raise InputError(
-            "ranks cannot change while a graph over the adapters waits for backward(): run "
-            "evaluations under torch.no_grad(), and delete losses that are not used. Nothing was "
-            f"changed ({error})"
-        ) from error
+        raise InputError(f"{graph} ({error})") from error
+
+
+def _awaited(parameter: Any) -> bool:
+    """Return whether `torch.utils.swap_tensors` would refuse: a graph holds more of `parameter`
+    than the node that adds to its gradient."""
+    if parameter._use_count() <= 1:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    return node is not None and parameter._use_count() != 2
 
 
 def _resize_of(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:

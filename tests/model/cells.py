@@ -163,7 +163,8 @@ def lora_layers(model: Any) -> dict[str, LoraLayer]:
     """Return PEFT's layers by their names in the base of the one `PeftModel` there is (in `model`,
     where there are none or several)."""
     found = [module for module in model.modules() if isinstance(module, PeftModel)]
-    base = found[0].get_base_model() if len(found) == 1 else model
+    base = found[0].base_model if len(found) == 1 else model
+    base = getattr(base, "model", base) if len(found) == 1 else base
     return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
 
 
@@ -496,7 +497,7 @@ def export_merged(t: Try) -> str:
     return _export(t, "merged")
 
 
-def callback(t: Try) -> None:
+def callback(t: Try) -> str | None:
     """Four steps of a `Trainer` with `AdaptiveRankCallback(squeeze)` end within the budget; saved
     by stock PEFT (by `al.save`, where stock PEFT loses something) and read back as by `save`."""
     state, model = t.state, t.model
@@ -512,6 +513,8 @@ def callback(t: Try) -> None:
             trainer.train()
     except AdaptiveLoraError as error:
         if trainer is not None and (steps := trainer.state.global_step):
+            if state.late:
+                return f"refused after {steps} steps: {error}"
             raise FaultError(f"refused only after {steps} steps of training: {error}") from error
         raise
     except Exception as error:
@@ -532,6 +535,7 @@ def callback(t: Try) -> None:
     else:
         place = al.save(model, t.folder / "stock")
     _read_back(t, expected, place)
+    return None
 
 
 def spent(model: Any, costs: dict[str, int]) -> int:
@@ -586,6 +590,8 @@ FUNCTIONS: dict[str, Callable[[Try], str | None]] = {
 READERS = ("ranks", "lora_parameters", "load", "export_native", "export_merged")
 # What a Trainer alone does to a model that it is given.
 BY_THE_TRAINER = ("mode ", "config ", "attribute ._is_accelerate_prepared")
+# What is noted of a base says nothing of the function.
+NOTES = (".base_fingerprint", ".load_adapter")
 
 
 def outcome(state: State, function: str, model: Any) -> tuple[str, bool]:
@@ -622,6 +628,7 @@ def _refusal(t: Try, function: str, error: AdaptiveLoraError) -> str:
     written = listing(t.folder) - t.files
     if function == "callback":
         changed = [name for name in changed if not name.startswith(BY_THE_TRAINER)]
+        changed = [name for name in changed if not name.endswith(NOTES)]
         written -= {"out"}
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -1412,6 +1412,7 @@ class State:
         reads: whether an adapter of it can be read on `base` at all; where not, `al.load` refuses.
         tolerance: of answers, relative to the largest logit.
         needs: a package without which the state is passed over.
+        late: whether nothing can tell before ranks change for the first time.
     """
 
     build: Callable[[], Any]
@@ -1426,6 +1427,7 @@ class State:
     runs: bool = True
     tolerance: float = 1e-5
     needs: str | None = None
+    late: bool = False
 
     @property
     def name(self) -> str:
@@ -1495,7 +1497,7 @@ STATES: dict[str, list[State]] = {
         State(frozen),
         State(frozen_a),
         State(base_trained_too),
-        State(unused_loss),
+        State(unused_loss, late=True),
         State(nan),
         State(nan_times_zero),
         *on(poisoned_llama, nan_in_the_base),
