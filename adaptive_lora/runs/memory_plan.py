@@ -204,6 +204,8 @@ def _skeleton(config: RunConfig, device: str) -> Any:
         head["num_labels"] = len(config.data.classes or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1
+    if config.task == "question_answering":
+        head["num_labels"] = 2
     trusted = config.trust_remote_code
     model_config = read_config(config.model, head, trust_remote_code=trusted)
     if config.quantization != "none":

@@ -44,7 +44,7 @@ from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
 # keys of `data` that the training records may complete
-LEARNED = {"text", "label", "classes", "class_numbers", "unanswerable"}
+LEARNED = {"text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
 WIDTH = 100  # columns of the terminal
 
 
@@ -188,9 +188,10 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
 def _attach(
     config: RunConfig, task: Task, method: methods.Method, *, dry_run: bool
 ) -> tuple[PeftModel, list[str]]:
-    """Return the base model with adapters, and what its user should know of where they are."""
-    base, newly_drawn = load_model(config, task, random_weights=dry_run)
-    notes = coverage(base, find_targets(base, config.adapters.targets))
+    """Return the base model with adapters, and what its user should know of its head and of where
+    they are."""
+    base, newly_drawn, notes = load_model(config, task, random_weights=dry_run)
+    notes += coverage(base, find_targets(base, config.adapters.targets))
     if config.quantization != "none":
         notes += left_out(base, config.quantization, compute_dtype(config.dtype))
     model = attach(
