@@ -182,7 +182,9 @@ class RunConfig(Strict):
     """Everything that determines a run."""
 
     model: Location  # a local folder, or a model name on the hub
-    task: TaskName
+    # what the records mean; None: by the model and the columns of its records, where these leave no
+    # choice
+    task: TaskName | None = None
     data: DataConfig
     output: Location
     # a name in `presets.PRESETS`, from which keys not given were filled in

@@ -30,7 +30,9 @@ from adaptive_lora.tasks import TASKS, Task
 
 def load_task(config: RunConfig) -> Task:
     """Return the task of a recipe, bound to the tokenizer (or image processor) and configuration of
-    its model."""
+    its model. A recipe without a task is given one first: `tasks.guess.with_task`."""
+    if config.task is None:
+        raise InputError(f"task is missing; expected one of {', '.join(TASKS)}")
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     images = config.task == "image_classification"
     try:

@@ -35,10 +35,11 @@ from adaptive_lora.model.targets import coverage, find_targets
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.dry_run import few, soon, two_steps
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.resuming import check_folder
+from adaptive_lora.runs.resuming import check_folder, with_task_of
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.data import load_splits
+from adaptive_lora.tasks.guess import with_task
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
@@ -60,10 +61,13 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
     cannot be resumed as asked).
     """
     folder = Path(config.output)
+    if resume:
+        config = with_task_of(folder, config)
     checkpoint = check_folder(folder, config, resume=resume)
+    config, guessed = with_task(config)
     existed = folder.is_dir()
     try:
-        return _train(config, folder, checkpoint, dry_run=dry_run)
+        return _train(config, folder, checkpoint, guessed, dry_run=dry_run)
     except InputError:
         # Some faults come out only when the Trainer starts. What is in the folder then is ours: it
         # was empty or absent.
@@ -76,7 +80,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
 
 
 def _train(
-    config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool
+    config: RunConfig, folder: Path, checkpoint: str | None, guessed: list[str], *, dry_run: bool
 ) -> dict[str, Any]:
     method = methods.build(config.method.name, config.method.arguments)
     task = load_task(config)
@@ -115,7 +119,7 @@ def _train(
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"training: {error}") from error
-    for note in [*task.notes, *notes, _describe(model, method)] if main_process else []:
+    for note in [*guessed, *task.notes, *notes, _describe(model, method)] if main_process else []:
         print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
     use_progress(trainer)
 
