@@ -247,18 +247,19 @@ def _select(model: nn.Module, names: Sequence[str], targets: str | Iterable[str]
     for want in wanted:
         hits = {name for name in names if _ends(name, want)}
         if not hits:
-            meant = [name for name, _ in model.named_modules() if name and _ends(name, want)]
-            if meant:
-                raise InputError(f"target {_reason(model, want, meant[0])}.{_listing(names)}")
-            endings = {
-                name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)
-            }
-            raise InputError(
-                f"target {want!r} matches no linear "
-                f"module.{_listing(names, nearest(want, sorted(endings)))}"
-            )
+            raise _no_target(model, names, want)
         chosen |= hits
     return [name for name in names if name in chosen]
+
+
+def _no_target(model: nn.Module, names: Sequence[str], want: str) -> InputError:
+    """Return what to say of a name in a list that means none of `names`."""
+    meant = [name for name, _ in model.named_modules() if name and _ends(name, want)]
+    if meant:
+        return InputError(f"target {_reason(model, want, meant[0])}.{_listing(names)}")
+    endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+    near = nearest(want, sorted(endings))
+    return InputError(f"target {want!r} matches no linear module.{_listing(names, near)}")
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -4,6 +4,7 @@ data. A guess that might as well be another is refused, with the choices."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,21 +95,32 @@ def guess(model_config: Any, table: Dataset, data: DataConfig) -> tuple[TaskName
     """
     kind = kind_of(model_config)
     what, usual, first = KINDS[kind]
-    offered = _offered(model_config, table, data, images=kind == "images")
-    if data.label is not None or data.classes is not None:  # only these tasks read one
-        labelled = [task for task in ANSWERS if task in offered]
-        usual = (*usual, *labelled)
-        offered = {task: offered[task] for task in labelled} or offered
+    if kind == "images":
+        return "image_classification", "images"
+    if _has_images(table, data):
+        raise InputError(
+            f"{data.train} holds images, and the model is {what}: use --task image_classification "
+            "with a model of images, or give a file of texts"
+        )
+    offered = _of_labels(model_config, table, data)
+    if data.label is None and data.classes is None:
+        offered |= _of_other_columns(table, data)
+    else:
+        usual = ANSWERS  # said: the label is to be read
     if kind == "causal" and not offered and only_text(table, data.id) is not None:
         offered["causal_lm"] = f"the column {only_text(table, data.id)}"
-    found = [task for task in offered if task in usual or task == "image_classification"]
+    found = [task for task in offered if task in usual]
     if len(found) == 1:
         return found[0], offered[found[0]]
     # A causal model may learn to write a text that has a label, or to class it.
     others = [task for task in offered if task in {*ANSWERS, *usual}]
     choices = dict.fromkeys(found or ([first, *others] if others else usual))
+    raise _unclear(table, data, what, choices)
+
+
+def _unclear(table: Dataset, data: DataConfig, what: str, choices: Iterable[str]) -> InputError:
     columns = ", ".join(table.column_names)
-    raise InputError(
+    return InputError(
         f"the columns of {data.train} ({columns}) and {what} do not say which task is meant: "
         f"choose with --task (task: in a recipe) one of {', '.join(choices)}"
     )
@@ -136,22 +148,25 @@ def kind_of(model_config: Any) -> Kind:
     )
 
 
-def _offered(
-    model_config: Any, table: Dataset, data: DataConfig, *, images: bool
-) -> dict[TaskName, str]:
-    """Return {task: the columns that are there for it}."""
-    columns = set(table.column_names)
+def _has_images(table: Dataset, data: DataConfig) -> bool:
     column = data.text if isinstance(data.text, str) else "image"
-    pictures = Path(data.train).is_dir() or isinstance(table.features.get(column), datasets.Image)
-    if images or pictures:
-        return {"image_classification": "images"}
-    offered: dict[TaskName, str] = {}
-    label = next((name for name in (data.label, *LABEL_COLUMNS) if name in columns), data.label)
-    if label is not None:
-        measured = _is_measure(table, label) or (
-            _one_output(model_config) and _is_numeric(table, label)
-        )
-        offered["regression" if measured else "classification"] = f"the column {label}"
+    return Path(data.train).is_dir() or isinstance(table.features.get(column), datasets.Image)
+
+
+def _of_labels(model_config: Any, table: Dataset, data: DataConfig) -> dict[TaskName, str]:
+    """Return {task: the column of labels that is there for it}."""
+    label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
+    label = label if data.label is None else data.label
+    if label is None:
+        return {}
+    one = _one_output(model_config) and _is_numeric(table, label)
+    task: TaskName = "regression" if one or _is_measure(table, label) else "classification"
+    return {task: f"the column {label}"}
+
+
+def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
+    """Return {task: the columns that are there for it} of tasks that read no label."""
+    columns, offered = set(table.column_names), dict[TaskName, str]()
     asked = [data.question, data.context, data.answers]
     if columns.issuperset(asked):
         offered["question_answering"] = f"the columns {', '.join(asked)}"

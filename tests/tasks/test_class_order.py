@@ -12,16 +12,33 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from model_folders import prepare, recipe, result_of, reviews, rows_of, strict_json, write_jsonl
-from transformers import AutoConfig, BertForSequenceClassification
+from model_folders import (
+    VOCABULARY,
+    prepare,
+    questions,
+    recipe,
+    result_of,
+    reviews,
+    rows_of,
+    strict_json,
+    write_jsonl,
+)
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
 
 from adaptive_lora.adapter_tools.export import export
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import class_names
 from adaptive_lora.recipe.config import parse
 from adaptive_lora.runs import use
+from adaptive_lora.runs.loading import load_task
 from adaptive_lora.runs.run import run
 from adaptive_lora.tasks.class_order import GLUE, in_order, order_of
+from adaptive_lora.tasks.classification import Classification
 
 pytest_plugins = ("model_folders",)
 CLASSES = ["negative", "positive"]
@@ -210,6 +227,17 @@ def test_a_recipe_that_says_no_order_has_no_key_for_it() -> None:
     assert parse(said.model_dump(mode="json")).data.class_order == ["a", "b"]
 
 
+def test_a_run_of_version_0_1_is_read_in_the_order_it_was_trained_in(
+    trained: Path, tmp_path: Path
+) -> None:
+    """It said no order: its outputs were the classes as they were sorted, whatever the base's."""
+    base = reordered(trained, tmp_path / "base", ["positive", "negative"])
+    config = parse(recipe(base, "x.jsonl", "out", data={"text": ["text"], "classes": CLASSES}))
+    task = load_task(config)
+    assert isinstance(task, Classification)
+    assert (task.order, task.model_arguments()["id2label"]) == (CLASSES, dict(enumerate(CLASSES)))
+
+
 # --- a head of another size ---
 
 
@@ -235,9 +263,29 @@ def test_a_head_of_another_size_is_drawn_anew_and_said(
     expected = result_of(tmp_path / "run")["metrics"]["eval_accuracy"]
     assert use.evaluate(opened)["eval_accuracy"] == expected
     assert not any("is drawn" in note for note in opened.task.notes)  # it is loaded now
+    base = AutoModelForSequenceClassification.from_pretrained(
+        three, num_labels=2, ignore_mismatched_sizes=True
+    )
+    stock: Any = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(
+            stock.eval()(input_ids=ids).logits, opened.model.eval()(input_ids=ids).logits
+        )
     export(tmp_path / "run", "merged", tmp_path / "merged")  # read back and compared
     merged = AutoConfig.from_pretrained(tmp_path / "merged")
     assert merged.id2label == dict(enumerate(CLASSES))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_draws_its_head_too(
+    quantization: str, wide_bert_folder: str, reviews_file: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = str(shutil.copytree(wide_bert_folder, tmp_path / "three"))
+    BertForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    values = recipe(folder, reviews_file, tmp_path / "run", quantization=quantization)
+    assert run(parse(values))["status"] == "ok"
 
 
 def test_classes_become_a_number_and_numbers_classes(
@@ -258,8 +306,6 @@ def test_classes_become_a_number_and_numbers_classes(
 
 def test_another_task_draws_its_head_on_a_base_with_classes(three: str, tmp_path: Path) -> None:
     """A start and an end, though the configuration says three classes."""
-    from model_folders import questions
-
     file = write_jsonl(tmp_path / "x.jsonl", questions(40))
     sizes = {"max_length": 24, "stride": 4}
     values = recipe(three, file, tmp_path / "run", task="question_answering", data=sizes)
@@ -284,8 +330,6 @@ def test_a_tokenizer_without_padding_takes_the_token_its_model_knows(
     llama_folder: str, tmp_path: Path
 ) -> None:
     """A causal classifier reads its answer off the last token that is no padding."""
-    from model_folders import VOCABULARY
-
     folder = shutil.copytree(llama_folder, tmp_path / "llama")
     file = write_jsonl(tmp_path / "x.jsonl", reviews(20))
     config = json.loads((folder / "config.json").read_text())

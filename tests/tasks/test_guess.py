@@ -174,8 +174,9 @@ def test_what_leaves_a_choice_is_refused_with_the_choices(
 
 def test_images_are_classified(models: dict[str, str], tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 8)
-    for model in ("images", "encoder"):  # of the second the folder says it
-        assert with_task(asked(models[model], folder))[0].task == "image_classification"
+    assert with_task(asked(models["images"], folder))[0].task == "image_classification"
+    with pytest.raises(InputError, match="holds images, and the model is an encoder: use --task"):
+        with_task(asked(models["encoder"], folder))
     file = write_jsonl(tmp_path / "x.jsonl", [{"image": "a.png", "label": "a"}] * 3)
     assert with_task(asked(models["images"], file))[0].task == "image_classification"
 
