@@ -51,7 +51,8 @@ class ClassTask(Task):
             label=label,
             classes=names,
             class_numbers=numbers,
-            class_order=order if order != names else None,
+            # Also where it is said and is the data's: the recipe may spell it otherwise.
+            class_order=order if order != names or asked is not None else None,
         )
         present = sorted({names[index] for index in self._ids(split)})
         if len(present) < 2:

@@ -134,6 +134,20 @@ def test_the_order_of_a_base_can_be_said_where_it_has_no_names(
     right = at_start(str(trained), reviews_file, tmp_path / "plain")
     found = at_start(base, reviews_file, tmp_path / "said", class_order=order)
     assert found == pytest.approx(right, abs=1e-6)
+    for file in ("said", "plain"):  # spelled as in the data from now on
+        order = result_of(tmp_path / file)["data"].get("class_order")
+        assert order == (["positive", "negative"] if file == "said" else None)
+    run(
+        parse(
+            recipe(
+                str(trained),
+                reviews_file,
+                tmp_path / "same",
+                data={"class_order": ["Negative", "Positive"]},
+            )
+        )
+    )
+    assert use.open_run(tmp_path / "same").task.data.class_order == CLASSES
     wrong = at_start(base, reviews_file, tmp_path / "not-said")
     assert wrong["accuracy"] == pytest.approx(1 - right["accuracy"])
     with pytest.raises(
