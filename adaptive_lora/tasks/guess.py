@@ -70,7 +70,8 @@ def with_task(config: RunConfig) -> tuple[RunConfig, list[str]]:
 def with_task_of_model(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Return the recipe with its task as `with_task`, or by the model alone where the training
     records are not in a file here."""
-    if config.task is not None or Path(config.data.train).exists():
+    # A folder is one of images, which only a model of images reads.
+    if config.task is not None or Path(config.data.train).is_file():
         return with_task(config)
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     what, _, task = KINDS[kind_of(model_config)]

@@ -219,13 +219,18 @@ def test_a_run_says_its_guess_keeps_it_and_is_used(
 
 
 def test_looking_and_planning_guess_alike(
-    llama_folder: str, instructions_file: str, reviews_file: str, command: Command
+    llama_folder: str,
+    instructions_file: str,
+    reviews_file: str,
+    command: Command,
+    tmp_path: Path,
 ) -> None:
     checked = command("data", "check", "--model", llama_folder, "--data", instructions_file)
     assert checked.out.startswith("task causal_lm, a guess: ")
     with_data = plan(asked(llama_folder, instructions_file), device="cpu")
     assert with_data.notes[0].startswith("task causal_lm, a guess: the column output")
     without = plan(asked(llama_folder, "not-here"), device="cpu")
+    assert plan(asked(llama_folder, str(tmp_path)), device="cpu") == without  # an empty folder
     assert without.notes == [
         "task causal_lm, a guess: the model is a causal language model; --task (task: in a recipe) "
         "says another"
