@@ -94,7 +94,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     process."""
     before = resident("VmRSS")
     task = load_task(config)
-    base, _ = load_model(config, task)
+    base, *_ = load_model(config, task)
     method = al.methods.METHODS[config.method.name](**config.method.arguments)
     model = al.attach(base, method)
     if config.checkpointing:

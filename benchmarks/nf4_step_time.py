@@ -42,7 +42,7 @@ def arm(folder: str, quantization: str, name: str) -> Arm:
          "quantization": quantization}
     )  # fmt: skip
     set_seed(0)
-    base, head = load_model(config, load_task(config))
+    base, head, _ = load_model(config, load_task(config))
     method = al.METHODS[name](**METHODS[name])
     model = al.attach(base, method, TARGETS, modules_to_save=head).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

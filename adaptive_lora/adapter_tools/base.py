@@ -12,7 +12,13 @@ from torch import nn
 
 from adaptive_lora.adapter_tools.folder import StoredAdapter
 from adaptive_lora.errors import InputError
-from adaptive_lora.model.base_model import Base, model_class, read_base, read_config
+from adaptive_lora.model.base_model import (
+    Base,
+    architectures,
+    model_class,
+    read_base,
+    read_config,
+)
 from adaptive_lora.model.targets import linear_features
 
 BY_TASK_TYPE = {
@@ -67,8 +73,8 @@ def _derived_class(adapter: StoredAdapter, name: str, *, trust_remote_code: bool
     kind = model_class(mapping.get("base_model_class"))
     kind = kind or BY_TASK_TYPE.get(adapter.config.task_type or "")
     if kind is None:
-        architectures = read_config(name, trust_remote_code=trust_remote_code).architectures
-        kind = model_class((architectures or [None])[0]) or transformers.AutoModel
+        config = read_config(name, trust_remote_code=trust_remote_code)
+        kind = model_class(next(iter(architectures(config)), None)) or transformers.AutoModel
     return kind
 
 
@@ -84,7 +90,7 @@ def load_base(base: Base) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # Whatever the files have: the rounding of 16 bits would hide what a check looks for.
-        model, _ = base.load(dtype=torch.float32)
+        model = base.load(dtype=torch.float32).model
     return model.eval()
 
 

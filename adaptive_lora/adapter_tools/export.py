@@ -236,10 +236,10 @@ def _notes(adapter: StoredAdapter, modules: LinearFeatures | None, base: Base | 
         if size
         else f"vLLM takes ranks up to 512; this adapter has {rank}"
     ]
-    if adapter.rest:
-        whole = ", ".join(
-            sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in adapter.rest})
-        )
+    # With an adapter on the output embeddings PEFT saves what it is on, too.
+    trained = [key for key in adapter.rest if ".base_layer." not in key]
+    if trained:
+        whole = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in trained}))
         notes.append(
             f"trained whole: {whole}. PEFT loads that; llama.cpp and most of vLLM need --to merged"
         )

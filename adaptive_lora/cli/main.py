@@ -69,7 +69,8 @@ Preset = Annotated[
     typer.Option(help="A known data set: its columns, classes and metric (sst2, squad)."),
 ]
 TaskName = Annotated[
-    str | None, typer.Option(help="classification (default), causal_lm, summarization, ...")
+    str | None,
+    typer.Option(help="classification, causal_lm, ... Default: by the model and the columns."),
 ]
 TrainData = Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")]
 EvalData = Annotated[
@@ -137,6 +138,10 @@ def train(
         )
     resolved = _resolve(flags, locate=not print_config)
     if print_config:
+        if Path(resolved.model).is_dir() and Path(resolved.data.train).exists():
+            from adaptive_lora.tasks.guess import with_task
+
+            resolved, _ = with_task(resolved)
         typer.echo(resolved.to_yaml(), nl=False)
         return
     # Here, as in every command: what trains takes seconds to import, and --help is not to wait.
@@ -171,8 +176,6 @@ def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     parameter."""
     config = flags["config"]
     values: dict[str, Any] = read_recipe(config) if config else {}
-    if config is None and flags["preset"] is None:
-        values["task"] = "classification"
     for flag, key in _FLAGS.items():
         if flags.get(flag) is not None:
             set_dotted(values, key, flags[flag], origin="command line")

@@ -3,10 +3,11 @@ beside an adapter, so that an adapter says what it is for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -19,10 +20,24 @@ from adaptive_lora.errors import InputError, IntegrityError
 from adaptive_lora.files import read_file, write_json
 from adaptive_lora.hub import locate_model
 from adaptive_lora.model.targets import head_modules
+from adaptive_lora.naming import inside
 
 BASE_FILE, VERSION = "base_model.json", 1
 # What shapes a head, of a configuration; nothing else in the record reaches `from_pretrained`.
 HEAD = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+class Loaded(NamedTuple):
+    """A model, and which of its weights are not those of its files, but drawn at random just now.
+
+    Args:
+        missing: names of weights that the files lack.
+        resized: {name of a weight of the head: (its shape in the files, its shape)}.
+    """
+
+    model: Any
+    missing: list[str]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -45,14 +60,15 @@ class Base:
         """Return the model's configuration, with this head. Raises `InputError` without one."""
         return read_config(self.name, self.head, trust_remote_code=self.trust_remote_code)
 
-    def load(self, **arguments: Any) -> tuple[Any, list[str]]:
-        """Return the model with its weights, and the names of those its files lack, drawn at random
-        just now.
+    def load(self, **arguments: Any) -> Loaded:
+        """Return the model with its weights, and what of it was drawn: a head may be missing, or be
+        of another size.
 
         Args:
             arguments: further ones of `from_pretrained`, such as `dtype`.
 
-        Raises `InputError` when it cannot be had, `IntegrityError` when the weights are damaged.
+        Raises `InputError` when it cannot be had, or a weight outside the head has another size,
+        `IntegrityError` when the weights are damaged.
         """
         where = access(self.name, trust_remote_code=self.trust_remote_code)
         if issubclass(self.kind, PreTrainedModel):
@@ -64,7 +80,13 @@ class Base:
                 )
         try:
             model, info = self.kind.from_pretrained(
-                self.name, **where, **self.head, **arguments, output_loading_info=True
+                self.name,
+                **where,
+                **self.head,
+                **arguments,
+                output_loading_info=True,
+                # For the head alone; whatever else would be drawn anew is refused below.
+                ignore_mismatched_sizes=True,
             )
         except SafetensorError as error:
             raise IntegrityError(f"the weights of {self.name!r} are damaged: {error}") from error
@@ -73,7 +95,17 @@ class Base:
             raise InputError(
                 f"cannot load the model {self.name!r} as {self.kind.__name__}: {error}"
             ) from error
-        return model, list(info["missing_keys"])
+        sizes = sorted(info["mismatched_keys"])
+        resized = {name: (tuple(found), tuple(made)) for name, found, made in sizes}
+        heads = head_modules(model)
+        for name, (found, made) in resized.items():
+            if not inside(name, heads):
+                raise InputError(
+                    f"cannot load the model {self.name!r} as {self.kind.__name__}: its files have "
+                    f"{name!r} of shape {found}, its configuration makes it {made}; only a head "
+                    "may differ. Give the configuration that belongs to these weights"
+                )
+        return Loaded(model, list(info["missing_keys"]), resized)
 
     def draw(self, config: Any = None, *, device: str = "cpu", dtype: Any = None) -> Any:
         """Return the model with all its weights drawn at random, without storage on the device
@@ -112,6 +144,24 @@ def read_config(
         return AutoConfig.from_pretrained(name, **where, **(head or {}))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"cannot load the configuration of {name!r}: {error}") from error
+
+
+def architectures(config: Any) -> list[str]:
+    """Return the classes that a configuration says its weights were saved from."""
+    return [str(name) for name in getattr(config, "architectures", None) or []]
+
+
+def class_names(config: Any) -> list[str] | None:
+    """Return the names a configuration has for the outputs of its head, in their order; None where
+    they are transformers' default, LABEL_0 and so on."""
+    by_place, by_name = (getattr(config, key, None) or {} for key in ("id2label", "label2id"))
+    # A default of either says nothing, and hides nothing: some have only one of them.
+    for places in (by_place, {place: name for name, place in by_name.items()}):
+        names = [str(places[place]) for place in range(len(places)) if place in places]
+        default = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+        if names and len(names) == len(places) and not default:
+            return names
+    return None
 
 
 def model_class(name: str | None) -> Any:

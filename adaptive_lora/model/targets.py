@@ -63,11 +63,12 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
         targets: `"all-linear"` (every linear module outside the head and the output embeddings, but
             not one of a single input or output, such as the gate of a shared expert, nor one PEFT
             takes for an expert), a regular expression that must match full names, or a list of
-            names, each a full dotted name or its last parts (PEFT's meaning).
+            names, each a full dotted name or its last parts (PEFT's meaning). Output embeddings,
+            such as `lm_head`, are a target where a name or an expression means them.
 
-    Raises `InputError` when nothing matches, or one of several names matches nothing; both list
-    what there is. Also for a module that PEFT takes for an expert. What a model holds besides
-    linear modules: `coverage`.
+    Raises `InputError` when nothing matches, or one of several names matches nothing: what it is
+    if it is something else, and what there is. Also for a module that PEFT takes for an expert.
+    What a model holds besides linear modules: `coverage`.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
@@ -75,10 +76,11 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
     >>> [t.name for t in find_targets(tiny, ["query"])]
     ['encoder.layer.0.attention.self.query', 'encoder.layer.1.attention.self.query']
     """
-    linear = _linear(model)
-    names = _select(list(linear), targets) if linear else []
+    everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    linear = _linear(model, output_embeddings=not everything)
+    names = _select(model, list(linear), targets) if linear else []
     claimed = _claimed_by_peft(model, names)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    if everything:
         # One component on a single input or output costs more than the module itself.
         names = [name for name in names if name not in claimed and min(linear[name]) > 1]
     elif claimed:
@@ -97,18 +99,16 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
     return describe_targets(model, {name: linear[name] for name in names})
 
 
-def _linear(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return {full name: (in_features, out_features)} of the linear modules outside the head and
-    the output embeddings."""
+def _linear(model: nn.Module, *, output_embeddings: bool = False) -> dict[str, tuple[int, int]]:
+    """Return {full name: (in_features, out_features)} of the linear modules outside the head, and
+    outside the output embeddings unless those are asked for."""
     heads = head_modules(model)
-    output_embeddings = (
-        model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    )
+    left_out = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {
         name: features
         for name, module in model.named_modules()
         if (features := linear_features(module)) is not None
-        and module is not output_embeddings
+        and (output_embeddings or module is not left_out)
         and not inside(name, heads)
     }
 
@@ -236,29 +236,38 @@ def _packed(model: nn.Module) -> list[str]:
     ]
 
 
-def _select(names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
+def _select(model: nn.Module, names: Sequence[str], targets: str | Iterable[str]) -> list[str]:
     """Return those of `names` that `targets` means."""
     if isinstance(targets, str):
-        return list(names) if targets.lower() == ALL_LINEAR else _matching(names, targets)
+        return list(names) if targets.lower() == ALL_LINEAR else _matching(model, names, targets)
     wanted = list(targets)
     if not wanted:
         raise InputError(f"targets is an empty list.{_listing(names)}")
     chosen: set[str] = set()
     for want in wanted:
-        hits = {name for name in names if f".{name}".endswith(f".{want}")}
+        hits = {name for name in names if _ends(name, want)}
         if not hits:
-            endings = {
-                name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)
-            }
-            raise InputError(
-                f"target {want!r} matches no linear "
-                f"module.{_listing(names, nearest(want, sorted(endings)))}"
-            )
+            raise _no_target(model, names, want)
         chosen |= hits
     return [name for name in names if name in chosen]
 
 
-def _matching(names: Sequence[str], pattern: str) -> list[str]:
+def _no_target(model: nn.Module, names: Sequence[str], want: str) -> InputError:
+    """Return what to say of a name in a list that means none of `names`."""
+    meant = [name for name, _ in model.named_modules() if name and _ends(name, want)]
+    if meant:
+        return InputError(f"target {_reason(model, want, meant[0])}.{_listing(names)}")
+    endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+    near = nearest(want, sorted(endings))
+    return InputError(f"target {want!r} matches no linear module.{_listing(names, near)}")
+
+
+def _ends(name: str, ending: str) -> bool:
+    """True when `ending` is a full dotted name or its last parts."""
+    return f".{name}".endswith(f".{ending}")
+
+
+def _matching(model: nn.Module, names: Sequence[str], pattern: str) -> list[str]:
     """Return those of `names` that a regular expression matches as a whole."""
     try:
         chosen = [name for name in names if re.fullmatch(pattern, name)]
@@ -267,12 +276,37 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
             f"targets {pattern!r} is not a valid regular expression: {error}"
         ) from None
     if not chosen:
+        meant = [name for name, _ in model.named_modules() if name and re.fullmatch(pattern, name)]
+        if meant:
+            raise InputError(
+                f"targets {pattern!r} match {len(meant)} module{'s' if meant[1:] else ''} and no "
+                f"target: {_reason(model, meant[0], meant[0])}.{_listing(names)}"
+            )
         raise InputError(
             f"targets {pattern!r} match no linear module: a string is a regular expression over "
             "full names; give a list for last parts of "
             f"names.{_listing(names, nearest(pattern, [ALL_LINEAR]))}"
         )
     return chosen
+
+
+def _reason(model: nn.Module, said: str, name: str) -> str:
+    """Return why the module `name`, which the user calls `said`, is no target."""
+    module = model.get_submodule(name)
+    kind = f"{said!r} is of the class {type(module).__name__}"
+    heads = head_modules(model)
+    if inside(name, heads):
+        head = next(head for head in heads if inside(name, [head]))
+        what = "the head" if name == head else f"part of the head ({head})"
+        return f"{said!r} is {what}: it is trained whole, and carries no adapter"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return f"{kind}, whose weight is read and which is never called: no adapter on it would run"
+    within = [part for part, inner in module.named_modules() if part and linear_features(inner)]
+    if within:
+        return f"{kind}, which is no linear module but holds some ({', '.join(_kinds(within))})"
+    if {"in_features", "out_features"} <= vars(module).keys():
+        return f"{kind}, which holds packed weights and can carry no adapter"
+    return f"{kind}: only linear modules carry adapters"
 
 
 def _listing(names: Sequence[str], hint: str = "") -> str:

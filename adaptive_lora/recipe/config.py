@@ -19,8 +19,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PydanticSchemaGenerationError,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from transformers import TrainingArguments
@@ -78,6 +80,9 @@ class DataConfig(Strict):
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
     class_numbers: bool = False
+    # the classes in the order of the model's outputs; None: the base's own order where its names
+    # agree, GLUE's where it has no names and the classes are a GLUE task's, else as in `classes`
+    class_order: list[ClassName] | None = None
     instruction: str = "instruction"  # causal_lm, Alpaca-style records
     input: str = "input"
     output: str = "output"  # causal_lm: what is learned, after the prompt
@@ -95,6 +100,15 @@ class DataConfig(Strict):
     unanswerable: bool = False
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The runs of a study are named by their recipes: one that does not say this key keeps its
+        # name of version 0.1.
+        values: dict[str, Any] = dump(self)
+        if values.get("class_order", ...) is None:
+            del values["class_order"]
+        return values
 
 
 class GenerationConfig(Strict):
@@ -168,7 +182,9 @@ class RunConfig(Strict):
     """Everything that determines a run."""
 
     model: Location  # a local folder, or a model name on the hub
-    task: TaskName
+    # what the records mean; None: by the model and the columns of its records, where these leave no
+    # choice
+    task: TaskName | None = None
     data: DataConfig
     output: Location
     # a name in `presets.PRESETS`, from which keys not given were filled in

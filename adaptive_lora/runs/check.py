@@ -11,6 +11,7 @@ from datasets import Dataset
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.loading import load_task
 from adaptive_lora.tasks.data import load_splits
+from adaptive_lora.tasks.guess import with_task
 
 SHOWN, LONGEST_SHOWN = 3, 600  # records; characters of one
 
@@ -19,11 +20,12 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
     """Yield lines: the records, classes, lengths and cuts of every split, repeated inputs, and the
     first records as the model reads them. Raises what training would: `InputError` on data that
     cannot be trained on."""
+    config, guessed = with_task(config)
     task = load_task(config)
     splits = load_splits(config.data)
     task.learn(splits.train)
     features = {split.part: task.features(split) for split in splits.all}
-    for note in [*task.notes, *_repeats(features)]:
+    for note in [*guessed, *task.notes, *_repeats(features)]:
         yield textwrap.fill(note, width, subsequent_indent="    ")
     train = features[splits.train.part]
     for number in range(min(SHOWN, len(train))):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from adaptive_lora.errors import InputError
-from adaptive_lora.model.base_model import Base, access, read_config
+from adaptive_lora.model.base_model import Base, Loaded, access, class_names, read_config
 from adaptive_lora.model.quantization import (
     Quantization,
     bitsandbytes_config,
@@ -30,7 +30,9 @@ from adaptive_lora.tasks import TASKS, Task
 
 def load_task(config: RunConfig) -> Task:
     """Return the task of a recipe, bound to the tokenizer (or image processor) and configuration of
-    its model."""
+    its model. A recipe without a task is given one first: `tasks.guess.with_task`."""
+    if config.task is None:
+        raise InputError(f"task is missing; expected one of {', '.join(TASKS)}")
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     images = config.task == "image_classification"
     try:
@@ -48,7 +50,7 @@ def load_task(config: RunConfig) -> Task:
                 "beside the model"
             )
         if processor.pad_token is None:
-            processor.pad_token = processor.eos_token
+            processor.pad_token = _own_padding(processor, model_config) or processor.eos_token
         if processor.pad_token is None:
             raise InputError(
                 f"the tokenizer of {config.model!r} has no padding token and no end token to stand "
@@ -57,15 +59,24 @@ def load_task(config: RunConfig) -> Task:
     return TASKS[config.task](config, processor, model_config)
 
 
+def _own_padding(tokenizer: Any, model_config: Any) -> str | None:
+    """Return the padding token that the model knows, where its tokenizer names none: a head that
+    looks for the last token of a text passes over this one alone."""
+    known = getattr(model_config, "pad_token_id", None)
+    if not isinstance(known, int) or not 0 <= known < len(tokenizer):
+        return None
+    return str(tokenizer.convert_ids_to_tokens(known))
+
+
 def load_model(
     config: RunConfig, task: Task, *, random_weights: bool = False
-) -> tuple[Any, list[str]]:
-    """Return the base model with the head of the task, and the modules outside its head whose
-    weights the checkpoint lacks.
+) -> tuple[Any, list[str], list[str]]:
+    """Return the base model with the head of the task, the modules outside its head whose weights
+    the checkpoint lacks, and what to say of its head.
 
-    Those were drawn at random just now (a masked-language model has no pooler). Frozen and not
-    saved they would make an adapter that works nowhere else, so they are trained and saved in full.
-    With `random_weights` all weights are drawn and no file of weights is read. The base is
+    Those modules were drawn at random just now (a masked-language model has no pooler). Frozen and
+    not saved they would make an adapter that works nowhere else, so they are trained and saved in
+    full. With `random_weights` all weights are drawn and no file of weights is read. The base is
     quantised as the recipe says.
     """
     quantized = config.quantization != "none"
@@ -74,15 +85,15 @@ def load_model(
         check_plain(task.model_config, config.model)
     dtype = compute_dtype(config.dtype) if quantized or config.dtype != "auto" else None
     base = Base(config.model, task.auto_class, task.model_arguments(), config.trust_remote_code)
-    missing_keys: list[str] = []
     if random_weights:
-        model = base.draw(dtype=dtype)
+        loaded = Loaded(base.draw(dtype=dtype), [], {})
         if quantized:
-            quantize_in_place(model, config.quantization, dtype or torch.float32)
+            quantize_in_place(loaded.model, config.quantization, dtype or torch.float32)
     elif quantized:
-        model, missing_keys = _load_quantized(base, config.quantization, dtype or torch.float32)
+        loaded = _load_quantized(base, config.quantization, dtype or torch.float32)
     else:
-        model, missing_keys = base.load(**({} if dtype is None else {"dtype": dtype}))
+        loaded = base.load(**({} if dtype is None else {"dtype": dtype}))
+    model = loaded.model
     pad = getattr(task.tokenizer, "pad_token_id", None)
     if getattr(model.config, "pad_token_id", None) is None and pad is not None:
         model.config.pad_token_id = pad
@@ -90,26 +101,36 @@ def load_model(
         keep_trainable(model)
         for head in head_modules(model):  # trained in full, and small
             model.get_submodule(head).float()
-    return model, _modules_of(missing_keys, model)
+    return model, _modules_of(loaded.missing, model), _head_notes(loaded, task.model_config)
 
 
-def _load_quantized(
-    base: Base, quantization: Quantization, dtype: torch.dtype
-) -> tuple[Any, list[str]]:
+def _head_notes(loaded: Loaded, model_config: Any) -> list[str]:
+    """Return a line about a trained head of the base that has another size than the task's."""
+    for found, made in loaded.resized.values():
+        names = class_names(model_config) or []
+        shown = ", ".join(f"{name:.30}" for name in names[:6]) + (", ..." if names[6:] else "")
+        return [
+            f"the base's head of {found[0]} {'classes' if names else 'outputs'}"
+            f"{f' ({shown})' if names else ''} is not used: a new head of {made[0]} is drawn"
+        ]
+    return []
+
+
+def _load_quantized(base: Base, quantization: Quantization, dtype: torch.dtype) -> Loaded:
     absent: list[str] = []
     skeleton = base.draw(device="meta", dtype=dtype)
     while True:
         left = skipped(skeleton, quantization, dtype, absent)
         settings = bitsandbytes_config(quantization, dtype, left)
-        model, missing_keys = base.load(dtype=dtype, quantization_config=settings)
+        loaded = base.load(dtype=dtype, quantization_config=settings)
         # transformers leaves a module that has no weights in the files half converted: it must not
         # be quantised.
         lacking = [
-            name for name in _modules_of(missing_keys, skeleton) if name in quantizable(skeleton)
+            name for name in _modules_of(loaded.missing, skeleton) if name in quantizable(skeleton)
         ]
         if set(lacking) <= set(absent):
-            _leave_the_file(model)
-            return model, missing_keys
+            _leave_the_file(loaded.model)
+            return loaded
         absent = [*absent, *lacking]
 
 

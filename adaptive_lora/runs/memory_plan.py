@@ -25,6 +25,7 @@ from adaptive_lora.model.targets import find_targets, head_modules
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.simulation import BatchShapes, pack, step_bytes
 from adaptive_lora.tasks import TASKS
+from adaptive_lora.tasks.guess import with_task_of_model
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CUDA_RESERVE = 10**9  # bytes of a card left to CUDA's context and to fragmentation
@@ -75,22 +76,23 @@ def plan(config: RunConfig, *, device: str | None = None) -> Plan:
     all else is counted on a model without storage.
 
     Args:
-        config: a recipe; of its data only `max_length`, `max_target_length` and `classes` matter.
+        config: a recipe; of its data only `max_length`, `max_target_length` and `classes` matter,
+            and without a task the columns of a file that is here.
         device: "cpu" or "cuda"; None: what is here. On CUDA attention is taken to be fused.
 
     Raises `InputError` for a model whose configuration cannot be read, or that is quantised
     already.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config, notes = with_task_of_model(config)
     method = methods.build(config.method.name, config.method.arguments)
     model = _model(config, device, method)
     base: Any = base_of(model)
     targets = find_targets(_skeleton(config, device), config.adapters.targets)
     stages = [_stage("start", config, device, method, model)]
-    notes = []
     if config.quantization != "none":
         dtype = compute_dtype(config.dtype, device=device)
-        notes = ["the head and the output embeddings are not quantised"]
+        notes += ["the head and the output embeddings are not quantised"]
         notes += left_out(base, config.quantization, dtype, device)
     if method.adaptation is not None:
         pattern, exact = _last_pattern(method, targets)
@@ -119,6 +121,7 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
     takes no budget.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config, guessed = with_task_of_model(config)
     targets = find_targets(_skeleton(config, device), config.adapters.targets)
 
     def planned(budget: int) -> Plan:
@@ -128,7 +131,8 @@ def largest_budget(config: RunConfig, size: int, *, device: str | None = None) -
         changed = config.method.model_validate(
             {"name": config.method.name, **arguments, "budget": budget}
         )
-        return plan(config.model_copy(update={"method": changed}), device=device)
+        found = plan(config.model_copy(update={"method": changed}), device=device)
+        return replace(found, notes=[*guessed, *found.notes])
 
     reserve = CUDA_RESERVE if device == "cuda" else 0
     least, most = sum(t.cost for t in targets), sum(t.cost * t.full_rank for t in targets)
@@ -200,11 +204,14 @@ def parse_size(text: str) -> int:
 
 def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, with stand-ins for quantised modules."""
+    assert config.task is not None
     head: dict[str, Any] = {}
     if config.task in ("classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1
+    if config.task == "question_answering":
+        head["num_labels"] = 2
     trusted = config.trust_remote_code
     model_config = read_config(config.model, head, trust_remote_code=trusted)
     if config.quantization != "none":

@@ -31,13 +31,7 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None
                 "or another folder"
             )
         return None
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
-    try:
-        before = parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE)
-    except InputError as error:
-        raise IntegrityError(f"the run in {folder} cannot be resumed: {error}") from None
-    differing = _differences(before, config)
+    differing = _differences(_recipe_of(folder), config)
     if differing:
         raise IntegrityError(
             f"the run in {folder} has another configuration; differing keys: {', '.join(differing)}"
@@ -45,6 +39,23 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None
     checkpoints = folder / CHECKPOINT_FOLDER
     dynamic = methods.build(config.method.name, config.method.arguments).adaptation is not None
     return _newest_whole_checkpoint(checkpoints, dynamic=dynamic)
+
+
+def with_task_of(folder: Path, config: RunConfig) -> RunConfig:
+    """Return a recipe that names no task with that of the run in `folder`: a guess is made once.
+    Raises as `check_folder`."""
+    if config.task is not None:
+        return config
+    return config.model_copy(update={"task": _recipe_of(folder).task})
+
+
+def _recipe_of(folder: Path) -> RunConfig:
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"nothing to resume: {folder} holds no {CONFIG_FILE}")
+    try:
+        return parse(read_recipe(folder / CONFIG_FILE), origin=CONFIG_FILE)
+    except InputError as error:
+        raise IntegrityError(f"the run in {folder} cannot be resumed: {error}") from None
 
 
 def _newest_whole_checkpoint(checkpoints: Path, *, dynamic: bool) -> str | None:

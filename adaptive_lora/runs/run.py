@@ -37,16 +37,17 @@ from adaptive_lora.model.targets import coverage, find_targets
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.dry_run import few, soon, two_steps
 from adaptive_lora.runs.loading import load_model, load_task
-from adaptive_lora.runs.resuming import check_folder
+from adaptive_lora.runs.resuming import check_folder, with_task_of
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.data import load_splits
+from adaptive_lora.tasks.guess import with_task
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
 # keys of `data` that the training records may complete
-LEARNED = {"text", "label", "classes", "class_numbers", "unanswerable"}
+LEARNED = {"text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
 WIDTH = 100  # columns of the terminal
 
 
@@ -62,10 +63,13 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
     cannot be resumed as asked).
     """
     folder = Path(config.output)
+    if resume:
+        config = with_task_of(folder, config)
     checkpoint = check_folder(folder, config, resume=resume)
+    config, guessed = with_task(config)
     existed = folder.is_dir()
     try:
-        return _train(config, folder, checkpoint, dry_run=dry_run)
+        return _train(config, folder, checkpoint, guessed, dry_run=dry_run)
     except InputError:
         # Some faults come out only when the Trainer starts. What is in the folder then is ours: it
         # was empty or absent.
@@ -79,7 +83,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> di
 
 
 def _train(
-    config: RunConfig, folder: Path, checkpoint: str | None, *, dry_run: bool
+    config: RunConfig, folder: Path, checkpoint: str | None, guessed: list[str], *, dry_run: bool
 ) -> dict[str, Any]:
     method = methods.build(config.method.name, config.method.arguments)
     task = load_task(config)
@@ -118,7 +122,7 @@ def _train(
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"training: {error}") from error
-    for note in [*task.notes, *notes, _describe(model, method)] if main_process else []:
+    for note in [*guessed, *task.notes, *notes, _describe(model, method)] if main_process else []:
         print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
     use_progress(trainer)
 
@@ -193,9 +197,10 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
 def _attach(
     config: RunConfig, task: Task, method: methods.Method, *, dry_run: bool
 ) -> tuple[PeftModel, list[str]]:
-    """Return the base model with adapters, and what its user should know of where they are."""
-    base, newly_drawn = load_model(config, task, random_weights=dry_run)
-    notes = coverage(base, find_targets(base, config.adapters.targets))
+    """Return the base model with adapters, and what its user should know of its head and of where
+    they are."""
+    base, newly_drawn, notes = load_model(config, task, random_weights=dry_run)
+    notes += coverage(base, find_targets(base, config.adapters.targets))
     if config.quantization != "none":
         notes += left_out(base, config.quantization, compute_dtype(config.dtype))
     model = attach(

@@ -69,7 +69,7 @@ def open_run(
     damaged.
     """
     config, task = finished_task(folder, model=model, **generation)
-    base, _ = load_model(config, task)
+    base, *_ = load_model(config, task)
     with warnings.catch_warnings():
         # PEFT looks where the base model was
         warnings.filterwarnings("ignore", message="Could not find a config file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,9 +147,26 @@ def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
     from adaptive_lora.recipe.config import parse
 
     rest = {key: value for key, value in recipe.items() if key != AFTER}
-    resolved = parse({**rest, "output": UNUSED}, origin=origin).model_dump(mode="json")
+    config = parse({**rest, "output": UNUSED}, origin=origin)
+    if config.task is None:
+        try:
+            task = _guessed(config.model, config.trust_remote_code, config.data.model_dump_json())
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
+        config = config.model_copy(update={"task": task})
+    resolved = config.model_dump(mode="json")
     del resolved["output"]
     return resolved | ({AFTER: recipe[AFTER]} if recipe.get(AFTER) is not None else {})
+
+
+@functools.cache  # a grid has few of these, and thousands of runs
+def _guessed(model: str, trust_remote_code: bool, data: str) -> str:
+    """Return the task of recipes with this model and data (JSON) that name none."""
+    from adaptive_lora.recipe.config import parse
+    from adaptive_lora.tasks.guess import with_task
+
+    values = {"model": model, "trust_remote_code": trust_remote_code, "data": json.loads(data)}
+    return str(with_task(parse({**values, "output": UNUSED}))[0].task)
 
 
 class _After(Strict):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.data import RECORD, Split
+from adaptive_lora.tasks.data import RECORD, Split, only_text
 from adaptive_lora.tasks.language_model import (
     BYTES,
     PROMPT,
@@ -37,6 +37,14 @@ class CausalLanguageModelling(WritingTask):
 
     auto_class = AutoModelForCausalLM
     metrics = ("token_loss", "perplexity", "bits_per_byte")
+
+    def learn(self, split: Split) -> None:
+        data, columns = self.data, split.records.column_names
+        if data.text is None and data.prompt is None and data.instruction not in columns:
+            found = only_text(split.records, data.id)
+            if found is not None:
+                self.learned(text=found)
+                self.notes.append(f"plain text of the column {found!r}, without prompts")
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         prompts = self._prompts(split, labelled)

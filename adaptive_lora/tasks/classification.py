@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,15 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 
 from adaptive_lora.errors import InputError
+from adaptive_lora.model.base_model import architectures, class_names
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task, by_record
+from adaptive_lora.tasks.class_order import in_order, order_of
 from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
+
+# What classes of models are called whose head gives classes of texts or of images.
+HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 
 class ClassTask(Task):
@@ -24,19 +30,30 @@ class ClassTask(Task):
 
     A label is a class by its text (1, 1.0 and "1" are one class). Where the recipe names the
     classes, and none of the names is a number, it may also be the number of a class, from 0; in a
-    `ClassLabel` column, as hub data sets have, it always is.
+    `ClassLabel` column, as hub data sets have, it always is. That is the data's order, `names`. The
+    model's outputs have an order of their own, `order`: the base's, where it knows these classes.
     """
 
     metrics: tuple[str, ...] = ("accuracy", "f1", "f1_macro", "matthews")
 
     def learn(self, split: Split) -> None:
         label = label_column(split, self.data.label)
-        given = self.data.classes
+        given, asked = self.data.classes, self.data.class_order
         names = given if given is not None else _names(split, label)
+        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
+        if asked is not None and not listed and in_order(names, asked) is None:
+            names = given = asked  # classes by number, or more than the records have
         if len(set(names)) < len(names):
             raise InputError(f"data.classes names a class twice: {names}")
         numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
-        self.learned(label=label, classes=names, class_numbers=numbers)
+        order = self._order(names)
+        self.learned(
+            label=label,
+            classes=names,
+            class_numbers=numbers,
+            # Also where it is said and is the data's: the recipe may spell it otherwise.
+            class_order=order if order != names or asked is not None else None,
+        )
         present = sorted({names[index] for index in self._ids(split)})
         if len(present) < 2:
             raise InputError(
@@ -51,15 +68,53 @@ class ClassTask(Task):
         return self.data.classes or []
 
     @property
+    def order(self) -> list[str]:
+        """The classes in the order of the model's outputs, as the data spells them."""
+        return self.data.class_order or self.names
+
+    @property
     def label(self) -> str:
         return self.data.label or LABEL_COLUMNS[0]
 
+    def _order(self, names: list[str]) -> list[str]:
+        """Return the order of the model's outputs, and note it where it is not the data's."""
+        asked, own = self.data.class_order, class_names(self.model_config)
+        if asked is not None:
+            order = in_order(names, asked)
+            if order is None:
+                raise InputError(
+                    f"data.class_order is {asked}; expected each of the classes {names} once, in "
+                    "the order of the model's outputs"
+                )
+            return order
+        order, whose = order_of(names, own)
+        if order != names:
+            self.notes.append(
+                f"the model's outputs have the order of {whose}: {_numbered(own or order)}; "
+                "data.class_order says another"
+            )
+        elif own is not None and len(own) == len(names) and in_order(names, own) is None:
+            head = f"the base's head for {_numbered(own)}"
+            if _are_places(names):
+                self.notes.append(f"labels are numbers of outputs of {head}")
+            elif any(kind in name for name in architectures(self.model_config) for kind in HEADS):
+                self.notes.append(f"{head} is trained on, for {_numbered(names)}")
+        return order
+
     def model_arguments(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: index for index, name in enumerate(self.names)},
+        own = class_names(self.model_config)
+        names = self.order
+        # What the base calls its outputs stays, where it means the same.
+        if own is not None and len(set(own)) == len(own) == len(names):
+            names = own if _are_places(names) or in_order(names, own) == names else names
+        arguments = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
         }
+        if getattr(self.model_config, "problem_type", None) is not None:
+            arguments["problem_type"] = "single_label_classification"  # whatever the base was for
+        return arguments
 
     def labels(self, split: Split) -> list[int]:
         """Return the class number of each record. Raises `InputError` at the first label outside
@@ -74,12 +129,15 @@ class ClassTask(Task):
             f"{split.part}: {shown}{more}; the largest class is "
             f"{max(counts.values()) / len(ids):.1%}"
         )
-        return ids
+        outputs = self._outputs()
+        return [outputs[index] for index in ids]
 
     def score(
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
     ) -> dict[str, float]:
-        return metrics.classification(outputs, labels)
+        # By the data's order, so that F1 is of the same class whatever the base's.
+        places = self._outputs()
+        return metrics.classification(np.asarray(outputs)[:, places], np.argsort(places)[labels])
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         # Less the largest logit, or exp would overflow.
@@ -87,7 +145,7 @@ class ClassTask(Task):
         probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
         best = probabilities.argmax(axis=-1)
         rows = [
-            {"prediction": self.names[index], "probability": float(row[index])}
+            {"prediction": self.order[index], "probability": float(row[index])}
             for index, row in zip(best, probabilities, strict=True)
         ]
         return by_record(features[ROW], rows)
@@ -96,7 +154,13 @@ class ClassTask(Task):
         shown = ", ".join(f"{name:.30}" for name in self.names[:6])
         return f"{len(self.names)} classes ({shown}{', ...' if len(self.names) > 6 else ''})"
 
+    def _outputs(self) -> list[int]:
+        """Return the output of the model that each class of the data is."""
+        places = {name: place for place, name in enumerate(self.order)}
+        return [places[name] for name in self.names]
+
     def _ids(self, split: Split) -> list[int]:
+        """Return the place of each record's class among the data's."""
         by_name = {name: index for index, name in enumerate(self.names)}
         numbered = isinstance(split.records.features[self.label], ClassLabel)
         ids = []
@@ -160,6 +224,16 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
             f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number"
         )
     return text
+
+
+def _numbered(names: Sequence[str]) -> str:
+    shown = ", ".join(f"{place} {name:.30}" for place, name in enumerate(names[:6]))
+    return f"{shown}{', ...' if len(names) > 6 else ''}"
+
+
+def _are_places(names: Sequence[str]) -> bool:
+    """True when the classes are the numbers from 0: those of outputs, in their order."""
+    return list(names) == [str(place) for place in range(len(names))]
 
 
 def _is_number(name: str) -> bool:

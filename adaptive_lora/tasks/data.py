@@ -161,6 +161,19 @@ def columns_of(table: Dataset) -> list[str]:
     return [name for name in table.column_names if name != RECORD]
 
 
+def only_text(table: Dataset, *others: str | None) -> str | None:
+    """Return the column "text", else the only column of texts besides `others`; None where there is
+    neither."""
+    texts = [
+        name
+        for name, feature in table.features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string") and name not in others
+    ]
+    if "text" in texts:
+        return "text"
+    return texts[0] if len(texts) == 1 else None
+
+
 def _sample(table: Dataset, rows: int | None, seed: int, field: str, source: str) -> Dataset:
     if rows is None:
         return table

@@ -109,6 +109,10 @@ class QuestionAnswering(Task):
         spans = [_context_spans(encoded, window, offsets[window]) for window in range(len(rows))]
         return encoded, rows, spans, kept
 
+    def model_arguments(self) -> dict[str, Any]:
+        # A start and an end; many heads have as many outputs as the configuration has classes.
+        return {"num_labels": 2}
+
     def learn(self, split: Split) -> None:
         split.require(self.data.answers)
         places = zip(split.records[RECORD], split.records[self.data.answers], strict=True)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.data import Split
+from adaptive_lora.tasks.data import Split, only_text
 from adaptive_lora.tasks.language_model import (
     BYTES,
     PROMPT,
@@ -58,6 +58,15 @@ class Summarization(WritingTask):
         opening, closing = self._special_ids()
         self._before = [*opening, *(self._text_ids(before) if before else [])]
         self._after = [*(self._text_ids(after) if after else []), *closing]
+
+    def learn(self, split: Split) -> None:
+        data, columns = self.data, split.records.column_names
+        if data.text is None and data.prompt is None and self.column not in columns:
+            found = only_text(split.records, data.summary, data.id)
+            if found is not None:
+                self.column = found
+                self.learned(text=found)
+                self.notes.append(f"summaries of the column {found!r}")
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         split.require(self.column, *([self.data.summary] if labelled else []))

@@ -243,7 +243,6 @@ def without_tokens(content: bytes) -> bytes:
         ),
         ("tokenizer.json", lambda content: b"{", 2, "cannot load the tokenizer"),
         ("tokenizer.json", lambda content: None, 2, "tokenizer"),
-        ("tokenizer_config.json", without_tokens, 2, "no padding token"),
     ],
 )
 def test_a_damaged_model_folder_is_refused_before_anything_is_made(
@@ -260,6 +259,17 @@ def test_a_damaged_model_folder_is_refused_before_anything_is_made(
     assert ended.err.startswith("error: ")
     assert re.search(message, ended.err)
     assert not Path(files["out"]).exists()
+
+
+def test_a_model_of_which_nothing_says_how_to_pad_is_refused(
+    files: dict[str, str], command: Command
+) -> None:
+    model = damaged(
+        files["model"], Path(files["tmp"]) / "m", "tokenizer_config.json", without_tokens
+    )
+    config = Path(model) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token_id": None}))
+    refused(command(*arguments(TRAIN, files | {"model": model})), ["no padding token"], files)
 
 
 def test_a_model_folder_without_any_tokenizer_is_refused(

@@ -27,7 +27,7 @@ pytest_plugins = ("model_folders",)
         ("doctor", ["torch", "transformers", "the hub is not reachable"]),
         (
             f"{TRAIN} --print-config",
-            ["task: classification", "name: lora", "learning_rate: 0.0005"],
+            ["task: null", "name: lora", "learning_rate: 0.0005"],
         ),
         ("report {run}", ["linear_decay", "attention.self.query", "4  2", "ranks.png"]),
     ],

@@ -70,10 +70,10 @@ def test_the_record_makes_the_same_model_again(name: str, tmp_path: Path) -> Non
     kind, shapes = type(base), {key: value.shape for key, value in base.state_dict().items()}
     al.save(al.attach(base, methods.lora(1)), tmp_path / "adapter")
     found = base_of_adapter(read_adapter(tmp_path / "adapter"), str(tmp_path / "base"))
-    again, missing = found.load()
-    assert type(again) is kind
-    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
-    assert missing == []
+    again = found.load()
+    assert type(again.model) is kind
+    assert {key: value.shape for key, value in again.model.state_dict().items()} == shapes
+    assert (again.missing, again.resized) == ([], {})
 
 
 def test_a_model_of_nobody_else_has_no_record(tmp_path: Path) -> None:

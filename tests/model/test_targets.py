@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -300,8 +302,19 @@ def test_a_name_that_occurs_in_attention_and_in_feed_forward_means_both(
             ["uery"],
             "'uery' matches no linear module",
         ),  # the end of a word is not the last part of a name
-        (["classifier"], "'classifier' matches no linear module"),
-        (["LayerNorm"], "'LayerNorm' matches no linear module"),
+        (["classifier"], "target 'classifier' is the head: it is trained whole, and carries no"),
+        (["query", "classifier"], "target 'classifier' is the head"),
+        (
+            "classif.*",
+            "match 1 module and no target: 'classifier' is the head: it is trained whole",
+        ),
+        (["LayerNorm"], "target 'LayerNorm' is of the class LayerNorm: only linear modules"),
+        (["word_embeddings"], "'word_embeddings' is of the class Embedding: only linear"),
+        (".*(word|position)_embeddings", "match 2 modules and no target: 'bert.embeddings.word_e"),
+        (
+            ["self"],
+            "'self' is of the class BertSelfAttention, which is no linear module but holds some",
+        ),
         ("query", "a string is a regular expression over full names; give a list"),
         (r".*query\.", r"targets '.*query\\.' match no linear module"),
         ("(", "'(' is not a valid regular expression: missing )"),
@@ -334,8 +347,41 @@ def test_the_output_projection_of_torchs_attention_is_no_target() -> None:
     never run."""
     model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16)
     assert [target.name for target in find_targets(model)] == ["linear1", "linear2"]
-    with pytest.raises(InputError, match="'out_proj' matches no linear module"):
+    with pytest.raises(InputError, match=r"'out_proj' is .* never called: no adapter on it would"):
         find_targets(model, ["out_proj"])
+
+
+def test_a_convolution_and_a_part_of_a_head_are_refused_for_what_they_are() -> None:
+    layers = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "up": nn.Linear(4, 8)})
+    with pytest.raises(
+        InputError, match="'conv' is of the class Conv1d: only linear modules carry adapters"
+    ):
+        find_targets(layers, ["conv"])
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    model = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    )
+    with pytest.raises(
+        InputError, match=r"'out_proj' is part of the head \(classifier\): it is tr"
+    ):
+        find_targets(model, ["out_proj"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_output_embeddings_are_a_target_where_they_are_meant(name: str) -> None:
+    """A list or an expression means them; "all-linear" does not, nor do names of other modules."""
+    model = make(name)
+    output = model.get_output_embeddings()
+    for targets in (["lm_head"], r"lm_head", r".*lm_head"):
+        (found,) = find_targets(model, targets)
+        assert model.get_submodule(found.name) is output
+        assert (found.in_features, found.out_features) == (output.in_features, output.out_features)
+    everything = [target.name for target in find_targets(model)]
+    assert "lm_head" not in everything
+    others = [target.name for target in find_targets(model, everything)]
+    assert others == everything
+    both = [target.name for target in find_targets(model, [everything[0], "lm_head"])]
+    assert both == [everything[0], "lm_head"]
 
 
 def test_all_linear_leaves_out_a_single_input_or_output_which_can_be_named() -> None:
