@@ -12,6 +12,7 @@ from torch import nn
 
 from adaptive_lora.adapter_tools.folder import StoredAdapter
 from adaptive_lora.errors import InputError
+from adaptive_lora.model.adapter_file import WEIGHTS_NAME, tensor_shapes
 from adaptive_lora.model.base_model import (
     Base,
     architectures,
@@ -19,6 +20,7 @@ from adaptive_lora.model.base_model import (
     read_base,
     read_config,
 )
+from adaptive_lora.model.saving import other_vocabulary
 from adaptive_lora.model.targets import linear_features
 
 BY_TASK_TYPE = {
@@ -84,13 +86,22 @@ def _head(adapter: StoredAdapter, kind: Any) -> dict[str, Any]:
     return {"num_labels": min(widths)} if widths and "Classification" in kind.__name__ else {}
 
 
-def load_base(base: Base) -> Any:
+def load_base(base: Base, adapter: Path | None = None) -> Any:
     """Return the model in float32, in evaluation mode. Weights its files lack (a head) are drawn
-    with a fixed seed, so that two loads are equal. Raises as `Base.load`."""
+    with a fixed seed, so that two loads are equal. Raises as `Base.load`.
+
+    Args:
+        adapter: the folder of an adapter that will be put on it: a vocabulary that was grown for
+            it is grown here too.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # Whatever the files have: the rounding of 16 bits would hide what a check looks for.
         model = base.load(dtype=torch.float32).model
+        if adapter is not None:
+            tokens = other_vocabulary(model, adapter, tensor_shapes(adapter / WEIGHTS_NAME))
+            if tokens is not None:
+                model.resize_token_embeddings(tokens, mean_resizing=False)
     return model.eval()
 
 

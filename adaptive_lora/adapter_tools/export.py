@@ -132,7 +132,7 @@ def export(
         assert base is not None
         return _merged(adapter, base, path, check=check)
 
-    loaded = load_base(base) if base is not None else None
+    loaded = load_base(base, adapter.folder) if base is not None else None
     modules = _modules(loaded, adapter, base) if loaded is not None and base is not None else None
     written = native(adapter) if to == "native" else uniform(adapter, modules)
     inputs, expected = _probed(_on(loaded, adapter)) if check else ([], [])
@@ -144,7 +144,7 @@ def export(
             assert base is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                reloaded = PeftModel.from_pretrained(load_base(base), str(path))
+                reloaded = PeftModel.from_pretrained(load_base(base, path), str(path))
             worst = difference(answers(reloaded, inputs), expected)
             _refuse_above(worst, "reloaded by PEFT")
         notes = _notes(written, modules, base)
@@ -260,7 +260,7 @@ def _merged(adapter: StoredAdapter, base: Base, path: Path, *, check: bool) -> E
             "adapter away. Give the full-precision model it was made from with --model"
         )
     dtype = getattr(base.config(), "dtype", None) or torch.float32
-    model = load_base(base)
+    model = load_base(base, adapter.folder)
     _modules(model, adapter, base)
     notes = _untie(model, adapter)
     if "num_labels" in base.head and "id2label" not in base.head:

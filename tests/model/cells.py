@@ -480,7 +480,8 @@ def _export(t: Try, form: str) -> str:
         if form == "merged":
             read = type(make()).from_pretrained(t.folder / "out", dtype=torch.float32)
         else:
-            read = read_by_stock(t.state, t.folder / "out", make().float())
+            on = (t.state.resized or make)()
+            read = read_by_stock(t.state, t.folder / "out", on.float())
     got = answers(t.state, read, inside=False)
     expected = live(t.state.name) if isinstance(reference, str) else reference
     same(t.state, got, expected, f"the {form} form, compared with stock PEFT")

@@ -1412,6 +1412,7 @@ class State:
         reads: whether an adapter of it can be read on `base` at all; where not, `al.load` refuses.
         tolerance: of answers, relative to the largest logit.
         needs: a package without which the state is passed over.
+        resized: makes the base as its reader must resize it first.
         late: whether nothing can tell before ranks change for the first time.
     """
 
@@ -1427,6 +1428,7 @@ class State:
     runs: bool = True
     tolerance: float = 1e-5
     needs: str | None = None
+    resized: Callable[[], Any] | None = None
     late: bool = False
 
     @property
@@ -1584,7 +1586,7 @@ STATES: dict[str, list[State]] = {
         *on(merged_and_unloaded, merged_then_attached),
         *on(grown_llama, grown),
         State(grown_read_on_published, reads=False),
-        State(grown_and_saved, reads=False),
+        State(grown_and_saved, reads=False, resized=grown_llama),
         *on(grown_llama, grown_afterwards),
         *on(bf16_llama, bf16, bf16_all, tolerance=BF16),
         State(bf16_adapters, tolerance=BF16),
