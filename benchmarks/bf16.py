@@ -29,6 +29,7 @@ from adaptive_lora.model.adapters import adapters
 OUTPUT = Path(__file__).with_suffix(".json")
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
          "num_hidden_layers": 2, "vocab_size": 64}  # fmt: skip
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64}
 IDS = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -42,15 +43,7 @@ def base(kind: str) -> Any:
         ),
         "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
         "T5": lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(
-                vocab_size=64,
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                decoder_start_token_id=0,
-            )  # fmt: skip
+            hf.T5Config(**T5, num_layers=2, num_heads=4, decoder_start_token_id=0)
         ),
     }[kind]()
     return made.to(torch.bfloat16)

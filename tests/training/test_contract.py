@@ -319,6 +319,44 @@ def test_a_model_that_cannot_be_trained_as_it_is_is_refused_whichever_way_it_ent
         enter()
 
 
+def test_a_hyperparameter_search_ends_each_trial_within_its_budget(tmp_path: Path) -> None:
+    """One callback, a model made anew for every trial."""
+    method = DYNAMIC["adalora"]()
+    callback, spent = al.AdaptiveRankCallback(method), []
+
+    class Look(TrainerCallback):
+        def on_train_end(self, args: object, state: object, control: object, **kw: object) -> None:
+            spent.append((al.lora_parameters(kw["model"]), len(callback.history)))
+
+    trainer = Trainer(
+        args=make_trainer(tmp_path, method, save_strategy="no").args,
+        model_init=lambda: make_model(method),
+        train_dataset=records(),
+        eval_dataset=records(8),
+        callbacks=[callback, Look()],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        n_trials=2,
+        backend="optuna",
+        direction="minimize",
+    )
+    allowed = method.budget_parameters(targets_of(make_model(method)))
+    assert len(spent) == 2
+    assert all(parameters <= allowed and rows == 5 for parameters, rows in spent)
+
+
+def test_a_second_training_starts_at_the_start_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, DYNAMIC["adalora"](), save_strategy="no")
+    trainer.train()
+    with caplog.at_level(logging.WARNING, "adaptive_lora"):
+        trainer.train()
+    assert "were brought there, 432 -> 896 LoRA parameters" in caplog.text
+    assert al.lora_parameters(trainer.model) <= budget(trainer)
+
+
 # --- auto_find_batch_size ---
 
 
