@@ -389,8 +389,9 @@ def is_linear(layer: Any) -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """Return whether `model`, or a module in it, is compiled by torch."""
-    kinds = (torch._dynamo.eval_frame.OptimizedModule,)
+    # By name: dynamo takes seconds to import.
     return any(
-        isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
+        type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
