@@ -203,6 +203,24 @@ def test_only_the_targets_of_the_active_adapter_are_looked_at_and_saved(tmp_path
     assert al.ranks(model) == {name.replace("query", "key"): 3 for name in mine}
 
 
+def test_an_adapter_made_of_the_config_of_the_one_that_changes_is_saved_as_it_is(
+    tmp_path: Path,
+) -> None:
+    """As TRL makes its reference adapter: PEFT keeps the object it is given."""
+    model = trained(make_bert(), methods.lora(4), targets=["query"])
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    reference = logits(randomise(model))
+    model.set_adapter("default")
+    names = list(al.ranks(model))
+    al.resize(model, {names[0]: 1, names[1]: 0})
+    mine = logits(model)
+    model.save_pretrained(str(tmp_path))
+    for folder, expected in ((tmp_path, mine), (tmp_path / "ref", reference)):
+        reloaded = PeftModel.from_pretrained(make_bert(), str(folder))
+        assert torch.equal(logits(reloaded), expected)
+
+
 TEXT = {
     "vocab_size": 32,
     "hidden_size": 8,
