@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert, make_gpt2, scale_of
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -219,6 +219,32 @@ def test_an_adapter_made_of_the_config_of_the_one_that_changes_is_saved_as_it_is
     for folder, expected in ((tmp_path, mine), (tmp_path / "ref", reference)):
         reloaded = PeftModel.from_pretrained(make_bert(), str(folder))
         assert torch.equal(logits(reloaded), expected)
+
+
+def test_the_config_that_the_user_gave_is_left_as_it_was() -> None:
+    """It may be given again: to the next of several trainings."""
+    config = LoraConfig(r=8, target_modules=["query", "key"])
+    models = [get_peft_model(make_bert(), config) for _ in range(2)]
+    before = config.to_dict()
+    al.resize(models[0], {name: 0 for name in al.ranks(models[0]) if "key" in name})
+    assert config.to_dict() == before
+    assert al.ranks(get_peft_model(make_bert(), config)) == al.ranks(models[1])
+
+
+def test_a_checkpoint_loaded_into_targets_of_rank_0_brings_them_back(tmp_path: Path) -> None:
+    """PEFT hands on the tensors of what it finds in the model; the rest it drops without a word."""
+    method = methods.adalora(2)  # whose ranks change: the model follows
+    model = trained(make_bert(), method, targets=["query", "key"])
+    before, answers = al.ranks(model), logits(model)
+    queries = [name for name in before if "query" in name]
+    al.save(model, tmp_path / "early")
+    model.add_adapter("ref", model.peft_config["default"])
+    al.resize(model, dict.fromkeys(queries, 0))
+    model.load_adapter(str(tmp_path / "early"), "ref")
+    assert al.ranks(model) == before | dict.fromkeys(queries, 0)
+    model.load_adapter(str(tmp_path / "early"), "default")
+    assert al.ranks(model) == before
+    assert torch.equal(logits(model), answers)
 
 
 TEXT = {
