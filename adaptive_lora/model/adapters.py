@@ -147,7 +147,10 @@ def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 def sync_config(model: PeftModel) -> None:
     """Make `peft_config` describe the adapters as they are; called after any change of a rank."""
-    config = _own_config(model)
+    # A copy: PEFT keeps the object it is given, which its user may give again, as TRL does for its
+    # reference adapter.
+    config: Any = copy(model.peft_config[model.active_adapter])
+    model.peft_config[model.active_adapter] = config
     layers = adapters(model)
     # Rank 0 is left out: PEFT cannot create it when it loads.
     present = {name: layer for name, layer in layers.items() if _rank(layer) > 0}
@@ -162,15 +165,6 @@ def sync_config(model: PeftModel) -> None:
     scales = {key: _scale(layer) for key, layer in by_key.items()}
     for field, value in scaled_config(pattern, scales).items():
         setattr(config, field, value)
-
-
-def _own_config(model: PeftModel) -> Any:
-    """Return the config of the active adapter, made its own where another adapter has it too: PEFT
-    keeps the object that `add_adapter` is given, and TRL gives that of the adapter it copies."""
-    active, configs = model.active_adapter, model.peft_config
-    if any(config is configs[active] for name, config in configs.items() if name != active):
-        configs[active] = copy(configs[active])
-    return configs[active]
 
 
 def _key(name: str, layer: Any) -> str:
