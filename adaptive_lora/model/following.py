@@ -78,7 +78,7 @@ def _name_parked(
     if any(other in key for key in state_dict for other in others):
         return  # it is another adapter that is loaded, or a whole model, whose keys are named
     for name, layer in linear_adapters(model).items():
-        for part in ("lora_A", "lora_B") if hasattr(layer, "parked") else ():
+        for part in ("lora_A", "lora_B") if hasattr(layer, "lora_parked") else ():
             start = f"{prefix}base_model.model.{name}.{part}"
             if f"{start}.weight" in state_dict:
                 state_dict[f"{start}.{active}.weight"] = state_dict.pop(f"{start}.weight")

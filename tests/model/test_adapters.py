@@ -166,6 +166,19 @@ def test_a_target_of_rank_0_costs_nothing_and_is_not_saved(tmp_path: Path) -> No
     assert not any("h.1." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+def test_all_that_is_of_the_adapter_has_pefts_prefix_in_its_name() -> None:
+    """By which TRL, for one, tells what is of the base, whatever its rank."""
+    model = al.attach(make_bert(), methods.lora(2), targets=["query"])
+    al.resize(model, {next(iter(al.ranks(model))): 0})
+    base = {f"bert.{name}" for name, _ in make_bert().bert.named_parameters()}
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, _ in model.named_parameters()
+        if model.prefix not in name and "classifier" not in name
+    }
+    assert names == base
+
+
 def test_ranks_and_parameters_are_read_from_the_tensors(tiny_bert: PreTrainedModel) -> None:
     model = al.attach(tiny_bert, methods.lora(4), ["query"])
     name = "bert.encoder.layer.1.attention.self.query"
