@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -126,27 +127,30 @@ class Parked(nn.Module):
 def park(layer: Any) -> None:
     """Take a rank-0 adapter out of the forward pass: PEFT skips a layer without the active key."""
     adapter = layer.active_adapters[0]
-    layer.parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
+    layer.lora_parked = Parked(layer.lora_A.pop(adapter), layer.lora_B.pop(adapter))
     layer.r[adapter] = 0
 
 
 def unpark(layer: Any) -> None:
     """Put a parked adapter back into the forward pass; nothing happens to any other."""
-    if hasattr(layer, "parked"):
+    if hasattr(layer, "lora_parked"):
         adapter = layer.active_adapters[0]
-        layer.lora_A[adapter], layer.lora_B[adapter] = layer.parked.pair
-        del layer.parked
+        layer.lora_A[adapter], layer.lora_B[adapter] = layer.lora_parked.pair
+        del layer.lora_parked
 
 
 def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Return (A, B) of the active adapter, parked or not; shapes (0, I) and (O, 0) at rank 0."""
     pair = weights(layer)
-    return (layer.parked.a, layer.parked.b) if pair is None else pair
+    return (layer.lora_parked.a, layer.lora_parked.b) if pair is None else pair
 
 
 def sync_config(model: PeftModel) -> None:
     """Make `peft_config` describe the adapters as they are; called after any change of a rank."""
-    config: Any = model.peft_config[model.active_adapter]
+    # A copy: PEFT keeps the object it is given, which its user may give again, as TRL does for its
+    # reference adapter.
+    config: Any = copy(model.peft_config[model.active_adapter])
+    model.peft_config[model.active_adapter] = config
     layers = adapters(model)
     # Rank 0 is left out: PEFT cannot create it when it loads.
     present = {name: layer for name, layer in layers.items() if _rank(layer) > 0}

@@ -346,7 +346,7 @@ def adapter_parameters(layer: Any) -> list[nn.Parameter]:
             found.append(part)
         elif isinstance(part, nn.Module):
             found += part.parameters()
-    parked = getattr(layer, "parked", None)
+    parked = getattr(layer, "lora_parked", None)
     return found if parked is None else [*found, *parked.parameters()]
 
 
@@ -376,7 +376,7 @@ def is_linear(layer: Any) -> bool:
     """Return whether the active adapter of a layer is a pair A (R, I), B (O, R) on a linear module;
     false for embeddings, convolutions, experts and the like."""
     (adapter,) = list(_active(layer) & layer.r.keys())[:1]
-    if hasattr(layer, "parked"):
+    if hasattr(layer, "lora_parked"):
         return True
     if adapter not in layer.lora_A:
         return False

@@ -9,7 +9,7 @@ itself sees to it, wherever it lies and whoever loads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -45,10 +45,11 @@ def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any,
 
 
 def _follow_ranks(
-    model: PeftModel, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any
+    model: PeftModel, state_dict: MutableMapping[str, torch.Tensor], prefix: str, *_: Any
 ) -> None:
     """Give `model` the ranks of the adapter in `state_dict`; a target absent there gets rank 0."""
     adapter = model.active_adapter
+    _name_parked(model, state_dict, prefix)
     start, end = f"{prefix}base_model.model.", f".lora_A.{adapter}.weight"
     saved = {
         key[len(start) : -len(end)]: len(tensor)
@@ -65,6 +66,22 @@ def _follow_ranks(
     }
     if changes:
         resize(model, changes)
+
+
+def _name_parked(
+    model: PeftModel, state_dict: MutableMapping[str, torch.Tensor], prefix: str
+) -> None:
+    """Put the adapter's name into the keys of targets that have rank 0 now: PEFT does so for what
+    it finds in the model, and drops the rest in silence."""
+    active = model.active_adapter
+    others = [f".lora_A.{name}." for name in model.peft_config if name != active]
+    if any(other in key for key in state_dict for other in others):
+        return  # it is another adapter that is loaded, or a whole model, whose keys are named
+    for name, layer in linear_adapters(model).items():
+        for part in ("lora_A", "lora_B") if hasattr(layer, "lora_parked") else ():
+            start = f"{prefix}base_model.model.{name}.{part}"
+            if f"{start}.weight" in state_dict:
+                state_dict[f"{start}.{active}.weight"] = state_dict.pop(f"{start}.weight")
 
 
 def loaded_from(model: nn.Module) -> Path | None:

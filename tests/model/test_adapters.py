@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert, make_gpt2, scale_of
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -166,6 +166,19 @@ def test_a_target_of_rank_0_costs_nothing_and_is_not_saved(tmp_path: Path) -> No
     assert not any("h.1." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+def test_all_that_is_of_the_adapter_has_pefts_prefix_in_its_name() -> None:
+    """By which TRL, for one, tells what is of the base, whatever its rank."""
+    model = al.attach(make_bert(), methods.lora(2), targets=["query"])
+    al.resize(model, {next(iter(al.ranks(model))): 0})
+    base = {f"bert.{name}" for name, _ in make_bert().bert.named_parameters()}
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, _ in model.named_parameters()
+        if model.prefix not in name and "classifier" not in name
+    }
+    assert names == base
+
+
 def test_ranks_and_parameters_are_read_from_the_tensors(tiny_bert: PreTrainedModel) -> None:
     model = al.attach(tiny_bert, methods.lora(4), ["query"])
     name = "bert.encoder.layer.1.attention.self.query"
@@ -201,6 +214,50 @@ def test_only_the_targets_of_the_active_adapter_are_looked_at_and_saved(tmp_path
     assert torch.equal(logits(reloaded), answers)
     model.set_adapter("other")
     assert al.ranks(model) == {name.replace("query", "key"): 3 for name in mine}
+
+
+def test_an_adapter_made_of_the_config_of_the_one_that_changes_is_saved_as_it_is(
+    tmp_path: Path,
+) -> None:
+    """As TRL makes its reference adapter: PEFT keeps the object it is given."""
+    model = trained(make_bert(), methods.lora(4), targets=["query"])
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    reference = logits(randomise(model))
+    model.set_adapter("default")
+    names = list(al.ranks(model))
+    al.resize(model, {names[0]: 1, names[1]: 0})
+    mine = logits(model)
+    model.save_pretrained(str(tmp_path))
+    for folder, expected in ((tmp_path, mine), (tmp_path / "ref", reference)):
+        reloaded = PeftModel.from_pretrained(make_bert(), str(folder))
+        assert torch.equal(logits(reloaded), expected)
+
+
+def test_the_config_that_the_user_gave_is_left_as_it_was() -> None:
+    """It may be given again: to the next of several trainings."""
+    config = LoraConfig(r=8, target_modules=["query", "key"])
+    models = [get_peft_model(make_bert(), config) for _ in range(2)]
+    before = config.to_dict()
+    al.resize(models[0], {name: 0 for name in al.ranks(models[0]) if "key" in name})
+    assert config.to_dict() == before
+    assert al.ranks(get_peft_model(make_bert(), config)) == al.ranks(models[1])
+
+
+def test_a_checkpoint_loaded_into_targets_of_rank_0_brings_them_back(tmp_path: Path) -> None:
+    """PEFT hands on the tensors of what it finds in the model; the rest it drops without a word."""
+    method = methods.adalora(2)  # whose ranks change: the model follows
+    model = trained(make_bert(), method, targets=["query", "key"])
+    before, answers = al.ranks(model), logits(model)
+    queries = [name for name in before if "query" in name]
+    al.save(model, tmp_path / "early")
+    model.add_adapter("ref", model.peft_config["default"])
+    al.resize(model, dict.fromkeys(queries, 0))
+    model.load_adapter(str(tmp_path / "early"), "ref")
+    assert al.ranks(model) == before | dict.fromkeys(queries, 0)
+    model.load_adapter(str(tmp_path / "early"), "default")
+    assert al.ranks(model) == before
+    assert torch.equal(logits(model), answers)
 
 
 TEXT = {
