@@ -27,7 +27,7 @@ from adaptive_lora.allocation.method import Adaptation
 from adaptive_lora.allocation.rules import Grow, Rule, TopK, View
 from adaptive_lora.allocation.when import At, When
 from adaptive_lora.methods import METHODS
-from adaptive_lora.model import adapters, deciding
+from adaptive_lora.model import deciding, saving
 from adaptive_lora.model.resize import resize, unwrap
 from adaptive_lora.testing import (
     CHECKS,
@@ -205,7 +205,7 @@ class Forgetful(AdaptiveTrainer):
 
 def save_late(model: Any, folder: Path) -> None:
     """Save, and train on by a little."""
-    adapters.save(model, folder)
+    saving.save(model, folder)
     for parameter in model.parameters():
         parameter.data.mul_(1.01)
 

@@ -122,8 +122,8 @@ def _train(
         raise InputError(f"cannot write to the output folder {folder}: {error}") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"training: {error}") from error
-    for note in [*guessed, *task.notes, *notes, _describe(model, method)] if main_process else []:
-        print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
+    if main_process:
+        _say([*guessed, *task.notes, *notes, _describe(model, method)])
     use_progress(trainer)
 
     started = time.perf_counter()
@@ -158,6 +158,11 @@ def _train(
     if main_process:
         write_json(folder / RESULT_FILE, result, indent=2)
     return result
+
+
+def _say(notes: list[str]) -> None:
+    for note in notes:
+        print(textwrap.fill(note, WIDTH, subsequent_indent="    "), flush=True)
 
 
 def _prepare(

@@ -54,14 +54,17 @@ class ClassTask(Task):
             # Also where it is said and is the data's: the recipe may spell it otherwise.
             class_order=order if order != names or asked is not None else None,
         )
+        if len(names) != 2:  # F1 of "the positive class" needs two
+            self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
+        self._check_several(split, names)
+
+    def _check_several(self, split: Split, names: list[str]) -> None:
         present = sorted({names[index] for index in self._ids(split)})
         if len(present) < 2:
             raise InputError(
-                f"{split.source}: column {label!r} holds one class only, {present}; nothing to "
-                "classify"
+                f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
+                "to classify"
             )
-        if len(names) != 2:  # F1 of "the positive class" needs two
-            self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
 
     @property
     def names(self) -> list[str]:
