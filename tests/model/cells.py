@@ -189,7 +189,8 @@ def expected_ranks(model: Any) -> dict[str, int]:
 
 
 def is_active(layer: Any, name: str) -> bool:
-    return "lora_" in name and any(a in name.split(".") for a in layer.active_adapters)
+    names = {*layer.active_adapters, "lora_parked"}
+    return "lora_" in name and bool(names & set(name.split(".")))
 
 
 def counted(model: Any) -> int:
