@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, disable_progress_bars
+from model_folders import instructions
+from peft import PeftModel
 from test_readme import python_blocks
+from transformers import AutoModelForCausalLM
 
+import adaptive_lora as al
 from adaptive_lora import methods
 from adaptive_lora.methods import METHODS
+from adaptive_lora.model.adapters import adapters, targets_of
 from adaptive_lora.model.attach import attach
 from adaptive_lora.testing import CHECKS, Check
+
+pytest_plugins = ("model_folders",)
+disable_progress_bars()
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -85,3 +94,32 @@ def test_links_to_files_lead_to_files(page: Path) -> None:
 def test_every_method_has_its_place_in_the_page_on_choosing() -> None:
     text = (ROOT / "docs" / "how-to-choose.md").read_text(encoding="utf-8").split("## The knobs")[0]
     assert [name for name in METHODS if f"`{name}" not in text] == []
+
+
+# TRL 1.16 checkpoints activations by the names that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_the_trainings_of_the_page_on_trl(
+    llama_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = instructions(32)
+    names: dict[str, Any] = {
+        "model_folder": llama_folder,
+        "texts": Dataset.from_list([{"text": " ".join(row.values())} for row in rows]),
+        "pairs": Dataset.from_list(
+            [{"prompt": r["instruction"], "chosen": r["output"], "rejected": "bad"} for r in rows]
+        ),
+    }
+    tuning, preferring = python_blocks("docs/trl.md")
+    for code, steps in ((tuning, 200), (preferring, 100)):
+        exec(code.replace(f"max_steps={steps}", "max_steps=20, use_cpu=True"), names)
+        model, method = names["trainer"].model, names["method"]
+        budget = method.budget_parameters(targets_of(model))
+        assert budget is not None
+        assert al.lora_parameters(model) <= budget
+        assert len(set(al.ranks(model).values())) > 1
+        assert {layer.scaling["default"] for layer in adapters(model).values()} == {2.0}
+    reread = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama_folder), "sft/adapter"
+    )
+    assert len(set(al.ranks(reread).values())) > 1
