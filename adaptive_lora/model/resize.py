@@ -19,6 +19,7 @@ so shapes are checked after every change.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -137,6 +138,8 @@ def resize(
     remembered = _stage_statistics(statistics or {}, plans, pairs)
     _check_finite(staged, remembered)
 
+    if staged:
+        _forget_compiled()
     _swap(staged)
     for item in staged:
         if inner is not None and item.state:
@@ -252,6 +255,14 @@ def _swap(staged: list[_Staged]) -> None:
         for parameter, other in done:
             torch.utils.swap_tensors(parameter, other)
         raise InputError(f"{graph} ({error})") from error
+
+
+def _forget_compiled() -> None:
+    """Have torch compile anew what it has compiled: that holds on to the parameters it was made
+    for, which could not be swapped, and after 8 shapes dynamo would give up for good."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and hasattr(dynamo, "utils") and dynamo.utils.counters["stats"]:
+        dynamo.reset()
 
 
 def _awaited(parameter: Any) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -165,20 +164,10 @@ def _compiled(
         return ""
     assert method.adaptation is not None
     moments = len(decision_steps(method.adaptation.when, state.max_steps))
-    count = f"up to {moments}" if moments else "an unknown number of"
-    limit = torch._dynamo.config.recompile_limit
-    enough = 0 < moments < limit
-    remedy = (
-        ""
-        if enough
-        else (
-            f" After {limit} it gives up and runs uncompiled to the end: decide less often (every="
-            f"), or set torch._dynamo.config.recompile_limit to {moments + 2 if moments else 64}"
-        )
-    )
+    count = f"up to {moments} times" if moments else "at each plateau"
     return (
-        f"the model is compiled, and its ranks change after {count} steps: torch compiles the "
-        f"changed layers anew each time.{remedy}"
+        f"the model is compiled, and its ranks change {count}: torch compiles it anew each time, "
+        "which takes as long as the first step. Decide less often (every=), or do not compile"
     )
 
 
