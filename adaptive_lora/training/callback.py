@@ -229,12 +229,12 @@ class AdaptiveRankCallback(SaveAfterEpoch):
         assert self.controller is not None
         self._ended = True  # what is evaluated from here on decides nothing
         self._first = None
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.controller.take_up(Path(state.best_model_checkpoint))
         try:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self.controller.take_up(Path(state.best_model_checkpoint))
             self.controller.finish(stopped_early=state.global_step < state.max_steps)
-        except NeverDecidedError as error:
-            raise NeverDecidedError(f"{error}{self._rescued(args, state)}") from error
+        except (NeverDecidedError, IntegrityError) as error:
+            raise type(error)(f"{error}{self._rescued(args, state)}") from error
         finally:
             IN_TRAINING.pop(self.controller.model, None)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,7 @@ class RankController:
         if self.method.adaptation is None:
             return
         saved, statistics = self._read(folder)
+        self._check_ranks(folder, saved)
         self.driver.restore(statistics)
         changes = {name: Resize((), rank) for name, rank in now.items() if rank != before[name]}
         reason = f"the best checkpoint, after step {saved['step']}, was loaded"
@@ -272,12 +273,17 @@ class RankController:
         self._losses = state["losses"]
         self.initial_pattern = state["initial_pattern"]
         self.history = [history.from_json(row) for row in state["history"]]
-        # The adapter was loaded by others, with whatever ranks it had.
-        if history.replay(self.initial_pattern, self.history) != ranks(self.model):
-            raise IntegrityError(
-                f"cannot resume from {folder}: the saved ranks are not those the history leads to"
-            )
+        self._check_ranks(folder, state)
         self.driver.restore(statistics)
+
+    def _check_ranks(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Raise `IntegrityError` unless the model has the ranks of this state: the adapter was
+        loaded by others, with whatever ranks it had."""
+        rows = [history.from_json(row) for row in state["history"]]
+        if history.replay(state["initial_pattern"], rows) != ranks(self.model):
+            raise IntegrityError(
+                f"cannot go on from {folder}: the ranks loaded are not those its history leads to"
+            )
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], Statistics]:
         """Return the state in `folder`, of this training, and its statistics."""

@@ -467,13 +467,9 @@ def test_a_plateau_that_cannot_reach_its_budget_says_so_at_the_start(
 
 @pytest.mark.parametrize("how", ["torch_compile", "model.compile"])
 def test_a_compiled_model_trains_as_an_uncompiled_one_and_what_that_costs_is_said(
-    how: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dynamo by itself gives up after 8 shapes; here, for the time it takes, after 2."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     method = methods.adalora(2, factor=3.0, initial=1, final=1, every=1)
     options = {"save_strategy": "no", "eval_strategy": "no", "max_steps": 5}
     plain = make_trainer(tmp_path, method, **options)
@@ -484,7 +480,8 @@ def test_a_compiled_model_trains_as_an_uncompiled_one_and_what_that_costs_is_sai
     else:
         model.compile(backend="eager")
     trainer = make_trainer(tmp_path, method, model=model, **options)
-    with caplog.at_level(logging.WARNING, "adaptive_lora"):
+    limit = torch._dynamo.config.patch(recompile_limit=2)
+    with limit, caplog.at_level(logging.WARNING, "adaptive_lora"):
         trainer.train()
     assert "its ranks change up to 4 times: torch compiles it anew" in caplog.text
     assert "recompile_limit" not in caplog.text
