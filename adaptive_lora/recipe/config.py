@@ -50,6 +50,26 @@ def _class_name(value: Any) -> Any:
 ClassName = Annotated[str, BeforeValidator(_class_name)]
 
 
+def _delimiter(value: Any) -> Any:
+    return {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|", "\\t": "\t"}.get(value, value)
+
+
+def _one_mark(value: str) -> str:
+    if len(value) != 1 or ord(value) > 127 or value in '"\r\n\\':
+        raise InputError(
+            f"data.delimiter is {value!r}; expected comma, semicolon, tab, bar, or one character "
+            "of ASCII"
+        )
+    return value
+
+
+Delimiter = Annotated[str, BeforeValidator(_delimiter), AfterValidator(_one_mark)]
+
+
+# keys of `data` that 0.1 did not have
+SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns"}
+
+
 class DataConfig(Strict):
     """Where the records come from and what their columns mean. Names of columns that a task does
     not read are ignored."""
@@ -68,6 +88,12 @@ class DataConfig(Strict):
     # a fraction, or a number of records
     eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
+    # CSV and TSV; None: as the file has it
+    delimiter: Delimiter | None = None
+    # what a double quote is; None: in a file of tabs text, else as all its records fit
+    quoting: Literal["quotes", "escapes", "text"] | None = None
+    # of files without a header; "header": the first line is one, however it looks
+    columns: list[str] | Literal["header"] | None = None
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
@@ -103,11 +129,12 @@ class DataConfig(Strict):
 
     @model_serializer(mode="wrap")
     def _only_what_is_said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The runs of a study are named by their recipes: one that does not say this key keeps its
+        # The runs of a study are named by their recipes: one that does not say these keys keeps its
         # name of version 0.1.
         values: dict[str, Any] = dump(self)
-        if values.get("class_order", ...) is None:
-            del values["class_order"]
+        for key in SINCE_0_2 & values.keys():
+            if values[key] == type(self).model_fields[key].default:
+                del values[key]
         return values
 
 

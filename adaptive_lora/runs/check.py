@@ -25,7 +25,7 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
     splits = load_splits(config.data)
     task.learn(splits.train)
     features = {split.part: task.features(split) for split in splits.all}
-    for note in [*guessed, *task.notes, *_repeats(features)]:
+    for note in [*guessed, *splits.notes, *task.notes, *_repeats(features)]:
         yield textwrap.fill(note, width, subsequent_indent="    ")
     train = features[splits.train.part]
     for number in range(min(SHOWN, len(train))):

@@ -13,6 +13,7 @@ from datasets import Dataset
 from adaptive_lora.errors import InputError, unknown
 from adaptive_lora.recipe.config import DataConfig
 from adaptive_lora.tasks.tables import read_table
+from adaptive_lora.tasks.text_files import Form
 
 # column of `load_splits`: the record's place in its source, from 1, whatever the split did to it
 RECORD = "(record)"
@@ -60,6 +61,7 @@ class Splits:
     train: Split
     eval: Split
     extra: dict[str, Split]
+    notes: list[str]  # lines to show on how their files were read
 
     @property
     def all(self) -> list[Split]:
@@ -74,12 +76,13 @@ def load_splits(data: DataConfig) -> Splits:
     with `eval_size` 20 gives 180 / 20. A column `RECORD` is added, so that a message can name the
     record as the source counts it.
     """
+    notes: list[str] = []
     train = _sample(
-        _read(data, data.train, data.train_split), data.rows, data.seed, "rows", data.train
+        _read(data, data.train, data.train_split, notes), data.rows, data.seed, "rows", data.train
     )
     eval_source = data.eval or data.train
     if data.eval is not None or data.eval_split is not None:
-        held_out = _read(data, eval_source, data.eval_split or "train")
+        held_out = _read(data, eval_source, data.eval_split or "train", notes)
         held_out = _sample(held_out, data.eval_rows, data.seed, "eval_rows", eval_source)
     else:
         size = (
@@ -101,15 +104,16 @@ def load_splits(data: DataConfig) -> Splits:
         Split(train, data.train, "training"),
         Split(held_out, eval_source, "evaluation"),
         {
-            name: Split(_read(data, source, split), source, name)
+            name: Split(_read(data, source, split, notes), source, name)
             for name, (source, split) in extra.items()
         },
+        notes,
     )
 
 
-def _read(data: DataConfig, source: str, split: str) -> Dataset:
+def _read(data: DataConfig, source: str, split: str, notes: list[str]) -> Dataset:
     table = numbered(
-        read_table(source, config=data.config, split=split, texts=text_columns(data)), source
+        read_table(source, config=data.config, split=split, form=form_of(data), notes=notes), source
     )
     if len(table) == 0:
         raise InputError(f"split {split!r} of {source} is empty")
@@ -125,6 +129,16 @@ def _read(data: DataConfig, source: str, split: str) -> Dataset:
                     "data.duplicate_ids: keep"
                 )
     return table
+
+
+def form_of(data: DataConfig) -> Form:
+    """Return what a recipe says of the form of its files."""
+    return Form(
+        texts=text_columns(data),
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        columns=data.columns,
+    )
 
 
 def text_columns(data: DataConfig) -> set[str]:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, read_config
 from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName
-from adaptive_lora.tasks.data import only_text, text_columns
+from adaptive_lora.tasks.data import form_of, only_text
 from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.tasks.text import LABEL_COLUMNS
 
@@ -60,9 +60,7 @@ def with_task(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config, []
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     data = config.data
-    table = read_table(
-        data.train, config=data.config, split=data.train_split, texts=text_columns(data)
-    )
+    table = read_table(data.train, config=data.config, split=data.train_split, form=form_of(data))
     task, why = guess(model_config, table, data)
     return _told(config, task, f"{why} for {KINDS[kind_of(model_config)][0]}")
 

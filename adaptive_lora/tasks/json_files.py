@@ -1,0 +1,111 @@
+"""JSON and JSONL files: records that are objects, and the first that is none."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from adaptive_lora.errors import InputError
+from adaptive_lora.tasks.text_files import ending, read_text
+
+# Half of a character beyond U+FFFF, as JSON escapes it; whole characters are two of these.
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def check_type(field: pa.Field) -> None:
+    """Raise `ValueError` or `RecursionError` unless a data set can hold the column."""
+    Dataset(pa.schema([field]).empty_table())
+
+
+def table_of(records: list[dict[str, Any]], path: Path) -> pa.Table:
+    """Return a column for every key of any record; a record without it has None there."""
+    columns = {}
+    for name in dict.fromkeys(key for record in records for key in record):
+        values = [record.get(name) for record in records]
+        try:
+            columns[name] = _array(values)
+        except _UNFIT:
+            raise _misfit(values, name, path) from None
+    return pa.table(columns)
+
+
+_UNFIT = (ValueError, TypeError, OverflowError, RecursionError)  # Arrow's errors are among these
+
+
+def _array(values: list[Any]) -> pa.Array:
+    array = pa.array(values)
+    check_type(pa.field("", array.type))
+    return array
+
+
+def _misfit(values: list[Any], name: str, path: Path) -> InputError:
+    """Return what to say of values that make no column: the first record with which they make none,
+    and why."""
+    # of so many records from the first a column can be made, or none
+    fit, unfit, reason = (0, len(values) + 1, "")
+    while unfit - fit > 1:
+        middle = (fit + unfit) // 2
+        try:
+            _array(values[:middle])
+            fit = middle
+        except _UNFIT as error:
+            unfit, reason = middle, str(error)
+    before = next((value for value in values[:fit] if value is not None), None)
+    others = "" if before is None else f", and a record before it has {reprlib.repr(before)}"
+    return InputError(
+        f"{path}, record {unfit}: the values of {name!r} do not fit one type: "
+        f"{reprlib.repr(values[fit])}{others} ({reason:.120}); make them all text, all numbers, or "
+        "all lists or objects of one shape"
+    )
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON or JSONL file. Raises `InputError` with line or record."""
+    text = read_text(path)
+    if ending(path) == ".json":
+        records = _parse(text, path)
+        if not isinstance(records, list):
+            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of records")
+    else:  # splitlines() also splits at U+2028, inside a string
+        lines = enumerate(text.split("\n"), start=1)
+        records = [_parse(line, path, number) for number, line in lines if line.strip()]
+    surrogates = SURROGATE.search(text) is not None
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, record {number}: expected an object, got {reprlib.repr(record)}"
+            )
+        if surrogates:
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[max(error.start - 20, 0) : error.end]
+                raise InputError(
+                    f"{path}, record {number}: {half!r} ends in half of a surrogate pair, which is "
+                    "no character; remove it"
+                ) from None
+    return records
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    """Return what the JSON text holds: a whole file, or one of its lines."""
+    place = str(path) if line is None else f"{path}, line {line}"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        number = error.lineno if line is None else line
+        raise InputError(
+            f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise InputError(
+            f"{place}: lists or objects too deep in each other to be read; write flat records"
+        ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{place}: {error}") from None

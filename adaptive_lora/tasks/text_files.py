@@ -1,0 +1,68 @@
+"""Files of text: what a recipe says of their form, and their text, decoded or refused by line."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from adaptive_lora.errors import InputError
+
+Quoting = Literal["quotes", "escapes", "text"]
+PACKED = ".gz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a recipe says of the form of its files; None leaves it to the file.
+
+    Args:
+        texts: columns of a CSV or TSV file that are text even where they look like numbers or
+            dates.
+        delimiter: what stands between the values of a CSV or TSV file.
+        quoting: what a double quote in it is: around a value and doubled inside (quotes), around a
+            value with a backslash before one inside (escapes), or a character like any (text).
+        columns: the names of the columns of a CSV or TSV file without a header; "header" where its
+            first line is one, however it looks.
+    """
+
+    texts: Collection[str] = ()
+    delimiter: str | None = None
+    quoting: Quoting | None = None
+    columns: Sequence[str] | Literal["header"] | None = None
+
+
+def ending(path: Path) -> str:
+    """Return what a file's name says of its form, in lower case: ".csv" of "a.CSV.gz"."""
+    packed = path.suffix.lower() == PACKED
+    return (Path(path.stem) if packed else path).suffix.lower()
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, without a byte order mark. Raises `InputError` with the line where
+    it is none."""
+    content = _content(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise InputError(f"{path}, line {line}: a NUL byte; the file is binary, not text")
+    return text
+
+
+def _content(path: Path) -> bytes:
+    if path.suffix.lower() != PACKED:
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as file:
+            return file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is no whole gzip file: {error}") from None
