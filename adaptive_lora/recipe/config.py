@@ -67,14 +67,15 @@ Delimiter = Annotated[str, BeforeValidator(_delimiter), AfterValidator(_one_mark
 
 
 # keys of `data` that 0.1 did not have
-SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns"}
+SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns", "unit"}
 
 
 class DataConfig(Strict):
     """Where the records come from and what their columns mean. Names of columns that a task does
     not read are ignored."""
 
-    # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
+    # a CSV / TSV / JSON / JSONL / parquet / text file, a folder of images, or a data set name on
+    # the hub
     train: Location
     eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
     # name -> further records, evaluated once after training
@@ -94,6 +95,8 @@ class DataConfig(Strict):
     quoting: Literal["quotes", "escapes", "text"] | None = None
     # of files without a header; "header": the first line is one, however it looks
     columns: list[str] | Literal["header"] | None = None
+    # what of a .txt file is a record; a file is read in windows of the model's length
+    unit: Literal["line", "paragraph", "file"] = "line"
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
@@ -114,7 +117,8 @@ class DataConfig(Strict):
     output: str = "output"  # causal_lm: what is learned, after the prompt
     # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
     prompt: str | None = None
-    summary: str = "summary"  # summarization
+    # summarization; several columns, or a list in one, are references of one text
+    summary: str | Annotated[list[str], Field(min_length=1)] = "summary"
     max_target_length: Positive = 128  # summarization: tokens of a summary
     question: str = "question"  # question_answering
     context: str = "context"

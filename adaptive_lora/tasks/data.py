@@ -4,6 +4,7 @@ task's business."""
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,15 @@ class Split:
     part: str
 
     def texts(self, column: str, *, blank: bool = False) -> list[str]:
-        """Return a column of texts. Raises `InputError` at the first that is none, or (unless
-        `blank`) has no letter."""
-        for record, value in zip(self.records[RECORD], self.records[column], strict=True):
+        """Return a column of texts, each given whole or as a list of sentences. Raises `InputError`
+        at the first that is none, or (unless `blank`) has no letter."""
+        values = [joined(value) for value in self.records[column]]
+        for record, value in zip(self.records[RECORD], values, strict=True):
             if not isinstance(value, str) or not (blank or value.strip()):
                 raise InputError(
                     f"{self.at(record)}: column {column!r} is {value!r:.60}; expected text"
                 )
-        return list(self.records[column])
+        return values
 
     def at(self, record: int) -> str:
         """Return the place of a record, for messages; `record` counts from 1, as the source."""
@@ -85,19 +87,8 @@ def load_splits(data: DataConfig) -> Splits:
         held_out = _read(data, eval_source, data.eval_split or "train", notes)
         held_out = _sample(held_out, data.eval_rows, data.seed, "eval_rows", eval_source)
     else:
-        size = (
-            data.eval_size
-            if isinstance(data.eval_size, int)
-            else round(data.eval_size * len(train))
-        )
-        if not 0 < size < len(train):
-            raise InputError(
-                f"eval_size {data.eval_size} of {len(train)} records in {data.train} leaves "
-                f"{len(train) - size} to train on and {size} to evaluate on; both must be at least "
-                "1"
-            )
-        order = np.random.default_rng(data.seed).permutation(len(train))
-        train, held_out = train.select(order[size:]), train.select(order[:size])
+        cut = _cut_texts if data.unit == "file" and columns_of(train) == ["text"] else _cut
+        train, held_out = cut(train, data)
     extra = {name: (source, "train") for name, source in data.extra_eval.items()}
     extra |= {name: (data.train, split) for name, split in data.extra_eval_split.items()}
     return Splits(
@@ -138,6 +129,7 @@ def form_of(data: DataConfig) -> Form:
         delimiter=data.delimiter,
         quoting=data.quoting,
         columns=data.columns,
+        unit=data.unit,
     )
 
 
@@ -153,12 +145,33 @@ def text_columns(data: DataConfig) -> set[str]:
         data.instruction,
         data.input,
         data.output,
-        data.summary,
+        *([data.summary] if isinstance(data.summary, str) else data.summary),
         data.question,
         data.context,
         data.answers,
     }
     return {*text, *named, *prompt} - {data.label}
+
+
+def joined(value: Any) -> Any:
+    """Return a list of texts, such as sentences, as one; anything else as it is.
+
+    >>> joined(["One.", "Two."])
+    'One. Two.'
+    """
+    texts = isinstance(value, list) and value and all(isinstance(part, str) for part in value)
+    return " ".join(value) if texts else value
+
+
+def summary_columns(data: DataConfig, columns: Collection[str]) -> list[str]:
+    """Return the columns of references: those the recipe names, or summary1, summary2, ... in place
+    of a "summary" that is not there. Empty where there is none."""
+    names = [data.summary] if isinstance(data.summary, str) else data.summary
+    if all(name in columns for name in names):
+        return names
+    several = [f"{names[0]}{number}" for number in range(1, len(columns) + 1)]
+    found = [name for name in several if name in columns]
+    return found if isinstance(data.summary, str) else []
 
 
 def numbered(table: Dataset, source: str) -> Dataset:
@@ -175,17 +188,55 @@ def columns_of(table: Dataset) -> list[str]:
     return [name for name in table.column_names if name != RECORD]
 
 
-def only_text(table: Dataset, *others: str | None) -> str | None:
-    """Return the column "text", else the only column of texts besides `others`; None where there is
-    neither."""
+def only_text(table: Dataset, *others: str | None, lists: bool = False) -> str | None:
+    """Return the column "text", else the only column of texts (or `lists` of them) besides
+    `others`; None where there is neither."""
     texts = [
         name
         for name, feature in table.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string") and name not in others
+        if name not in others
+        and getattr(getattr(feature, "feature", feature) if lists else feature, "dtype", None)
+        in ("string", "large_string")
     ]
     if "text" in texts:
         return "text"
     return texts[0] if len(texts) == 1 else None
+
+
+def _cut(table: Dataset, data: DataConfig) -> tuple[Dataset, Dataset]:
+    """Return the records to train on, and a seeded cut of them to evaluate on."""
+    whole = isinstance(data.eval_size, int)
+    size = int(data.eval_size) if whole else round(data.eval_size * len(table))
+    if not 0 < size < len(table):
+        raise InputError(
+            f"eval_size {data.eval_size} of {len(table)} records in {data.train} leaves "
+            f"{len(table) - size} to train on and {size} to evaluate on; both must be at least 1"
+        )
+    order = np.random.default_rng(data.seed).permutation(len(table))
+    return table.select(order[size:]), table.select(order[:size])
+
+
+def _cut_texts(table: Dataset, data: DataConfig) -> tuple[Dataset, Dataset]:
+    """Return each text without its end, and its end, from the first line that starts in it."""
+    if isinstance(data.eval_size, int):
+        raise InputError(
+            f"data.eval_size is {data.eval_size}; expected a fraction of each text, as data.unit "
+            "is file"
+        )
+    starts, ends = [], []
+    for record, text in zip(table[RECORD], table["text"], strict=True):
+        at = round(len(text) * (1 - data.eval_size))
+        at = text.find("\n", at) + 1 or text.rfind("\n", 0, at) + 1 or at
+        if not (text[:at].strip() and text[at:].strip()):
+            raise InputError(
+                f"record {record} in {data.train} is too short to hold out its end; give data.eval"
+            )
+        starts.append(text[:at])
+        ends.append(text[at:])
+    train, held_out = (
+        Dataset.from_dict({"text": texts, RECORD: table[RECORD]}) for texts in (starts, ends)
+    )
+    return train, held_out
 
 
 def _sample(table: Dataset, rows: int | None, seed: int, field: str, source: str) -> Dataset:

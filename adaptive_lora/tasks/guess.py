@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, read_config
 from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName
-from adaptive_lora.tasks.data import form_of, only_text
+from adaptive_lora.tasks.data import form_of, only_text, summary_columns
 from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.tasks.text import LABEL_COLUMNS
 
@@ -169,8 +169,8 @@ def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
     asked = [data.question, data.context, data.answers]
     if columns.issuperset(asked):
         offered["question_answering"] = f"the columns {', '.join(asked)}"
-    if data.summary in columns:
-        offered["summarization"] = f"the column {data.summary}"
+    if summaries := summary_columns(data, columns):
+        offered["summarization"] = f"the column {summaries[0]}"
     prompted = data.prompt is not None or data.instruction in columns
     if chat := [name for name in CHAT if name in columns]:
         offered["causal_lm"] = f"the column {chat[0]}"

@@ -69,12 +69,9 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     """Return the records of a JSON or JSONL file. Raises `InputError` with line or record."""
     text = read_text(path)
     if ending(path) == ".json":
-        records = _parse(text, path)
-        if not isinstance(records, list):
-            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of records")
-    else:  # splitlines() also splits at U+2028, inside a string
-        lines = enumerate(text.split("\n"), start=1)
-        records = [_parse(line, path, number) for number, line in lines if line.strip()]
+        records = _lines(text, path) if _is_lines(text) else _records(_parse(text, path), path)
+    else:
+        records = _lines(text, path)
     surrogates = SURROGATE.search(text) is not None
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
@@ -90,6 +87,75 @@ def read_json(path: Path) -> list[dict[str, Any]]:
                     f"{path}, record {number}: {half!r} ends in half of a surrogate pair, which is "
                     "no character; remove it"
                 ) from None
+    if records and all(isinstance(record.get("paragraphs"), list) for record in records):
+        return _questions(records, path)
+    return records
+
+
+def _lines(text: str, path: Path) -> list[Any]:
+    # splitlines() also splits at U+2028, inside a string
+    lines = enumerate(text.split("\n"), start=1)
+    return [_parse(line, path, number) for number, line in lines if line.strip()]
+
+
+def _is_lines(text: str) -> bool:
+    """True for objects in lines of their own, which many call .json."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and rest.lstrip().startswith("{")
+    except (ValueError, RecursionError):
+        return False
+
+
+def _records(value: Any, path: Path) -> list[Any]:
+    """Return the records of a whole JSON file: a list of them, an object of them by name, an object
+    with one such list in it, or an object of columns."""
+    if isinstance(value, list):
+        return value
+    inner = list(value.values()) if isinstance(value, dict) else []
+    lists = [name for name in value if _of_objects(value[name])] if inner else []
+    if len(lists) == 1:
+        return list(value[lists[0]])
+    if lists:
+        raise InputError(
+            f"{path} holds {len(lists)} lists of records ({', '.join(lists)!s:.60}); make a file "
+            "of each"
+        )
+    if inner and all(isinstance(one, dict) for one in inner):
+        rows = [str(row) for row in range(len(inner[0]))]
+        if list(value) != [str(row) for row in range(len(inner))] and all(
+            list(one) == rows for one in inner
+        ):  # columns of numbered rows, as pandas writes a table
+            return [{name: value[name][row] for name in value} for row in rows]
+        return inner
+    if inner and all(isinstance(one, list) and len(one) == len(inner[0]) for one in inner):
+        return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+    raise InputError(
+        f"{path} holds a {type(value).__name__} without records in it; expected a list of records, "
+        'an object of records ({"0": {...}}), one list in an object ({"data": [...]}), or an '
+        "object of columns"
+    )
+
+
+def _of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _questions(articles: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Return a record for each question of SQuAD's own files: articles of paragraphs of
+    questions."""
+    records = []
+    for number, article in enumerate(articles, start=1):
+        try:
+            records += [
+                {"title": article.get("title"), "context": paragraph["context"], **question}
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+            ]
+        except (KeyError, TypeError):
+            raise InputError(
+                f"{path}, record {number}: paragraphs as SQuAD has them hold context and qas"
+            ) from None
     return records
 
 

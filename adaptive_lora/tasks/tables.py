@@ -1,5 +1,5 @@
-"""Tables from files and the hub: CSV, TSV, JSON, JSONL, parquet, folders of images. Every fault is
-named with its place."""
+"""Tables from files and the hub: CSV, TSV, JSON, JSONL, parquet, plain text, folders of images.
+Every fault is named with its place."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.hub import explain_missing, is_local, reachable
 from adaptive_lora.tasks.csv_files import read_csv
 from adaptive_lora.tasks.json_files import check_type, read_json, table_of
-from adaptive_lora.tasks.text_files import Form, ending, read_text
+from adaptive_lora.tasks.text_files import Form, ending, read_text, units
 
-READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
@@ -27,7 +27,8 @@ def read_table(
     form: Form | None = None,
     notes: list[str] | None = None,
 ) -> Dataset:
-    """Return the records of a local CSV / TSV / JSON / JSONL / parquet file, or of a hub data set.
+    """Return the records of a local CSV / TSV / JSON / JSONL / parquet / text file, or of a data
+    set on the hub.
 
     Args:
         source: a file, or a data set name on the hub such as "nyu-mll/glue".
@@ -86,15 +87,26 @@ def _table(path: Path, form: Form, notes: list[str]) -> pa.Table:
     suffix = ending(path)
     if suffix == ".parquet":
         return pyarrow.parquet.read_table(path)
-    if suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv") or (suffix == ".txt" and form.delimiter is not None):
         table, lines = read_csv(path, read_text(path), form, tabs=suffix == ".tsv")
         notes += lines
         return table
     if suffix in (".json", ".jsonl"):
         return table_of(read_json(path), path)
+    if suffix == ".txt":
+        text = read_text(path)
+        records = units(text, form.unit)
+        notes.append(
+            f"{path}: {len(records):,} records, each a {form.unit}, of {_lines(text):,} lines"
+        )
+        return pa.table({"text": pa.array(records, pa.string())})
     raise InputError(
         f"data file {path} has the ending {suffix!r}; expected one of {', '.join(READERS)}"
     )
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + (not text.endswith("\n"))
 
 
 def _read_images(folder: Path) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 from adaptive_lora.errors import InputError
 
 Quoting = Literal["quotes", "escapes", "text"]
+Unit = Literal["line", "paragraph", "file"]
 PACKED = ".gz"
 
 
@@ -27,12 +29,14 @@ class Form:
             value with a backslash before one inside (escapes), or a character like any (text).
         columns: the names of the columns of a CSV or TSV file without a header; "header" where its
             first line is one, however it looks.
+        unit: what of a .txt file is a record.
     """
 
     texts: Collection[str] = ()
     delimiter: str | None = None
     quoting: Quoting | None = None
     columns: Sequence[str] | Literal["header"] | None = None
+    unit: Unit = "line"
 
 
 def ending(path: Path) -> str:
@@ -66,3 +70,13 @@ def _content(path: Path) -> bytes:
             return file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is no whole gzip file: {error}") from None
+
+
+def units(text: str, unit: Unit) -> list[str]:
+    """Return the records of plain text: its lines, its paragraphs (between blank lines), or all of
+    it. Of lines and paragraphs, what is blank is none."""
+    if unit == "file":
+        return [text] if text.strip() else []
+    # Only a line feed ends a line: U+2028 and the like may stand in one.
+    parts = text.split("\n") if unit == "line" else re.split(r"\n\s*\n", text)
+    return [part.strip("\r\n") for part in parts if part.strip()]
