@@ -66,6 +66,42 @@ def _one_mark(value: str) -> str:
 Delimiter = Annotated[str, BeforeValidator(_delimiter), AfterValidator(_one_mark)]
 
 
+class Source(Strict):
+    """One of several places of records, and how much of it is trained on."""
+
+    path: Location
+    # how often each record is there in an epoch: 2 twice, 0.5 a seeded half of them, 1.5 all and
+    # half of them again
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+def _places(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    expected = "expected a path, a name on the hub, or a list of these or of {path, weight}"
+    if not several:
+        raise InputError(f"data names no place of records; {expected}")
+    for one in several:
+        if isinstance(one, dict):
+            check(Source, one)
+        elif not isinstance(one, str | Source):
+            raise InputError(f"data has {one!r:.60} for a place of records; {expected}")
+    return value if isinstance(value, str) else several
+
+
+Sources = Annotated[Location | list[Location | Source], BeforeValidator(_places)]
+
+
+def sources(given: Sources) -> list[Source]:
+    """Return the places of records that a recipe names, each with its weight."""
+    several = given if isinstance(given, list) else [given]
+    return [one if isinstance(one, Source) else Source(path=one) for one in several]
+
+
+def spelled(given: Sources) -> str:
+    """Return the places of records as messages name them: "a.csv + b.csv"."""
+    return " + ".join(one.path for one in sources(given))
+
+
 # keys of `data` that 0.1 did not have
 SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns", "unit"}
 
@@ -75,11 +111,11 @@ class DataConfig(Strict):
     not read are ignored."""
 
     # a CSV / TSV / JSON / JSONL / parquet / text file, a folder of images, or a data set name on
-    # the hub
-    train: Location
-    eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
+    # the hub; a folder of such files; or a list of these
+    train: Sources
+    eval: Sources | None = None  # likewise; None cuts `eval_size` off the training records
     # name -> further records, evaluated once after training
-    extra_eval: dict[str, Location] = Field(default_factory=dict)
+    extra_eval: dict[str, Sources] = Field(default_factory=dict)
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only
@@ -130,6 +166,17 @@ class DataConfig(Strict):
     unanswerable: bool = False
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
+
+    @model_validator(mode="after")
+    def _weights_are_of_training(self) -> Self:
+        for given in (self.eval or [], *self.extra_eval.values()):
+            for one in sources(given):
+                if one.weight != 1:
+                    raise InputError(
+                        f"data.eval gives {one.path} the weight {one.weight:g}; only records to "
+                        "train on have weights"
+                    )
+        return self
 
     @model_serializer(mode="wrap")
     def _only_what_is_said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -34,9 +34,8 @@ from adaptive_lora.runs.loading import load_model, load_task
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.base import ROW
-from adaptive_lora.tasks.data import Split, columns_of, form_of, load_splits, numbered
+from adaptive_lora.tasks.data import Split, columns_of, load_splits, read_records
 from adaptive_lora.tasks.language_model import WritingTask
-from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.training.trainer import use_progress
 
 WRITERS = (".jsonl", ".csv", ".parquet")
@@ -188,10 +187,7 @@ def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
 
 def _records(run: FinishedRun, source: str, part: str) -> Split:
     data = run.config.data
-    table = read_table(
-        source, config=data.config, split=data.eval_split or "train", form=form_of(data)
-    )
-    return Split(numbered(table, source), source, part)
+    return read_records(data, source, data.eval_split or "train").split(part)
 
 
 def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:

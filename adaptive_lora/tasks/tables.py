@@ -13,7 +13,7 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.hub import explain_missing, is_local, reachable
 from adaptive_lora.tasks.csv_files import read_csv
 from adaptive_lora.tasks.json_files import check_type, read_json, table_of
-from adaptive_lora.tasks.text_files import Form, ending, read_text, units
+from adaptive_lora.tasks.text_files import PACKED, Form, ending, read_text, units
 
 READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -52,6 +52,26 @@ def read_table(
         raise InputError(
             f"cannot load data set {source!r} (config {config!r}, split {split!r}): {error}"
         ) from error
+
+
+def files_of(source: str) -> list[str]:
+    """Return the data files of a folder that holds some and no images, sorted; else `source`.
+    Names that begin with a dot or an underscore are no data."""
+    folder = Path(source)
+    if not folder.is_dir() or any(_within(folder, IMAGES)):
+        return [source]
+    return [str(path) for path in _within(folder, (*READERS, PACKED))] or [source]
+
+
+def _within(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    # Sorted, for the order of a folder differs between file systems.
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and path.is_file()
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
 
 
 def _read_file(path: Path, form: Form, notes: list[str]) -> Dataset:
@@ -112,15 +132,12 @@ def _lines(text: str) -> int:
 def _read_images(folder: Path) -> Dataset:
     """Return the column "image" (paths) of a folder, and "label" when the images lie in one folder
     for each class."""
-    # Sorted, for the order of a folder differs between file systems.
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file()
-    )
+    files = _within(folder, IMAGES)
     if not files:
         raise InputError(
-            f"data file {folder} is a folder without images ({', '.join(IMAGES)}); give a "
-            f"{', '.join(READERS)} file, a folder that holds one folder of images for each class, "
-            "or a hub data set name"
+            f"data file {folder} is a folder without images ({', '.join(IMAGES)}) and without "
+            f"files of records; give a {', '.join(READERS)} file, a folder of these, a folder that "
+            "holds one folder of images for each class, or a hub data set name"
         )
     columns = {"image": [str(path) for path in files]}
     if all(path.parent != folder for path in files):
