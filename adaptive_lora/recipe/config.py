@@ -103,7 +103,7 @@ def spelled(given: Sources) -> str:
 
 
 # keys of `data` that 0.1 did not have
-SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns", "unit"}
+SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns", "unit", "streaming", "piece"}
 
 
 class DataConfig(Strict):
@@ -116,6 +116,11 @@ class DataConfig(Strict):
     eval: Sources | None = None  # likewise; None cuts `eval_size` off the training records
     # name -> further records, evaluated once after training
     extra_eval: dict[str, Sources] = Field(default_factory=dict)
+    # whether training records are read while they are trained on, over and over; needs
+    # training.max_steps, and data.eval or a number as data.eval_size
+    streaming: bool = False
+    # streaming: records that are read, and shuffled among each other, at a time
+    piece: Positive = 1000
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only

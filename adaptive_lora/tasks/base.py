@@ -69,6 +69,13 @@ class Task(ABC):
         """Return what the model reads, with labels unless the records have none. Raises
         `InputError` on bad records."""
 
+    def features_alone(self, split: Split) -> Dataset:
+        """Return the features of one of many pieces, of which nothing is noted."""
+        noted = len(self.notes)
+        features = self.features(split)
+        del self.notes[noted:]
+        return features
+
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the function that makes a batch of features."""

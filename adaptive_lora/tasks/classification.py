@@ -43,6 +43,11 @@ class ClassTask(Task):
         listed = given is not None or isinstance(split.records.features[label], ClassLabel)
         if asked is not None and not listed and in_order(names, asked) is None:
             names = given = asked  # classes by number, or more than the records have
+        if self.data.streaming and given is None and not listed:
+            raise InputError(
+                "the classes of records that are streamed cannot be collected before they are "
+                "read; name them all with data.classes"
+            )
         if len(set(names)) < len(names):
             raise InputError(f"data.classes names a class twice: {names}")
         numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
@@ -55,7 +60,7 @@ class ClassTask(Task):
             class_order=order if order != names or asked is not None else None,
         )
         present = sorted({names[index] for index in self._ids(split)})
-        if len(present) < 2:
+        if len(present) < 2 and not self.data.streaming:
             raise InputError(
                 f"{split.source}: column {label!r} holds one class only, {present}; nothing to "
                 "classify"

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks.text_files import Form, Quoting
+from adaptive_lora.tasks.text_files import Form, Quoting, lines_of
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 LOOKED_AT = 1000  # records from which the delimiter is told
@@ -32,6 +32,8 @@ MEANINGS: dict[Quoting, str] = {
     "text": "quotes are text",
 }
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 20, 2**31 - 1
+_LARGEST_VALUE = 1 << 27  # characters; a quote that is never closed makes a longer one
+_HEAD = 1 << 22  # characters from which the dialect of a stream is told
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _FEW = 20  # values that a column of classes has at most
 
@@ -55,7 +57,7 @@ class Dialect:
                     raise csv.Error("a carriage return inside a line")
                 yield number, number, text.split(self.delimiter) if text else []
             return
-        csv.field_size_limit(_LARGEST_BLOCK)
+        csv.field_size_limit(_LARGEST_VALUE)
         escapes = self.quoting == "escapes"
         reader = csv.reader(
             lines, delimiter=self.delimiter, doublequote=not escapes,
@@ -223,28 +225,67 @@ def _check_header(path: Path, line: int, names: list[str], records: list[list[st
 def check(path: Path, text: str, dialect: Dialect) -> Count:
     """Return the count of lines and records. Raises `InputError` at the first record that is not as
     the dialect has it."""
-    count, last, values = Count(), 0, list[str]()
+    count = Count()
+    for _ in _checked(path, _lines(text), dialect, count, text):
+        pass
+    return count
+
+
+def stream_csv(path: Path, form: Form, size: int, *, tabs: bool) -> Iterator[pa.Table]:
+    """Yield the records of a file in tables of `size`, holding no more of it. Delimiter, quotes and
+    header are told from its beginning. Raises as `read_csv`, once it gets there."""
+    head: list[str] = []
+    length = 0
+    for line in lines_of(path):
+        head.append(line)
+        length += len(line)
+        if length > _HEAD:
+            break
+    dialect = find_dialect(path, "".join(head), form, tabs=tabs)
+    dialect_of_pieces = replace(dialect, header=0)
+    records = _checked(path, lines_of(path), dialect, Count())
+    while piece := "".join(islice(records, size)):
+        table = parse(piece, dialect_of_pieces, form)
+        # What is text in one piece is in the next, though all of it there may look like numbers.
+        texts = {field.name for field in table.schema if pa.types.is_string(field.type)}
+        form = replace(form, texts={*form.texts, *texts})
+        yield table
+
+
+def _checked(
+    path: Path, lines: Iterable[str], dialect: Dialect, count: Count, text: str = ""
+) -> Iterator[str]:
+    """Yield the lines of each record, and count. Raises `InputError` at the first record that is
+    not as the dialect has it; `text` is the whole file, where that is here."""
+    pending: list[str] = []
+
+    def watched() -> Iterator[str]:
+        for line in lines:
+            pending.append(line)
+            yield line
+
     try:
-        for first, last, values in dialect.rows(_lines(text)):
+        for first, last, values in dialect.rows(watched()):
+            count.lines = last
             if not values:
                 count.blank += 1
             elif last > dialect.header:
                 count.records += 1
                 if len(values) != len(dialect.names):
                     _refuse_ragged(path, text, dialect, count.records, first, values)
+                yield "".join(pending)
+            pending.clear()
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {last + 1}: {_why(error)}, where {dialect}: "
-            f"{_line(text, last + 1)!r:.60}; mend it, or say data.quoting: "
+            f"{path}, line {count.lines + 1}: {_why(error)}, where {dialect}: "
+            f"{pending[0].rstrip()!r:.60}; mend it, or say data.quoting: "
             f"{'quotes' if dialect.quoting == 'text' else 'text'}"
         ) from None
-    count.lines = last
-    return count
 
 
 def _why(error: csv.Error) -> str:
     said = str(error)
-    if "end of data" in said:
+    if "end of data" in said or "limit" in said:
         return "a quote that is never closed"
     if "new-line" in said or "carriage return" in said:
         return "a carriage return inside a line"
@@ -265,7 +306,7 @@ def _refuse_ragged(
         )
     raise InputError(
         f"{path}, record {record} (line {line}): {len(values)} values where the header names "
-        f"{len(dialect.names)} columns: {_line(text, line)!r:.60}; {remedy}"
+        f"{len(dialect.names)} columns: {dialect.delimiter.join(values)!r:.60}; {remedy}"
     )
 
 
@@ -348,7 +389,3 @@ def _lines(text: str) -> Iterator[str]:
         start = end + 1
     if start < len(text):
         yield text[start:]
-
-
-def _line(text: str, number: int) -> str:
-    return next(islice(_lines(text), number - 1, None), "").rstrip("\r\n")

@@ -295,13 +295,14 @@ def summary_columns(data: DataConfig, columns: Collection[str]) -> list[str]:
     return found if isinstance(data.summary, str) else []
 
 
-def numbered(table: Dataset, source: str) -> Dataset:
-    """Return the table with the column `RECORD`. Raises `InputError` if the source has one."""
+def numbered(table: Dataset, source: str, first: int = 1) -> Dataset:
+    """Return the table with the column `RECORD`, from `first`. Raises `InputError` if the source
+    has one."""
     if RECORD in table.column_names:
         raise InputError(
             f"{source} has a column {RECORD!r}, the name of our number of each record; rename it"
         )
-    return table.add_column(RECORD, np.arange(1, len(table) + 1))
+    return table.add_column(RECORD, np.arange(first, first + len(table)))
 
 
 def columns_of(table: Dataset) -> list[str]:

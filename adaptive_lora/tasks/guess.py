@@ -20,6 +20,7 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, read_config
 from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName, sources, spelled
 from adaptive_lora.tasks.data import only_text, read_records, summary_columns
+from adaptive_lora.tasks.streaming import training_pieces
 from adaptive_lora.tasks.tables import files_of
 from adaptive_lora.tasks.text import LABEL_COLUMNS
 
@@ -60,7 +61,10 @@ def with_task(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config, []
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     data = config.data
-    table = read_records(data, data.train, data.train_split).table
+    if data.streaming:
+        table = next(training_pieces(data)).records
+    else:
+        table = read_records(data, data.train, data.train_split).table
     task, why = guess(model_config, table, data)
     return _told(config, task, f"{why} for {KINDS[kind_of(model_config)][0]}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from adaptive_lora.errors import InputError
-from adaptive_lora.tasks.text_files import ending, read_text
+from adaptive_lora.tasks.text_files import ending, lines_of, read_text
 
 # Half of a character beyond U+FFFF, as JSON escapes it; whole characters are two of these.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -23,15 +24,16 @@ def check_type(field: pa.Field) -> None:
     Dataset(pa.schema([field]).empty_table())
 
 
-def table_of(records: list[dict[str, Any]], path: Path) -> pa.Table:
-    """Return a column for every key of any record; a record without it has None there."""
+def table_of(records: list[dict[str, Any]], path: Path, first: int = 1) -> pa.Table:
+    """Return a column for every key of any record; a record without it has None there. The first is
+    number `first` of its file."""
     columns = {}
     for name in dict.fromkeys(key for record in records for key in record):
         values = [record.get(name) for record in records]
         try:
             columns[name] = _array(values)
         except _UNFIT:
-            raise _misfit(values, name, path) from None
+            raise _misfit(values, name, path, first) from None
     return pa.table(columns)
 
 
@@ -44,7 +46,7 @@ def _array(values: list[Any]) -> pa.Array:
     return array
 
 
-def _misfit(values: list[Any], name: str, path: Path) -> InputError:
+def _misfit(values: list[Any], name: str, path: Path, start: int) -> InputError:
     """Return what to say of values that make no column: the first record with which they make none,
     and why."""
     # of so many records from the first a column can be made, or none
@@ -59,7 +61,7 @@ def _misfit(values: list[Any], name: str, path: Path) -> InputError:
     before = next((value for value in values[:fit] if value is not None), None)
     others = "" if before is None else f", and a record before it has {reprlib.repr(before)}"
     return InputError(
-        f"{path}, record {unfit}: the values of {name!r} do not fit one type: "
+        f"{path}, record {start - 1 + unfit}: the values of {name!r} do not fit one type: "
         f"{reprlib.repr(values[fit])}{others} ({reason:.120}); make them all text, all numbers, or "
         "all lists or objects of one shape"
     )
@@ -74,22 +76,47 @@ def read_json(path: Path) -> list[dict[str, Any]]:
         records = _lines(text, path)
     surrogates = SURROGATE.search(text) is not None
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, record {number}: expected an object, got {reprlib.repr(record)}"
-            )
-        if surrogates:
-            try:
-                json.dumps(record, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                half = error.object[max(error.start - 20, 0) : error.end]
-                raise InputError(
-                    f"{path}, record {number}: {half!r} ends in half of a surrogate pair, which is "
-                    "no character; remove it"
-                ) from None
+        _check_record(record, path, f"record {number}", surrogates=surrogates)
     if records and all(isinstance(record.get("paragraphs"), list) for record in records):
         return _questions(records, path)
     return records
+
+
+def stream_json(path: Path, size: int) -> Iterator[pa.Table]:
+    """Yield the records of a JSONL file in tables of `size`, holding no more of it. Raises as
+    `read_json`, once it gets there."""
+    records: list[dict[str, Any]] = []
+    names: dict[str, None] = {}  # a key that a record before had is a column
+    first = 1
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        record = _parse(line, path, number)
+        odd = SURROGATE.search(line) is not None
+        _check_record(record, path, f"line {number}", surrogates=odd)
+        names |= dict.fromkeys(record)
+        records.append(names | record)
+        if len(records) == size:
+            yield table_of(records, path, first)
+            first += size
+            records = []
+    if records:
+        yield table_of(records, path, first)
+
+
+def _check_record(record: Any, path: Path, place: str, *, surrogates: bool) -> None:
+    """Raise `InputError` unless a record is an object of characters."""
+    if not isinstance(record, dict):
+        raise InputError(f"{path}, {place}: expected an object, got {reprlib.repr(record)}")
+    if surrogates:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[max(error.start - 20, 0) : error.end]
+            raise InputError(
+                f"{path}, {place}: {half!r} ends in half of a surrogate pair, which is no "
+                "character; remove it"
+            ) from None
 
 
 def _lines(text: str, path: Path) -> list[Any]:

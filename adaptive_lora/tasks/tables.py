@@ -86,6 +86,17 @@ def _read_file(path: Path, form: Form, notes: list[str]) -> Dataset:
         table = _table(path, form, notes)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    except (pa.ArrowCapacityError, MemoryError) as error:
+        raise InputError(
+            f"{path} does not fit into memory ({error!s:.120}); data.streaming: true reads it in "
+            "pieces"
+        ) from None
+    return checked(table, path)
+
+
+def checked(table: pa.Table, path: Path) -> Dataset:
+    """Return a table as a data set. Raises `InputError` for one without records, with two columns
+    of one name, or with a column that a data set cannot hold."""
     if table.num_rows == 0:
         raise InputError(f"{path} has no records")
     if len(set(table.column_names)) < table.num_columns:

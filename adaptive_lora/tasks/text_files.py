@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,6 +60,28 @@ def read_text(path: Path) -> str:
         line = text.count("\n", 0, at) + 1
         raise InputError(f"{path}, line {line}: a NUL byte; the file is binary, not text")
     return text
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, with their ends, without holding more of it. Raises as
+    `read_text`."""
+    packed = path.suffix.lower() == PACKED
+    number = 0
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            for number, content in enumerate(file, start=1):
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+                if "\0" in line:
+                    raise InputError(
+                        f"{path}, line {number}: a NUL byte; the file is binary, not text"
+                    )
+                yield line
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is no whole gzip file: {error}") from None
 
 
 def _content(path: Path) -> bytes:
