@@ -103,7 +103,16 @@ def spelled(given: Sources) -> str:
 
 
 # keys of `data` that 0.1 did not have
-SINCE_0_2 = {"class_order", "delimiter", "quoting", "columns", "unit", "streaming", "piece"}
+SINCE_0_2 = {
+    "class_order",
+    "delimiter",
+    "quoting",
+    "columns",
+    "unit",
+    "streaming",
+    "piece",
+    "label_form",
+}
 
 
 class DataConfig(Strict):
@@ -150,6 +159,8 @@ class DataConfig(Strict):
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
     class_numbers: bool = False
+    # in which form predictions give a class; read off the training records
+    label_form: Literal["int", "float", "bool"] | None = None
     # the classes in the order of the model's outputs; None: the base's own order where its names
     # agree, GLUE's where it has no names and the classes are a GLUE task's, else as in `classes`
     class_order: list[ClassName] | None = None

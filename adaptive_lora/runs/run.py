@@ -47,7 +47,9 @@ from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
 # keys of `data` that the training records may complete
-LEARNED = {"text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
+LEARNED = {
+    "text", "label", "classes", "class_numbers", "label_form", "class_order", "unanswerable",
+}  # fmt: skip
 WIDTH = 100  # columns of the terminal
 
 

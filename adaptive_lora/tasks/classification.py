@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 
 # What classes of models are called whose head gives classes of texts or of images.
 HEADS = ("ForSequenceClassification", "ForImageClassification")
+
+
+# What a label is made of the name of its class, by `data.label_form`.
+FORMS: dict[str | None, Callable[[str], Any]] = {"int": int, "float": float, None: str}
 
 
 class ClassTask(Task):
@@ -56,6 +60,7 @@ class ClassTask(Task):
             label=label,
             classes=names,
             class_numbers=numbers,
+            label_form=_form_of(split.records.features[label], names),
             # Also where it is said and is the data's: the recipe may spell it otherwise.
             class_order=order if order != names or asked is not None else None,
         )
@@ -150,10 +155,16 @@ class ClassTask(Task):
         probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
         best = probabilities.argmax(axis=-1)
         rows = [
-            {"prediction": self.order[index], "probability": float(row[index])}
+            {"prediction": self._as_given(self.order[index]), "probability": float(row[index])}
             for index, row in zip(best, probabilities, strict=True)
         ]
         return by_record(features[ROW], rows)
+
+    def _as_given(self, name: str) -> Any:
+        """Return a class in the form that the training records give it in: a number, a truth value
+        or text."""
+        form = self.data.label_form
+        return name == "True" if form == "bool" else FORMS[form](name)
 
     def _listed(self) -> str:
         shown = ", ".join(f"{name:.30}" for name in self.names[:6])
@@ -171,6 +182,8 @@ class ClassTask(Task):
         ids = []
         for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
             name = _name(split, record, self.label, value)
+            if self.data.label_form == "bool" and name.lower() in ("true", "false"):
+                name = name.capitalize()  # a CSV has no truth values, but their spellings
             index = None if numbered else by_name.get(name)
             if (
                 index is None
@@ -212,6 +225,23 @@ def _names(split: Split, label: str) -> list[str]:
         for n, v in zip(split.records[RECORD], split.records[label], strict=True)
     }
     return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
+
+
+def _form_of(feature: Any, names: Sequence[str]) -> str | None:
+    """Return "int", "float" or "bool" where the labels are such values, and the classes too; None
+    where they are text, or numbers of classes that have names."""
+    kind = "" if isinstance(feature, ClassLabel) else str(getattr(feature, "dtype", ""))
+    if kind == "bool":
+        return "bool" if set(names) <= {"True", "False"} else None
+    form = "float" if kind.startswith("float") else "int"
+    if not kind.startswith(("int", "uint", "float")):
+        return None
+    try:
+        return (
+            form if all(str(FORMS[form](name)) in (name, f"{name}.0") for name in names) else None
+        )
+    except ValueError:
+        return None
 
 
 def _name(split: Split, record: int, label: str, value: Any) -> str:
