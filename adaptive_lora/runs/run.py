@@ -92,12 +92,10 @@ def _train(
     overrides: dict[str, Any] = {"output_dir": str(folder / CHECKPOINT_FOLDER), **task.training}
     if checkpoint is not None:
         overrides["eval_on_start"] = False  # the log of the resumed run has that row
-    if config.data.streaming:
-        # Each process reads the stream and takes its part: batches differ in length.
-        overrides.setdefault("accelerator_config", {"dispatch_batches": False})
     if dry_run:
         method = soon(method)
         overrides |= two_steps(config)
+    overrides |= _streaming_fields(config)
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
     train, held_out, extra = _prepare(config, task, arguments, dry_run=dry_run)
 
@@ -203,6 +201,15 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
             f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a "
             "whole number >= 0"
         )
+
+
+def _streaming_fields(config: RunConfig) -> dict[str, Any]:
+    """Return the fields of `TrainingArguments` that a stream overrides: each process reads it and
+    takes its part, as batches differ in length."""
+    given = config.training.get("accelerator_config")
+    if not config.data.streaming or given is not None:
+        return {}
+    return {"accelerator_config": {"dispatch_batches": False}}
 
 
 def _check_streaming(arguments: TrainingArguments) -> None:

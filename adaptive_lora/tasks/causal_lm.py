@@ -37,6 +37,7 @@ class CausalLanguageModelling(WritingTask):
 
     auto_class = AutoModelForCausalLM
     metrics = ("token_loss", "perplexity", "bits_per_byte")
+    windows = True
 
     def learn(self, split: Split) -> None:
         data, columns = self.data, split.records.column_names
@@ -51,13 +52,8 @@ class CausalLanguageModelling(WritingTask):
         starts = [self._start_ids(prompt) for prompt in prompts]
         if not labelled:
             return self._checked(Dataset.from_list(self._to_answer(split, starts)), split)
-        closing = self._end_ids()
-        ends, sizes = [], []
-        for text in self._completions(split):
-            # An empty answer teaches nothing but to stop.
-            ids, counts = self._sized_ids(text) if text.strip() else ([], [])
-            ends.append(ids + closing if ids else [])
-            sizes.append(counts + [0] * len(closing) if ids else [])
+        learned = [self._learned_ids(text) for text in self._completions(split)]
+        ends, sizes = [ids for ids, _ in learned], [counts for _, counts in learned]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
         whole = self.data.unit == "file" and self.data.text is not None
         kept = list(range(len(lengths))) if whole else self._fit(split, lengths, labelled)
@@ -81,15 +77,7 @@ class CausalLanguageModelling(WritingTask):
                         ROW: row,
                     }
                 )
-        if whole:
-            self.notes.append(
-                f"{split.part}: {len(kept):,} texts of {sum(lengths):,} tokens in {len(rows):,} "
-                f"windows of at most {self.longest:,}; nothing is cut"
-            )
-        elif len(rows) < len(kept):
-            self.notes.append(
-                f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)"
-            )
+        self._say(split, len(kept), len(rows), sum(lengths) if whole else None)
         if not rows:
             raise InputError(
                 f"{split.source}: no {split.part} record has a token to learn from within "
@@ -99,12 +87,33 @@ class CausalLanguageModelling(WritingTask):
         self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
         return self._checked(features, split)
 
+    def _say(self, split: Split, kept: int, rows: int, tokens: int | None) -> None:
+        """Note the windows of texts of so many tokens that are read whole; else what is dropped."""
+        if tokens is not None:
+            self.notes.append(
+                f"{split.part}: {kept:,} texts of {tokens:,} tokens in {rows:,} windows of at most "
+                f"{self.longest:,}; nothing is cut"
+            )
+        elif 0 < rows < kept:
+            self.notes.append(
+                f"{split.part}: {kept - rows:,} records dropped (no token to learn from)"
+            )
+
+    def _learned_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids to write and the bytes each stands for; none of an empty text, which would
+        teach nothing but to stop."""
+        ids, sizes = self._sized_ids(text) if text.strip() else ([], [])
+        closing = self._end_ids() if ids else []
+        return ids + closing, sizes + [0] * len(closing)
+
     def _windows(self, start: list[int], end: list[int]) -> range:
         """Return where in the tokens `end` of a text its windows begin, each after the opening
         tokens `start`. Every token bears loss once; without an opening token a window begins with
         the last token of the one before, and only the first token of all bears none."""
-        room = self.longest - len(start)
-        return range(0, len(end), room) if start else range(0, max(len(end) - 1, 0), room - 1)
+        room = max(self.longest - len(start), 1)
+        if start:
+            return range(0, len(end), room)
+        return range(0, max(len(end) - 1, 0), max(room - 1, 1))
 
     def _to_answer(self, split: Split, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Return the rows of records to be answered. A prompt too long loses its middle: its end

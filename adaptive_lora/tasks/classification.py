@@ -42,19 +42,9 @@ class ClassTask(Task):
 
     def learn(self, split: Split) -> None:
         label = label_column(split, self.data.label)
-        given, asked = self.data.classes, self.data.class_order
-        names = given if given is not None else _names(split, label)
-        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
-        if asked is not None and not listed and in_order(names, asked) is None:
-            names = given = asked  # classes by number, or more than the records have
-        if self.data.streaming and given is None and not listed:
-            raise InputError(
-                "the classes of records that are streamed cannot be collected before they are "
-                "read; name them all with data.classes"
-            )
-        if len(set(names)) < len(names):
-            raise InputError(f"data.classes names a class twice: {names}")
-        numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
+        asked = self.data.class_order
+        names, given = self._named(split, label)
+        numbers = self.data.class_numbers or (given and not any(map(_is_number, names)))
         order = self._order(names)
         self.learned(
             label=label,
@@ -72,6 +62,22 @@ class ClassTask(Task):
             )
         if len(names) != 2:  # F1 of "the positive class" needs two
             self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
+
+    def _named(self, split: Split, label: str) -> tuple[list[str], bool]:
+        """Return the classes, and whether the recipe names them."""
+        given, asked = self.data.classes, self.data.class_order
+        names = given if given is not None else _names(split, label)
+        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
+        if asked is not None and not listed and in_order(names, asked) is None:
+            names = given = asked  # classes by number, or more than the records have
+        if self.data.streaming and given is None and not listed:
+            raise InputError(
+                "the classes of records that are streamed cannot be collected before they are "
+                "read; name them all with data.classes"
+            )
+        if len(set(names)) < len(names):
+            raise InputError(f"data.classes names a class twice: {names}")
+        return names, given is not None
 
     @property
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +148,32 @@ def _records(value: Any, path: Path) -> list[Any]:
             f"{path} holds {len(lists)} lists of records ({', '.join(lists)!s:.60}); make a file "
             "of each"
         )
-    if inner and all(isinstance(one, dict) for one in inner):
-        rows = [str(row) for row in range(len(inner[0]))]
-        if list(value) != [str(row) for row in range(len(inner))] and all(
-            list(one) == rows for one in inner
-        ):  # columns of numbered rows, as pandas writes a table
-            return [{name: value[name][row] for name in value} for row in rows]
-        return inner
-    if inner and all(isinstance(one, list) and len(one) == len(inner[0]) for one in inner):
-        return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+    if records := _of_columns(value) or (inner if _of_objects(inner) else []):
+        return records
     raise InputError(
         f"{path} holds a {type(value).__name__} without records in it; expected a list of records, "
         'an object of records ({"0": {...}}), one list in an object ({"data": [...]}), or an '
         "object of columns"
     )
+
+
+def _of_columns(value: Any) -> list[Any]:
+    """Return the records of an object of columns: lists of one length, or objects of rows numbered
+    from 0, as pandas writes a table. None where it is no such object."""
+    inner = list(value.values()) if isinstance(value, dict) else []
+    if not inner or len({len(one) if isinstance(one, list | dict) else -1 for one in inner}) > 1:
+        return []
+    if all(isinstance(one, list) for one in inner):
+        return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+    if list(value) == _numbers(inner) or not all(
+        isinstance(one, dict) and list(one) == _numbers(one) for one in inner
+    ):
+        return []
+    return [{name: value[name][row] for name in value} for row in inner[0]]
+
+
+def _numbers(rows: Sized) -> list[str]:
+    return [str(row) for row in range(len(rows))]
 
 
 def _of_objects(value: Any) -> bool:

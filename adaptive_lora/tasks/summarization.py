@@ -123,18 +123,11 @@ class Summarization(WritingTask):
         if not columns:
             named = self.data.summary
             split.require(*([named] if isinstance(named, str) else named))
-        found = []
         values = [split.records[column] for column in columns]
-        for record, *given in zip(split.records[RECORD], *values, strict=True):
-            texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
-            texts = [text for text in texts if text is not None and text != ""]
-            bad = [text for text in texts if not isinstance(text, str) or not text.strip()]
-            if bad or not texts:
-                raise InputError(
-                    f"{split.at(record)}: column {' + '.join(columns)!r} is "
-                    f"{bad[0] if bad else given[0]!r:.60}; expected text"
-                )
-            found.append(texts)
+        found = [
+            _texts(given, f"{split.at(record)}: column {' + '.join(columns)!r}")
+            for record, *given in zip(split.records[RECORD], *values, strict=True)
+        ]
         most = max(map(len, found))
         if most > 1:
             self.notes.append(
@@ -192,3 +185,13 @@ def _around(template: str, column: str) -> tuple[str, str]:
     parts = template_parts(template)
     at = [name for _, name in parts].index(column) + 1
     return "".join(text for text, _ in parts[:at]), "".join(text for text, _ in parts[at:])
+
+
+def _texts(given: list[Any], place: str) -> list[str]:
+    """Return the references among the values of a record, each a text, a list of texts, or none."""
+    texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
+    texts = [text for text in texts if text is not None and text != ""]
+    bad = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if bad or not texts:
+        raise InputError(f"{place} is {bad[0] if bad else given[0]!r:.60}; expected text")
+    return texts

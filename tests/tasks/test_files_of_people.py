@@ -106,6 +106,11 @@ def test_the_end_of_a_text_is_held_out_and_nothing_between_is_lost(tmp_path: Pat
         load_splits(DataConfig(**data))
 
 
+def test_a_whole_file_is_for_a_task_that_reads_windows(bert_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.unit is file, and classification reads no text in"):
+        prepare(bert_folder, str(tmp_path / "x.txt"), unit="file")
+
+
 def test_a_text_file_trains_by_its_name_alone(
     llama_folder: str, tmp_path: Path, command: Command
 ) -> None:
