@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,6 +83,19 @@ def set_key(values: dict[str, Any], assignment: str) -> None:
             f"--set {assignment!r}: the value is not valid YAML: {getattr(error, 'problem', error)}"
         ) from None
     set_dotted(values, path.strip(), value, origin=f"--set {assignment!r}")
+
+
+def once(assignments: Iterable[str]) -> Iterator[str]:
+    """Yield assignments as for `set_key`. Raises `InputError` at a key that is set twice."""
+    seen: dict[str, str] = {}
+    for assignment in assignments:
+        key = assignment.partition("=")[0].strip()
+        if key in seen:
+            raise InputError(
+                f"--set {seen[key]!r} and {assignment!r} set one key; give one of them"
+            )
+        seen[key] = assignment
+        yield assignment
 
 
 def finite(value: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from adaptive_lora.cli.once import App
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.files import check_new, to_json
 
-app = typer.Typer()
+app = App()
 
 Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA adapter folder, or a run directory.")

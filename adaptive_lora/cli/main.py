@@ -14,12 +14,14 @@ import typer
 
 from adaptive_lora.cli import adapters as cli_adapters
 from adaptive_lora.cli import study as cli_study
+from adaptive_lora.cli.once import App
 from adaptive_lora.cli.quiet import quiet
 from adaptive_lora.errors import AdaptiveLoraError, InputError
 from adaptive_lora.files import (
     ADAPTER_FOLDER,
     check_new,
     check_new_file,
+    once,
     read_recipe,
     set_key,
     write_json,
@@ -29,14 +31,14 @@ from adaptive_lora.naming import set_dotted
 if TYPE_CHECKING:
     from adaptive_lora.recipe.config import RunConfig
 
-app = typer.Typer(
+app = App(
     help="LoRA fine-tuning with a rank of its own for every layer. "
     "The result is an ordinary PEFT LoRA adapter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(no_args_is_help=True)
+data_app = App(no_args_is_help=True)
 app.add_typer(cli_adapters.app)
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
 app.add_typer(cli_study.app)
@@ -48,6 +50,7 @@ _FLAGS = {
     "task": "task",
     "train_data": "data.train",
     "eval_data": "data.eval",
+    "text": "data.text",
     "label": "data.label",
     "max_length": "data.max_length",
     "method": "method.name",
@@ -72,9 +75,13 @@ TaskName = Annotated[
     str | None,
     typer.Option(help="classification, causal_lm, ... Default: by the model and the columns."),
 ]
-TrainData = Annotated[str | None, typer.Option("--data", help="Training file, or hub data set.")]
+TrainData = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="Training file or folder, or hub data set; give several to mix."),
+]
 EvalData = Annotated[
-    str | None, typer.Option("--eval-data", help="Evaluation file. Default: a seeded 10 % cut.")
+    list[str] | None,
+    typer.Option("--eval-data", help="Evaluation file, or several. Default: a seeded 10 % cut."),
 ]
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")]
 Label = Annotated[str | None, typer.Option(help="Label column.")]
@@ -138,7 +145,10 @@ def train(
         )
     resolved = _resolve(flags, locate=not print_config)
     if print_config:
-        if Path(resolved.model).is_dir() and Path(resolved.data.train).exists():
+        from adaptive_lora.recipe.config import sources
+
+        here = all(Path(one.path).exists() for one in sources(resolved.data.train))
+        if Path(resolved.model).is_dir() and here:
             from adaptive_lora.tasks.guess import with_task
 
             resolved, _ = with_task(resolved)
@@ -177,11 +187,11 @@ def _resolve(flags: dict[str, Any], *, locate: bool = True) -> RunConfig:
     config = flags["config"]
     values: dict[str, Any] = read_recipe(config) if config else {}
     for flag, key in _FLAGS.items():
-        if flags.get(flag) is not None:
-            set_dotted(values, key, flags[flag], origin="command line")
-    if text := flags["text"]:
-        set_dotted(values, "data.text", text[0] if len(text) == 1 else text, origin="command line")
-    for assignment in flags["set_"] or []:
+        if flags.get(flag) not in (None, []):
+            given = flags[flag]
+            value = given[0] if isinstance(given, list) and len(given) == 1 else given
+            set_dotted(values, key, value, origin="command line")
+    for assignment in once(flags["set_"] or []):
         set_key(values, assignment)
     if isinstance(values.get("model"), str) and locate:
         from adaptive_lora.hub import locate_model
@@ -313,7 +323,7 @@ def plan(
     flags = locals() | {
         "output": "unused",
         "text": None,
-        "train_data": None if config else "unused",
+        "train_data": None if config else ["unused"],
     }
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device is {device!r}; expected cpu or cuda")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from adaptive_lora.cli.once import App
 from adaptive_lora.errors import AdaptiveLoraError
 
-app = typer.Typer()
+app = App()
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any key of the file: base.model=FOLDER, grid.seed=[0,1]."),

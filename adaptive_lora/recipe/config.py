@@ -50,15 +50,86 @@ def _class_name(value: Any) -> Any:
 ClassName = Annotated[str, BeforeValidator(_class_name)]
 
 
+def _delimiter(value: Any) -> Any:
+    return {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|", "\\t": "\t"}.get(value, value)
+
+
+def _one_mark(value: str) -> str:
+    if len(value) != 1 or ord(value) > 127 or value in '"\r\n\\':
+        raise InputError(
+            f"data.delimiter is {value!r}; expected comma, semicolon, tab, bar, or one character "
+            "of ASCII"
+        )
+    return value
+
+
+Delimiter = Annotated[str, BeforeValidator(_delimiter), AfterValidator(_one_mark)]
+
+
+class Source(Strict):
+    """One of several places of records, and how much of it is trained on."""
+
+    path: Location
+    # how often each record is there in an epoch: 2 twice, 0.5 a seeded half of them, 1.5 all and
+    # half of them again
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+def _places(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    expected = "expected a path, a name on the hub, or a list of these or of {path, weight}"
+    if not several:
+        raise InputError(f"data names no place of records; {expected}")
+    for one in several:
+        if isinstance(one, dict):
+            check(Source, one)
+        elif not isinstance(one, str | Source):
+            raise InputError(f"data has {one!r:.60} for a place of records; {expected}")
+    return value if isinstance(value, str) else several
+
+
+Sources = Annotated[Location | list[Location | Source], BeforeValidator(_places)]
+
+
+def sources(given: Sources) -> list[Source]:
+    """Return the places of records that a recipe names, each with its weight."""
+    several = given if isinstance(given, list) else [given]
+    return [one if isinstance(one, Source) else Source(path=one) for one in several]
+
+
+def spelled(given: Sources) -> str:
+    """Return the places of records as messages name them: "a.csv + b.csv"."""
+    return " + ".join(one.path for one in sources(given))
+
+
+# keys of `data` that 0.1 did not have
+SINCE_0_2 = {
+    "class_order",
+    "delimiter",
+    "quoting",
+    "columns",
+    "unit",
+    "streaming",
+    "piece",
+    "label_form",
+}
+
+
 class DataConfig(Strict):
     """Where the records come from and what their columns mean. Names of columns that a task does
     not read are ignored."""
 
-    # a CSV / TSV / JSON / JSONL / parquet file, a folder of images, or a data set name on the hub
-    train: Location
-    eval: Location | None = None  # likewise; None cuts `eval_size` off the training records
+    # a CSV / TSV / JSON / JSONL / parquet / text file, a folder of images, or a data set name on
+    # the hub; a folder of such files; or a list of these
+    train: Sources
+    eval: Sources | None = None  # likewise; None cuts `eval_size` off the training records
     # name -> further records, evaluated once after training
-    extra_eval: dict[str, Location] = Field(default_factory=dict)
+    extra_eval: dict[str, Sources] = Field(default_factory=dict)
+    # whether training records are read while they are trained on, over and over; needs
+    # training.max_steps, and data.eval or a number as data.eval_size
+    streaming: bool = False
+    # streaming: records that are read, and shuffled among each other, at a time
+    piece: Positive = 1000
     config: str | None = None  # hub only: the configuration, such as sst2 of nyu-mll/glue
     train_split: str = "train"  # hub only
     eval_split: str | None = None  # hub only
@@ -68,6 +139,14 @@ class DataConfig(Strict):
     # a fraction, or a number of records
     eval_size: Annotated[float, Field(gt=0, lt=1)] | Positive = 0.1
     seed: Seed = 0  # of the split and of the choice of rows, not of the training
+    # CSV and TSV; None: as the file has it
+    delimiter: Delimiter | None = None
+    # what a double quote is; None: in a file of tabs text, else as all its records fit
+    quoting: Literal["quotes", "escapes", "text"] | None = None
+    # of files without a header; "header": the first line is one, however it looks
+    columns: list[str] | Literal["header"] | None = None
+    # what of a .txt file is a record; a file is read in windows of the model's length
+    unit: Literal["line", "paragraph", "file"] = "line"
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
     max_length: Positive = 128  # tokens of an input
@@ -80,6 +159,8 @@ class DataConfig(Strict):
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
     class_numbers: bool = False
+    # in which form predictions give a class; read off the training records
+    label_form: Literal["int", "float", "bool"] | None = None
     # the classes in the order of the model's outputs; None: the base's own order where its names
     # agree, GLUE's where it has no names and the classes are a GLUE task's, else as in `classes`
     class_order: list[ClassName] | None = None
@@ -88,7 +169,8 @@ class DataConfig(Strict):
     output: str = "output"  # causal_lm: what is learned, after the prompt
     # causal_lm, summarization: a template over columns, such as "{question}\nAnswer: "
     prompt: str | None = None
-    summary: str = "summary"  # summarization
+    # summarization; several columns, or a list in one, are references of one text
+    summary: str | Annotated[list[str], Field(min_length=1)] = "summary"
     max_target_length: Positive = 128  # summarization: tokens of a summary
     question: str = "question"  # question_answering
     context: str = "context"
@@ -101,13 +183,25 @@ class DataConfig(Strict):
     stride: Positive = 64  # tokens that two windows of one long context share
     max_answer_length: Positive = 30  # tokens
 
+    @model_validator(mode="after")
+    def _weights_are_of_training(self) -> Self:
+        for given in (self.eval or [], *self.extra_eval.values()):
+            for one in sources(given):
+                if one.weight != 1:
+                    raise InputError(
+                        f"data.eval gives {one.path} the weight {one.weight:g}; only records to "
+                        "train on have weights"
+                    )
+        return self
+
     @model_serializer(mode="wrap")
     def _only_what_is_said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The runs of a study are named by their recipes: one that does not say this key keeps its
+        # The runs of a study are named by their recipes: one that does not say these keys keeps its
         # name of version 0.1.
         values: dict[str, Any] = dump(self)
-        if values.get("class_order", ...) is None:
-            del values["class_order"]
+        for key in SINCE_0_2 & values.keys():
+            if values[key] == type(self).model_fields[key].default:
+                del values[key]
         return values
 
 

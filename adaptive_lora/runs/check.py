@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.runs.loading import load_task
-from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.tasks.guess import with_task
+from adaptive_lora.tasks.streaming import splits_of
 
 SHOWN, LONGEST_SHOWN = 3, 600  # records; characters of one
 
@@ -22,10 +22,10 @@ def check(config: RunConfig, width: int = 100) -> Iterator[str]:
     cannot be trained on."""
     config, guessed = with_task(config)
     task = load_task(config)
-    splits = load_splits(config.data)
+    splits = splits_of(config.data)
     task.learn(splits.train)
     features = {split.part: task.features(split) for split in splits.all}
-    for note in [*guessed, *task.notes, *_repeats(features)]:
+    for note in [*guessed, *splits.notes, *task.notes, *_repeats(features)]:
         yield textwrap.fill(note, width, subsequent_indent="    ")
     train = features[splits.train.part]
     for number in range(min(SHOWN, len(train))):

@@ -40,14 +40,16 @@ from adaptive_lora.runs.loading import load_model, load_task
 from adaptive_lora.runs.resuming import check_folder, with_task_of
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
-from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.tasks.guess import with_task
+from adaptive_lora.tasks.streaming import Stream, splits_of
 from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
 # keys of `data` that the training records may complete
-LEARNED = {"text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
+LEARNED = {
+    "text", "label", "classes", "class_numbers", "label_form", "class_order", "unanswerable",
+}  # fmt: skip
 WIDTH = 100  # columns of the terminal
 
 
@@ -93,6 +95,7 @@ def _train(
     if dry_run:
         method = soon(method)
         overrides |= two_steps(config)
+    overrides |= _streaming_fields(config)
     arguments = config.training_arguments(**overrides, disable_tqdm=not sys.stderr.isatty())
     train, held_out, extra = _prepare(config, task, arguments, dry_run=dry_run)
 
@@ -167,12 +170,18 @@ def _say(notes: list[str]) -> None:
 
 def _prepare(
     config: RunConfig, task: Task, arguments: TrainingArguments, *, dry_run: bool
-) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+) -> tuple[Dataset | Stream, Dataset, dict[str, Dataset]]:
     """Return the features to train on, to evaluate on, and to evaluate on once at the end."""
-    splits = load_splits(config.data)
+    splits = splits_of(config.data)
     task.learn(splits.train)
     _check_arguments(arguments, task, config.metric)
-    train, held_out = task.features(splits.train), task.features(splits.eval)
+    if config.data.streaming:
+        _check_streaming(arguments)
+    train: Dataset | Stream = task.features(splits.train)
+    if config.data.streaming:  # the first records have been looked at
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        train = Stream(task.data, task.features_alone, seed)
+    held_out = task.features(splits.eval)
     extra = {name: task.features(split) for name, split in splits.extra.items()}
     if dry_run:  # every record has been looked at
         held_out = few(held_out, arguments)
@@ -196,6 +205,28 @@ def _check_arguments(arguments: TrainingArguments, task: Task, metric: str | Non
         raise InputError(
             f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected a "
             "whole number >= 0"
+        )
+
+
+def _streaming_fields(config: RunConfig) -> dict[str, Any]:
+    """Return the fields of `TrainingArguments` that a stream overrides: each process reads it and
+    takes its part, as batches differ in length."""
+    given = config.training.get("accelerator_config")
+    if not config.data.streaming or given is not None:
+        return {}
+    return {"accelerator_config": {"dispatch_batches": False}}
+
+
+def _check_streaming(arguments: TrainingArguments) -> None:
+    if arguments.max_steps <= 0:
+        raise InputError(
+            f"training.max_steps is {arguments.max_steps}; expected a number of steps, as records "
+            "that are streamed have no end: data.streaming goes with training.max_steps"
+        )
+    if arguments.dataloader_num_workers:
+        raise InputError(
+            f"training.dataloader_num_workers is {arguments.dataloader_num_workers}; expected 0 "
+            "with data.streaming, as each worker would read all records"
         )
 
 

@@ -34,9 +34,9 @@ from adaptive_lora.runs.loading import load_model, load_task
 from adaptive_lora.runs.task_trainer import TaskTrainer
 from adaptive_lora.tasks import Task
 from adaptive_lora.tasks.base import ROW
-from adaptive_lora.tasks.data import Split, columns_of, load_splits, numbered, text_columns
+from adaptive_lora.tasks.data import Split, columns_of, read_records
 from adaptive_lora.tasks.language_model import WritingTask
-from adaptive_lora.tasks.tables import read_table
+from adaptive_lora.tasks.streaming import splits_of
 from adaptive_lora.training.trainer import use_progress
 
 WRITERS = (".jsonl", ".csv", ".parquet")
@@ -134,7 +134,7 @@ def evaluate(run: FinishedRun, source: str | None = None) -> dict[str, float]:
     `records` is how many were scored; `run.task.notes` then says what was cut or dropped.
     """
     split = (
-        load_splits(run.config.data).eval if source is None else _records(run, source, "evaluation")
+        splits_of(run.config.data).eval if source is None else _records(run, source, "evaluation")
     )
     features = run.task.features(split)
     return {"records": len(set(features[ROW])), **score(run, features, "eval")}
@@ -188,10 +188,7 @@ def generate(run: FinishedRun, prompts: list[str]) -> list[str]:
 
 def _records(run: FinishedRun, source: str, part: str) -> Split:
     data = run.config.data
-    table = read_table(
-        source, config=data.config, split=data.eval_split or "train", texts=text_columns(data)
-    )
-    return Split(numbered(table, source), source, part)
+    return read_records(data, source, data.eval_split or "train").split(part)
 
 
 def _trainer(run: FinishedRun, folder: str) -> TaskTrainer:

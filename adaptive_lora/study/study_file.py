@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from adaptive_lora.errors import InputError, unknown
-from adaptive_lora.files import load_yaml, read_file, read_recipe, set_key
+from adaptive_lora.files import load_yaml, once, read_file, read_recipe, set_key
 from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study.selection import RULES
 
@@ -123,7 +123,7 @@ def read_study(file: str | Path, assignments: Sequence[str] = ()) -> Study:
     base = values.get("base")
     if isinstance(base, str):
         values["base"] = read_recipe(Path(file).parent / base)
-    for assignment in assignments:
+    for assignment in once(assignments):
         key, separator, text = assignment.partition("=")
         if separator and key.strip().startswith("grid."):  # an axis is one key, dots and all
             grid = values.setdefault("grid", {})

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from adaptive_lora.errors import AdaptiveLoraError, InputError, unknown
-from adaptive_lora.files import read_file, set_key, write_json
+from adaptive_lora.files import once, read_file, set_key, write_json
 from adaptive_lora.recipe.strict import Strict, check
 from adaptive_lora.study import claims
 from adaptive_lora.study.grid import expand
@@ -113,7 +113,7 @@ def read_tuning(file: str | Path, assignments: list[str]) -> Tuning:
     values = read_file(Path(file), "tune file")
     if not isinstance(values, dict):
         raise InputError(f"{file} holds a {type(values).__name__}; expected a mapping")
-    for assignment in assignments:
+    for assignment in once(assignments):
         set_key(values, assignment)
     try:
         return check(Tuning, values)

@@ -36,12 +36,18 @@ class Task(ABC):
     # what `score` returns, once learned; the first is reported first unless a recipe says
     metrics: tuple[str, ...]
     needs_outputs: ClassVar[bool] = True  # whether `predict` reads the outputs of a forward pass
+    windows: ClassVar[bool] = False  # whether a text of any length is read in windows
     training: ClassVar[dict[str, Any]] = {}  # fields of TrainingArguments that this task needs
 
     def __init__(
         self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
     ) -> None:
         self.data, self.generation = config.data, config.generation
+        if self.data.unit == "file" and not self.windows:
+            raise InputError(
+                f"data.unit is file, and {config.task} reads no text in windows; expected line or "
+                "paragraph"
+            )
         self.tokenizer, self.model_config = tokenizer, model_config
         self.notes: list[str] = []
         self.positions = positions(model_config)
@@ -68,6 +74,13 @@ class Task(ABC):
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         """Return what the model reads, with labels unless the records have none. Raises
         `InputError` on bad records."""
+
+    def features_alone(self, split: Split) -> Dataset:
+        """Return the features of one of many pieces, of which nothing is noted."""
+        noted = len(self.notes)
+        features = self.features(split)
+        del self.notes[noted:]
+        return features
 
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

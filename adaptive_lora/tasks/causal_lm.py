@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.data import RECORD, Split, only_text
+from adaptive_lora.tasks.data import RECORD, Split, joined, only_text
 from adaptive_lora.tasks.language_model import (
     BYTES,
     PROMPT,
@@ -37,6 +37,7 @@ class CausalLanguageModelling(WritingTask):
 
     auto_class = AutoModelForCausalLM
     metrics = ("token_loss", "perplexity", "bits_per_byte")
+    windows = True
 
     def learn(self, split: Split) -> None:
         data, columns = self.data, split.records.column_names
@@ -51,44 +52,68 @@ class CausalLanguageModelling(WritingTask):
         starts = [self._start_ids(prompt) for prompt in prompts]
         if not labelled:
             return self._checked(Dataset.from_list(self._to_answer(split, starts)), split)
-        completions = self._completions(split)
-        # An empty answer teaches nothing but to stop.
-        ends = [
-            self._text_ids(text) + self._end_ids() if text.strip() else [] for text in completions
-        ]
+        learned = [self._learned_ids(text) for text in self._completions(split)]
+        ends, sizes = [ids for ids, _ in learned], [counts for _, counts in learned]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
+        whole = self.data.unit == "file" and self.data.text is not None
+        kept = list(range(len(lengths))) if whole else self._fit(split, lengths, labelled)
         rows = []
-        kept = self._fit(split, lengths, labelled)
         for row in kept:
-            start, ids = starts[row], (starts[row] + ends[row])[: self.longest]
-            first = max(len(start), 1)  # nothing predicts a first token
-            if len(ids) <= first:
-                continue
-            # Without a prompt the first token is given: its bytes bear no loss and count for none.
-            unpredicted = self._byte_count("", ids[len(start) : first], cut=True)
-            count = self._byte_count(completions[row], ids[len(start) :], lengths[row] > len(ids))
-            rows.append(
-                {
-                    "input_ids": ids,
-                    "attention_mask": [1] * len(ids),
-                    "labels": [IGNORED] * first + ids[first:],
-                    PROMPT: start,
-                    BYTES: max(count - unpredicted, 0),
-                    ROW: row,
-                }
-            )
+            start, end = starts[row], ends[row]
+            room = self.longest - len(start)
+            for at in self._windows(start, end) if whole else [0]:
+                ids = start + end[at : at + max(room, 0)]
+                # Nothing predicts a first token: its bytes bear no loss and count for none.
+                first = max(len(start), 1)
+                if len(ids) <= first:
+                    continue
+                rows.append(
+                    {
+                        "input_ids": ids,
+                        "attention_mask": [1] * len(ids),
+                        "labels": [IGNORED] * first + ids[first:],
+                        PROMPT: start,
+                        BYTES: sum(sizes[row][at : at + room][first - len(start) :]),
+                        ROW: row,
+                    }
+                )
+        self._say(split, len(kept), len(rows), sum(lengths) if whole else None)
         if not rows:
             raise InputError(
                 f"{split.source}: no {split.part} record has a token to learn from within "
                 f"{self.longest} tokens; raise data.max_length, or check the output column"
             )
-        if len(rows) < len(kept):
-            self.notes.append(
-                f"{split.part}: {len(kept) - len(rows):,} records dropped (no token to learn from)"
-            )
         features = Dataset.from_list(rows)
         self.notes.append(f"{split.part}: {self.bears_loss(features):,} tokens bear loss")
         return self._checked(features, split)
+
+    def _say(self, split: Split, kept: int, rows: int, tokens: int | None) -> None:
+        """Note the windows of texts of so many tokens that are read whole; else what is dropped."""
+        if tokens is not None:
+            self.notes.append(
+                f"{split.part}: {kept:,} texts of {tokens:,} tokens in {rows:,} windows of at most "
+                f"{self.longest:,}; nothing is cut"
+            )
+        elif 0 < rows < kept:
+            self.notes.append(
+                f"{split.part}: {kept - rows:,} records dropped (no token to learn from)"
+            )
+
+    def _learned_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids to write and the bytes each stands for; none of an empty text, which would
+        teach nothing but to stop."""
+        ids, sizes = self._sized_ids(text) if text.strip() else ([], [])
+        closing = self._end_ids() if ids else []
+        return ids + closing, sizes + [0] * len(closing)
+
+    def _windows(self, start: list[int], end: list[int]) -> range:
+        """Return where in the tokens `end` of a text its windows begin, each after the opening
+        tokens `start`. Every token bears loss once; without an opening token a window begins with
+        the last token of the one before, and only the first token of all bears none."""
+        room = max(self.longest - len(start), 1)
+        if start:
+            return range(0, len(end), room)
+        return range(0, max(len(end) - 1, 0), max(room - 1, 1))
 
     def _to_answer(self, split: Split, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Return the rows of records to be answered. A prompt too long loses its middle: its end
@@ -133,6 +158,7 @@ class CausalLanguageModelling(WritingTask):
         split.require(data.instruction)
         has_input = data.input in split.records.column_names
         contexts = split.records[data.input] if has_input else [""] * len(split.records)
+        contexts = [joined(context) for context in contexts]
         instructions = split.texts(data.instruction, blank=True)
         return [
             prompt_of(text, context or "")

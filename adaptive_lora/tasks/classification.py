@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 
+# What a label is made of the name of its class, by `data.label_form`.
+FORMS: dict[str | None, Callable[[str], Any]] = {"int": int, "float": float, None: str}
+
+
 class ClassTask(Task):
     """A task whose label is one of several classes: those seen in training, or those the recipe
     names.
@@ -38,19 +42,15 @@ class ClassTask(Task):
 
     def learn(self, split: Split) -> None:
         label = label_column(split, self.data.label)
-        given, asked = self.data.classes, self.data.class_order
-        names = given if given is not None else _names(split, label)
-        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
-        if asked is not None and not listed and in_order(names, asked) is None:
-            names = given = asked  # classes by number, or more than the records have
-        if len(set(names)) < len(names):
-            raise InputError(f"data.classes names a class twice: {names}")
-        numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
+        asked = self.data.class_order
+        names, given = self._named(split, label)
+        numbers = self.data.class_numbers or (given and not any(map(_is_number, names)))
         order = self._order(names)
         self.learned(
             label=label,
             classes=names,
             class_numbers=numbers,
+            label_form=_form_of(split.records.features[label], names),
             # Also where it is said and is the data's: the recipe may spell it otherwise.
             class_order=order if order != names or asked is not None else None,
         )
@@ -60,11 +60,27 @@ class ClassTask(Task):
 
     def _check_several(self, split: Split, names: list[str]) -> None:
         present = sorted({names[index] for index in self._ids(split)})
-        if len(present) < 2:
+        if len(present) < 2 and not self.data.streaming:
             raise InputError(
                 f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
                 "to classify"
             )
+
+    def _named(self, split: Split, label: str) -> tuple[list[str], bool]:
+        """Return the classes, and whether the recipe names them."""
+        given, asked = self.data.classes, self.data.class_order
+        names = given if given is not None else _names(split, label)
+        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
+        if asked is not None and not listed and in_order(names, asked) is None:
+            names = given = asked  # classes by number, or more than the records have
+        if self.data.streaming and given is None and not listed:
+            raise InputError(
+                "the classes of records that are streamed cannot be collected before they are "
+                "read; name them all with data.classes"
+            )
+        if len(set(names)) < len(names):
+            raise InputError(f"data.classes names a class twice: {names}")
+        return names, given is not None
 
     @property
     def names(self) -> list[str]:
@@ -148,10 +164,16 @@ class ClassTask(Task):
         probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
         best = probabilities.argmax(axis=-1)
         rows = [
-            {"prediction": self.order[index], "probability": float(row[index])}
+            {"prediction": self._as_given(self.order[index]), "probability": float(row[index])}
             for index, row in zip(best, probabilities, strict=True)
         ]
         return by_record(features[ROW], rows)
+
+    def _as_given(self, name: str) -> Any:
+        """Return a class in the form that the training records give it in: a number, a truth value
+        or text."""
+        form = self.data.label_form
+        return name == "True" if form == "bool" else FORMS[form](name)
 
     def _listed(self) -> str:
         shown = ", ".join(f"{name:.30}" for name in self.names[:6])
@@ -169,6 +191,8 @@ class ClassTask(Task):
         ids = []
         for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
             name = _name(split, record, self.label, value)
+            if self.data.label_form == "bool" and name.lower() in ("true", "false"):
+                name = name.capitalize()  # a CSV has no truth values, but their spellings
             index = None if numbered else by_name.get(name)
             if (
                 index is None
@@ -210,6 +234,23 @@ def _names(split: Split, label: str) -> list[str]:
         for n, v in zip(split.records[RECORD], split.records[label], strict=True)
     }
     return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
+
+
+def _form_of(feature: Any, names: Sequence[str]) -> str | None:
+    """Return "int", "float" or "bool" where the labels are such values, and the classes too; None
+    where they are text, or numbers of classes that have names."""
+    kind = "" if isinstance(feature, ClassLabel) else str(getattr(feature, "dtype", ""))
+    if kind == "bool":
+        return "bool" if set(names) <= {"True", "False"} else None
+    form = "float" if kind.startswith("float") else "int"
+    if not kind.startswith(("int", "uint", "float")):
+        return None
+    try:
+        return (
+            form if all(str(FORMS[form](name)) in (name, f"{name}.0") for name in names) else None
+        )
+    except ValueError:
+        return None
 
 
 def _name(split: Split, record: int, label: str, value: Any) -> str:

@@ -18,9 +18,10 @@ from transformers.models.auto.modeling_auto import (
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, read_config
-from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName
-from adaptive_lora.tasks.data import only_text, text_columns
-from adaptive_lora.tasks.tables import read_table
+from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName, sources, spelled
+from adaptive_lora.tasks.data import only_text, read_records, summary_columns
+from adaptive_lora.tasks.streaming import training_pieces
+from adaptive_lora.tasks.tables import files_of
 from adaptive_lora.tasks.text import LABEL_COLUMNS
 
 Kind = Literal["images", "questions", "classes", "encoder-decoder", "causal", "encoder"]
@@ -60,9 +61,10 @@ def with_task(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config, []
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     data = config.data
-    table = read_table(
-        data.train, config=data.config, split=data.train_split, texts=text_columns(data)
-    )
+    if data.streaming:
+        table = next(training_pieces(data)).records
+    else:
+        table = read_records(data, data.train, data.train_split).table
     task, why = guess(model_config, table, data)
     return _told(config, task, f"{why} for {KINDS[kind_of(model_config)][0]}")
 
@@ -70,8 +72,9 @@ def with_task(config: RunConfig) -> tuple[RunConfig, list[str]]:
 def with_task_of_model(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Return the recipe with its task as `with_task`, or by the model alone where the training
     records are not in a file here."""
-    # A folder is one of images, which only a model of images reads.
-    if config.task is not None or Path(config.data.train).is_file():
+    # A folder of images only a model of images reads.
+    files = [file for one in sources(config.data.train) for file in files_of(one.path)]
+    if config.task is not None or all(Path(file).is_file() for file in files):
         return with_task(config)
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     what, _, task = KINDS[kind_of(model_config)]
@@ -100,8 +103,8 @@ def guess(model_config: Any, table: Dataset, data: DataConfig) -> tuple[TaskName
         return "image_classification", "images"
     if _has_images(table, data):
         raise InputError(
-            f"{data.train} holds images, and the model is {what}: use --task image_classification "
-            "with a model of images, or give a file of texts"
+            f"{spelled(data.train)} holds images, and the model is {what}: use --task "
+            "image_classification with a model of images, or give a file of texts"
         )
     offered = _of_labels(model_config, table, data)
     if data.label is None and data.classes is None:
@@ -122,8 +125,8 @@ def guess(model_config: Any, table: Dataset, data: DataConfig) -> tuple[TaskName
 def _unclear(table: Dataset, data: DataConfig, what: str, choices: Iterable[str]) -> InputError:
     columns = ", ".join(table.column_names)
     return InputError(
-        f"the columns of {data.train} ({columns}) and {what} do not say which task is meant: "
-        f"choose with --task (task: in a recipe) one of {', '.join(choices)}"
+        f"the columns of {spelled(data.train)} ({columns}) and {what} do not say which task is "
+        f"meant: choose with --task (task: in a recipe) one of {', '.join(choices)}"
     )
 
 
@@ -151,7 +154,8 @@ def kind_of(model_config: Any) -> Kind:
 
 def _has_images(table: Dataset, data: DataConfig) -> bool:
     column = data.text if isinstance(data.text, str) else "image"
-    return Path(data.train).is_dir() or isinstance(table.features.get(column), datasets.Image)
+    folders = any(Path(file).is_dir() for one in sources(data.train) for file in files_of(one.path))
+    return folders or isinstance(table.features.get(column), datasets.Image)
 
 
 def _of_labels(model_config: Any, table: Dataset, data: DataConfig) -> dict[TaskName, str]:
@@ -171,8 +175,8 @@ def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
     asked = [data.question, data.context, data.answers]
     if columns.issuperset(asked):
         offered["question_answering"] = f"the columns {', '.join(asked)}"
-    if data.summary in columns:
-        offered["summarization"] = f"the column {data.summary}"
+    if summaries := summary_columns(data, columns):
+        offered["summarization"] = f"the column {summaries[0]}"
     prompted = data.prompt is not None or data.instruction in columns
     if chat := [name for name in CHAT if name in columns]:
         offered["causal_lm"] = f"the column {chat[0]}"

@@ -125,14 +125,60 @@ class WritingTask(Task):
     def _end_ids(self) -> list[int]:
         return [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
 
-    def _byte_count(self, text: str, ids: list[int], cut: bool) -> int:
-        """Return the bytes of a text in UTF-8, of what is left of it when it was cut to `ids`."""
-        return len(
-            str(self.tokenizer.decode(ids, skip_special_tokens=True) if cut else text).encode()
-        )
+    def _sized_ids(self, text: str, *, target: bool = False) -> tuple[list[int], list[int]]:
+        """Return the ids of a text as `_text_ids`, and how many of its bytes in UTF-8 each stands
+        for: together all of them. As a `target`, with what the tokenizer puts around one."""
+        given = {"text_target": text} if target else {"text": text, "add_special_tokens": False}
+        fast = self.tokenizer.is_fast
+        found = self.tokenizer(**given, verbose=False, return_offsets_mapping=fast)
+        ids = list(found["input_ids"])
+        if not fast:
+            spelled = self.tokenizer.batch_decode(
+                [[one] for one in ids], skip_special_tokens=target
+            )
+            return ids, _sizes_by_spelling(text, spelled)
+        own = [place for place, part in enumerate(found.sequence_ids(0)) if part is not None]
+        sizes = [0] * len(ids)
+        counted = byte_sizes(text, [found["offset_mapping"][place][1] for place in own])
+        for place, size in zip(own, counted, strict=True):
+            sizes[place] = size
+        return ids, sizes
 
 
 _READ = ("input_ids", "attention_mask", "labels")
+
+
+def byte_sizes(text: str, ends: Sequence[int]) -> list[int]:
+    """Return how many bytes of a text each token stands for, which ends before the character
+    `ends[i]`. What lies between two tokens is of the later, and what follows the last of that.
+
+    Tokens with one end share their bytes: a character may be several tokens, and then a byte each.
+
+    >>> byte_sizes("a b", [1, 3]), byte_sizes("€!", [1, 1, 1, 2])
+    ([1, 2], [1, 1, 1, 1])
+    """
+    sizes: list[int] = []
+    start = place = 0
+    while place < len(ends):
+        end, after = max(ends[place], start), place + 1
+        while after < len(ends) and ends[after] <= end:
+            after += 1
+        size = len(text[start : len(text) if after == len(ends) else end].encode())
+        shares = after - place
+        sizes += [size // shares + (share < size % shares) for share in range(shares)]
+        start, place = end, after
+    return sizes
+
+
+def _sizes_by_spelling(text: str, spellings: Sequence[str]) -> list[int]:
+    """Return how many bytes of a text each token stands for, by what the tokens are alone."""
+    rest, sizes = len(text.encode()), list[int]()
+    for spelling in spellings:
+        sizes.append(min(len(spelling.encode()), rest))
+        rest -= sizes[-1]
+    if sizes:
+        sizes[-1] += rest  # white space that no token spells
+    return sizes
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

@@ -114,9 +114,11 @@ def regression(predicted: ArrayLike, target: ArrayLike) -> dict[str, float]:
         return {"pearson": pearson, "spearman": spearman, "mse": float(np.mean(np.square(x - y)))}
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def rouge(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> dict[str, float]:
     """Return the mean ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum F-measures over the records, in
-    percent (0..100).
+    percent (0..100). Of several references of a record the best counts, for each of the four.
 
     F = 2 P R / (P + R), with P = hits / |prediction| and R = hits / |reference|. ROUGE-n: hits and
     sizes in n-grams, each hit counted as often as both have it. ROUGE-L: hits = the longest common
@@ -124,12 +126,12 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     common subsequences with the sentences of the prediction. Tokens are runs of a-z and 0-9 after
     lower-casing, Porter-stemmed where longer than 3: other scripts score 0.
 
-    predictions, references: N texts each, one sentence per line as CNN/DailyMail highlights have
-    it. A text in one line is split after ".", "!" or "?" and white space, with no list of
-    abbreviations ("Mr. Smith" ends a sentence). Only ROUGE-Lsum sees sentences. An empty text, or
-    one that is too short for an n-gram, scores 0. Raises `InputError` when there are no records or
-    the lists differ in length. Source: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score
-    package.
+    predictions: N texts; references: N texts, or lists of at least one. One sentence per line, as
+    CNN/DailyMail highlights have it. A text in one line is split after ".", "!" or "?" and white
+    space, with no list of abbreviations ("Mr. Smith" ends a sentence). Only ROUGE-Lsum sees
+    sentences. An empty text, or one that is too short for an n-gram, scores 0. Raises `InputError`
+    when there are no records or the lists differ in length. Source: Lin 2004
+    (aclanthology.org/W04-1013), by the rouge-score package.
 
     >>> scores = rouge(["The cat sat. It slept."], ["the cat sat\\nit ate"])
     >>> {name: round(score, 1) for name, score in scores.items()}
@@ -139,15 +141,16 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
     _check_paired("references", predictions, references)
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    records = [
-        scorer.score(
-            target=_sentence_per_line(reference), prediction=_sentence_per_line(prediction)
-        )
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    return {
-        name: 100.0 * fmean(record[name].fmeasure for record in records) for name in ROUGE_TYPES
-    }
+    best: dict[str, list[float]] = {name: [] for name in ROUGE_TYPES}
+    for prediction, given in zip(predictions, references, strict=True):
+        written = _sentence_per_line(prediction)
+        scores = [
+            scorer.score(target=_sentence_per_line(reference), prediction=written)
+            for reference in ([given] if isinstance(given, str) else given)
+        ]
+        for name, values in best.items():
+            values.append(max(score[name].fmeasure for score in scores))
+    return {name: 100.0 * fmean(values) for name, values in best.items()}
 
 
 def _sentence_per_line(text: str) -> str:

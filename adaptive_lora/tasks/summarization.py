@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from adaptive_lora.errors import InputError
 from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import IGNORED, ROW
-from adaptive_lora.tasks.data import Split, only_text
+from adaptive_lora.tasks.data import RECORD, Split, only_text, summary_columns
 from adaptive_lora.tasks.language_model import (
     BYTES,
     PROMPT,
@@ -22,7 +22,7 @@ from adaptive_lora.tasks.language_model import (
     template_parts,
 )
 
-REFERENCE = "reference"
+REFERENCES = "references"
 
 
 class Summarization(WritingTask):
@@ -62,26 +62,26 @@ class Summarization(WritingTask):
     def learn(self, split: Split) -> None:
         data, columns = self.data, split.records.column_names
         if data.text is None and data.prompt is None and self.column not in columns:
-            found = only_text(split.records, data.summary, data.id)
+            summaries = summary_columns(data, columns)
+            found = only_text(split.records, *summaries, data.id, lists=True)
             if found is not None:
                 self.column = found
                 self.learned(text=found)
                 self.notes.append(f"summaries of the column {found!r}")
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
-        split.require(self.column, *([self.data.summary] if labelled else []))
+        split.require(self.column)
         texts = [self._text_ids(text) for text in split.texts(self.column)]
-        summaries = split.texts(self.data.summary) if labelled else [""] * len(texts)
+        references = self._references(split) if labelled else [[""]] * len(texts)
         room = self._room()
         kept = self._fit(split, [len(ids) for ids in texts], labelled, room)
         rows = []
         shortened = 0
         for row in kept:
             prompt = self._prompt(texts[row])
-            target = self._target(summaries[row]) if labelled else []
-            cut = len(target) > self._longest_target
+            target, sizes = self._target(references[row][0]) if labelled else ([], [])
+            shortened += len(target) > self._longest_target
             target = target[: self._longest_target]
-            shortened += cut
             ids = prompt if self.seq2seq else prompt + target
             rows.append(
                 {
@@ -89,8 +89,8 @@ class Summarization(WritingTask):
                     "attention_mask": [1] * len(ids),
                     "labels": target if self.seq2seq else [IGNORED] * len(prompt) + target,
                     PROMPT: prompt,
-                    REFERENCE: summaries[row],
-                    BYTES: self._byte_count(summaries[row], target, cut),
+                    REFERENCES: references[row],
+                    BYTES: sum(sizes[: len(target)]),
                     ROW: row,
                 }
             )
@@ -112,9 +112,29 @@ class Summarization(WritingTask):
         some = features.select(first)
         written = self.write(some[PROMPT], model)
         return {
-            **metrics.rouge(written, list(some[REFERENCE])),
+            **metrics.rouge(written, list(some[REFERENCES])),
             **super().score(outputs, labels, features, model),
         }
+
+    def _references(self, split: Split) -> list[list[str]]:
+        """Return the summaries of each record, of which the first is learned. Raises `InputError`
+        at the first record that has none."""
+        columns = summary_columns(self.data, split.records.column_names)
+        if not columns:
+            named = self.data.summary
+            split.require(*([named] if isinstance(named, str) else named))
+        values = [split.records[column] for column in columns]
+        found = [
+            _texts(given, f"{split.at(record)}: column {' + '.join(columns)!r}")
+            for record, *given in zip(split.records[RECORD], *values, strict=True)
+        ]
+        most = max(map(len, found))
+        if most > 1:
+            self.notes.append(
+                f"{split.part}: up to {most} references of a text; the first is learned, and ROUGE "
+                "takes the best"
+            )
+        return found
 
     def prompt_ids(self, text: str) -> list[int]:
         ids, room = self._text_ids(text), self._room()
@@ -140,10 +160,12 @@ class Summarization(WritingTask):
     def _prompt(self, text: list[int]) -> list[int]:
         return [*self._before, *text[: self._room()], *self._after]
 
-    def _target(self, summary: str) -> list[int]:
+    def _target(self, summary: str) -> tuple[list[int], list[int]]:
+        """Return the ids to write, with those that end them, and the bytes that each stands for."""
         if self.seq2seq:
-            return self.tokenizer(text_target=summary, verbose=False)["input_ids"]
-        return self._text_ids(summary) + self._end_ids()
+            return self._sized_ids(summary, target=True)
+        (ids, sizes), closing = self._sized_ids(summary), self._end_ids()
+        return ids + closing, sizes + [0] * len(closing)
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """Return what the tokenizer puts before and after a text; a causal model goes on where the
@@ -163,3 +185,13 @@ def _around(template: str, column: str) -> tuple[str, str]:
     parts = template_parts(template)
     at = [name for _, name in parts].index(column) + 1
     return "".join(text for text, _ in parts[:at]), "".join(text for text, _ in parts[at:])
+
+
+def _texts(given: list[Any], place: str) -> list[str]:
+    """Return the references among the values of a record, each a text, a list of texts, or none."""
+    texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
+    texts = [text for text in texts if text is not None and text != ""]
+    bad = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if bad or not texts:
+        raise InputError(f"{place} is {bad[0] if bad else given[0]!r:.60}; expected text")
+    return texts

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -24,7 +23,7 @@ class TextTask(Task):
     auto_class = AutoModelForSequenceClassification
 
     def learn(self, split: Split) -> None:
-        if Path(split.source).is_dir():
+        if split.images:
             raise InputError(
                 f"{split.source} is a folder of images; use --task image_classification, or give a "
                 "file of texts"

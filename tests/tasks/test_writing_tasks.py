@@ -43,7 +43,7 @@ from adaptive_lora.tasks.base import IGNORED
 from adaptive_lora.tasks.data import load_splits
 from adaptive_lora.tasks.generation import generate
 from adaptive_lora.tasks.language_model import BYTES, PROMPT
-from adaptive_lora.tasks.summarization import REFERENCE
+from adaptive_lora.tasks.summarization import REFERENCES
 
 pytest_plugins = ("model_folders",)
 
@@ -159,7 +159,7 @@ def test_rouge_is_of_what_generate_writes(
             )[0]  # fmt: skip
             new = ids[len(prompt) :] if folder == "llama_folder" else ids
             written.append(task.tokenizer.decode(new, skip_special_tokens=True))
-        expected = metrics.rouge(written, features[REFERENCE][: rows or len(features)])
+        expected = metrics.rouge(written, features[REFERENCES][: rows or len(features)])
         assert {name: scored[f"eval_{name}"] for name in expected} == expected
 
 
