@@ -73,9 +73,10 @@ class DataConfig(Strict):
     max_length: Positive = 128  # tokens of an input
     # what becomes of a longer one; counted and printed
     too_long: Literal["cut", "drop", "refuse"] = "cut"
-    # what is read: one column, or a pair (classification, regression)
+    # what is read: one column, or a pair (classification, regression); of lists of words
+    # (token_classification)
     text: str | list[str] | None = None
-    label: str | None = None  # classification, regression
+    label: str | None = None  # classification, regression; lists of tags: token_classification
     # classification: names of the classes; None reads them off the training split
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
@@ -170,6 +171,7 @@ TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkp
 
 TaskName = Literal[
     "classification",
+    "token_classification",
     "regression",
     "causal_lm",
     "summarization",

@@ -206,7 +206,7 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, with stand-ins for quantised modules."""
     assert config.task is not None
     head: dict[str, Any] = {}
-    if config.task in ("classification", "image_classification"):
+    if config.task in ("classification", "token_classification", "image_classification"):
         head["num_labels"] = len(config.data.classes or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1

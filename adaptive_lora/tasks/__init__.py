@@ -7,9 +7,11 @@ from adaptive_lora.tasks.image_classification import ImageClassification
 from adaptive_lora.tasks.question_answering import QuestionAnswering
 from adaptive_lora.tasks.regression import Regression
 from adaptive_lora.tasks.summarization import Summarization
+from adaptive_lora.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "token_classification": TokenClassification,
     "regression": Regression,
     "causal_lm": CausalLanguageModelling,
     "summarization": Summarization,

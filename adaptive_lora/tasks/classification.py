@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 from torch import nn
 
 from adaptive_lora.errors import InputError
@@ -20,8 +20,8 @@ from adaptive_lora.tasks.class_order import in_order, order_of
 from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
 
-# What classes of models are called whose head gives classes of texts or of images.
-HEADS = ("ForSequenceClassification", "ForImageClassification")
+# What classes of models are called whose head gives classes of texts, images or words.
+HEADS = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification")
 
 
 class ClassTask(Task):
@@ -35,12 +35,14 @@ class ClassTask(Task):
     """
 
     metrics: tuple[str, ...] = ("accuracy", "f1", "f1_macro", "matthews")
+    label_columns: ClassVar[tuple[str, ...]] = LABEL_COLUMNS  # usual names, the first there is
 
     def learn(self, split: Split) -> None:
-        label = label_column(split, self.data.label)
+        label = label_column(split, self.data.label, self.label_columns)
+        self.learned(label=label)
         given, asked = self.data.classes, self.data.class_order
-        names = given if given is not None else _names(split, label)
-        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
+        names = given if given is not None else self._names(split)
+        listed = given is not None or self._class_label(split) is not None
         if asked is not None and not listed and in_order(names, asked) is None:
             names = given = asked  # classes by number, or more than the records have
         if len(set(names)) < len(names):
@@ -54,17 +56,8 @@ class ClassTask(Task):
             # Also where it is said and is the data's: the recipe may spell it otherwise.
             class_order=order if order != names or asked is not None else None,
         )
-        if len(names) != 2:  # F1 of "the positive class" needs two
-            self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
-        self._check_several(split, names)
-
-    def _check_several(self, split: Split, names: list[str]) -> None:
-        present = sorted({names[index] for index in self._ids(split)})
-        if len(present) < 2:
-            raise InputError(
-                f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
-                "to classify"
-            )
+        self._check_present(split)
+        self.metrics = self._metrics()
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +70,39 @@ class ClassTask(Task):
 
     @property
     def label(self) -> str:
-        return self.data.label or LABEL_COLUMNS[0]
+        return self.data.label or self.label_columns[0]
+
+    def _each(self, split: Split) -> Iterable[tuple[int, Any]]:
+        """Return (record, label) for every label of a split, in order."""
+        return zip(split.records[RECORD], split.records[self.label], strict=True)
+
+    def _class_label(self, split: Split) -> ClassLabel | None:
+        """Return what names the classes of the label column, or of the lists in it, on the hub."""
+        feature = split.records.features[self.label]
+        inner = feature.feature if isinstance(feature, List | LargeList) else feature
+        return inner if isinstance(inner, ClassLabel) else None
+
+    def _names(self, split: Split) -> list[str]:
+        """Return the classes of the training records; numbers sort as numbers, so that class 10
+        comes after class 9."""
+        if (named := self._class_label(split)) is not None:
+            return list(named.names)
+        found = {_name(split, record, self.label, value) for record, value in self._each(split)}
+        return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
+
+    def _check_present(self, split: Split) -> None:
+        """Raise `InputError` where the training records leave nothing to learn."""
+        present = sorted({self.names[index] for index in self._ids(split)})
+        if len(present) < 2:
+            raise InputError(
+                f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
+                "to classify"
+            )
+
+    def _metrics(self) -> tuple[str, ...]:
+        """Return the metrics that these classes have: F1 of "the positive class" needs two."""
+        usual = type(self).metrics
+        return usual if len(self.names) == 2 else tuple(name for name in usual if name != "f1")
 
     def _order(self, names: list[str]) -> list[str]:
         """Return the order of the model's outputs, and note it where it is not the data's."""
@@ -123,17 +148,17 @@ class ClassTask(Task):
         """Return the class number of each record. Raises `InputError` at the first label outside
         the classes."""
         ids = self._ids(split)
+        self.notes.append(f"{split.part}: {self._counts(ids)}")
+        outputs = self._outputs()
+        return [outputs[index] for index in ids]
+
+    def _counts(self, ids: Sequence[int]) -> str:
         counts = Counter(ids)
         shown = ", ".join(
             f"{self.names[index]:.30} {count:,}" for index, count in counts.most_common(8)
         )
         more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
-        self.notes.append(
-            f"{split.part}: {shown}{more}; the largest class is "
-            f"{max(counts.values()) / len(ids):.1%}"
-        )
-        outputs = self._outputs()
-        return [outputs[index] for index in ids]
+        return f"{shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}"
 
     def score(
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
@@ -163,11 +188,11 @@ class ClassTask(Task):
         return [places[name] for name in self.names]
 
     def _ids(self, split: Split) -> list[int]:
-        """Return the place of each record's class among the data's."""
+        """Return the place of each label's class among the data's."""
         by_name = {name: index for index, name in enumerate(self.names)}
-        numbered = isinstance(split.records.features[self.label], ClassLabel)
+        numbered = self._class_label(split) is not None
         ids = []
-        for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
+        for record, value in self._each(split):
             name = _name(split, record, self.label, value)
             index = None if numbered else by_name.get(name)
             if (
@@ -197,19 +222,6 @@ class Classification(ClassTask, TextTask):
         TextTask.learn(self, split)
         ClassTask.learn(self, split)
         self.notes.append(f"classification of {' + '.join(self.columns)} into {self._listed()}")
-
-
-def _names(split: Split, label: str) -> list[str]:
-    """Return the classes of the training records; numbers sort as numbers, so that class 10 comes
-    after class 9."""
-    feature = split.records.features[label]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    found = {
-        _name(split, n, label, v)
-        for n, v in zip(split.records[RECORD], split.records[label], strict=True)
-    }
-    return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
 
 
 def _name(split: Split, record: int, label: str, value: Any) -> str:

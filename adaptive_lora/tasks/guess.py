@@ -22,21 +22,26 @@ from adaptive_lora.recipe.config import DataConfig, RunConfig, TaskName
 from adaptive_lora.tasks.data import only_text, text_columns
 from adaptive_lora.tasks.tables import read_table
 from adaptive_lora.tasks.text import LABEL_COLUMNS
+from adaptive_lora.tasks.token_classification import TAG_COLUMNS, TOKENS
 
-Kind = Literal["images", "questions", "classes", "encoder-decoder", "causal", "encoder"]
+Kind = Literal["images", "questions", "classes", "tags", "encoder-decoder", "causal", "encoder"]
 BY_ENDING: dict[str, Kind] = {
     "ForImageClassification": "images",
     "ForQuestionAnswering": "questions",
     "ForSequenceClassification": "classes",
+    "ForTokenClassification": "tags",
 }
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CHAT = ("messages", "conversations")
 # What a model is said to be, the tasks it takes on without being asked, and the one it is for.
-ANSWERS: tuple[TaskName, ...] = ("classification", "regression", "question_answering")
+ANSWERS: tuple[TaskName, ...] = (
+    "classification", "regression", "question_answering", "token_classification",
+)  # fmt: skip
 KINDS: dict[Kind, tuple[str, tuple[TaskName, ...], TaskName]] = {
     "images": ("a model of images", ("image_classification",), "image_classification"),
     "questions": ("a model that answers questions", ANSWERS, "question_answering"),
     "classes": ("a classifier", ANSWERS, "classification"),
+    "tags": ("a model that tags words", ANSWERS, "token_classification"),
     "encoder-decoder": (
         "an encoder-decoder",
         ("summarization", "question_answering"),
@@ -156,6 +161,11 @@ def _has_images(table: Dataset, data: DataConfig) -> bool:
 
 def _of_labels(model_config: Any, table: Dataset, data: DataConfig) -> dict[TaskName, str]:
     """Return {task: the column of labels that is there for it}."""
+    words = data.text if isinstance(data.text, str) else TOKENS
+    tags = [data.label] if data.label is not None else TAG_COLUMNS
+    tag = next((name for name in tags if _is_list(table, name)), None)
+    if tag is not None and _is_list(table, words):
+        return {"token_classification": f"the columns {words}, {tag}"}
     label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
     label = label if data.label is None else data.label
     if label is None:
@@ -184,6 +194,10 @@ def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
 def _one_output(model_config: Any) -> bool:
     """True for a head that gives one number."""
     return kind_of(model_config) == "classes" and model_config.num_labels == 1
+
+
+def _is_list(table: Dataset, column: str) -> bool:
+    return isinstance(table.features.get(column), datasets.List | datasets.LargeList)
 
 
 def _is_numeric(table: Dataset, column: str) -> bool:

@@ -17,6 +17,7 @@ from datasets import Dataset, load_dataset
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.hub import explain_missing, is_local, reachable
+from adaptive_lora.tasks.conll import CONLL, read_conll
 
 READERS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -40,7 +41,7 @@ def read_table(
     Raises `InputError` naming the file, and the line where there is one.
     """
     path = Path(source)
-    if is_local(source) or path.suffix.lower() in READERS:
+    if is_local(source) or path.suffix.lower() in (*READERS, *CONLL):
         return _read_file(path, texts)
     if not reachable():
         raise InputError(
@@ -68,6 +69,8 @@ def _read_file(path: Path, texts: Collection[str]) -> Dataset:
             table = pyarrow.parquet.read_table(path)
         elif suffix in (".csv", ".tsv"):
             table = _read_csv(path, "\t" if suffix == ".tsv" else ",", texts)
+        elif suffix in CONLL:
+            table = pa.table(read_conll(_read_text(path), path))
         elif suffix in (".json", ".jsonl"):
             table = _table(_read_json(path), path)
         else:

@@ -4,7 +4,7 @@ regression share."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,17 @@ class TextTask(Task):
         return DataCollatorWithPadding(self.tokenizer)
 
 
-def label_column(split: Split, given: str | None) -> str:
-    """Return the recipe's label column, or the one of a usual name."""
+def label_column(split: Split, given: str | None, usual: Sequence[str] = LABEL_COLUMNS) -> str:
+    """Return the recipe's label column, or the first of a usual name."""
     if given is not None:
         split.require(given)
         return given
-    for column in LABEL_COLUMNS:
+    for column in usual:
         if column in split.records.column_names:
             return column
     names = ", ".join(columns_of(split.records))
     raise InputError(
-        f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label"
+        f"{split.source} has no column {usual[0]!r}; its columns: {names}. Give data.label"
     )
 
 
