@@ -136,6 +136,9 @@ def write_data(folder: Path, recipe: RunConfig) -> str:
             record |= dict.fromkeys(columns, sentence) | {
                 data.label: number % len(data.classes or [])
             }
+        elif recipe.task == "multi_label_classification":
+            labels = [name for name in ("film", "good") if name in sentence]
+            record |= {"text": sentence, "label": labels}
         elif recipe.task == "token_classification":
             words = sentence.split()
             tags = ["O", "B-THING", "O", "B-VIEW", *["O"] * (len(words) - 4)]

@@ -285,6 +285,19 @@ def tagged(count: int) -> list[dict[str, list[str]]]:
     return records
 
 
+def topics(count: int) -> list[dict[str, Any]]:
+    """Return `count` texts with the classes that words say: any of film, food and good, or none."""
+    things = {"film": ["film"], "meal": ["food"], "day": [], "film and a meal": ["film", "food"]}
+    records = []
+    for i in range(count):
+        thing, view = list(things)[i % 4], OPINIONS[i // 4 % 6]
+        good = ["good"] if view in ("good", "fine", "great") else []
+        records.append(
+            {"text": f"the {thing} is {view}" + " and" * (i // 24), "label": things[thing] + good}
+        )
+    return records
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)

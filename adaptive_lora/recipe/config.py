@@ -76,7 +76,9 @@ class DataConfig(Strict):
     # what is read: one column, or a pair (classification, regression); of lists of words
     # (token_classification)
     text: str | list[str] | None = None
-    label: str | None = None  # classification, regression; lists of tags: token_classification
+    # classification, regression; lists of classes, or several columns of 0 and 1
+    # (multi_label_classification); lists of tags (token_classification)
+    label: str | list[str] | None = None
     # classification: names of the classes; None reads them off the training split
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
@@ -171,6 +173,7 @@ TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkp
 
 TaskName = Literal[
     "classification",
+    "multi_label_classification",
     "token_classification",
     "regression",
     "causal_lm",

@@ -206,8 +206,9 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, with stand-ins for quantised modules."""
     assert config.task is not None
     head: dict[str, Any] = {}
-    if config.task in ("classification", "token_classification", "image_classification"):
-        head["num_labels"] = len(config.data.classes or (0, 1))
+    if config.task is not None and config.task.endswith("classification"):
+        columns = config.data.label if isinstance(config.data.label, list) else None
+        head["num_labels"] = len(config.data.classes or columns or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1
     if config.task == "question_answering":
@@ -288,7 +289,7 @@ def _inputs(config: RunConfig, model: PeftModel) -> BatchShapes:
         pixels = (batch, getattr(base_config, "num_channels", 3), height, width)
         return {"pixel_values": (torch.float32, pixels)}
     tokens = {"input_ids": (whole, (batch, length)), "attention_mask": (whole, (batch, length))}
-    if config.task in ("classification", "regression"):
+    if config.task in ("classification", "multi_label_classification", "regression"):
         # DeBERTa picks records by their labels, which have no values here; its loss weighs nothing
         return tokens
     if config.task == "question_answering":

@@ -18,7 +18,7 @@ from adaptive_lora.tasks import metrics
 from adaptive_lora.tasks.base import ROW, Task, by_record
 from adaptive_lora.tasks.class_order import in_order, order_of
 from adaptive_lora.tasks.data import RECORD, Split
-from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
+from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column, one_label
 
 # What classes of models are called whose head gives classes of texts, images or words.
 HEADS = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification")
@@ -38,8 +38,9 @@ class ClassTask(Task):
     label_columns: ClassVar[tuple[str, ...]] = LABEL_COLUMNS  # usual names, the first there is
 
     def learn(self, split: Split) -> None:
-        label = label_column(split, self.data.label, self.label_columns)
-        self.learned(label=label)
+        if not isinstance(self.data.label, list):
+            label = label_column(split, self.data.label, self.label_columns)
+            self.learned(label=label)
         given, asked = self.data.classes, self.data.class_order
         names = given if given is not None else self._names(split)
         listed = given is not None or self._class_label(split) is not None
@@ -50,7 +51,6 @@ class ClassTask(Task):
         numbers = self.data.class_numbers or (given is not None and not any(map(_is_number, names)))
         order = self._order(names)
         self.learned(
-            label=label,
             classes=names,
             class_numbers=numbers,
             # Also where it is said and is the data's: the recipe may spell it otherwise.
@@ -70,7 +70,7 @@ class ClassTask(Task):
 
     @property
     def label(self) -> str:
-        return self.data.label or self.label_columns[0]
+        return one_label(self.data) or self.label_columns[0]
 
     def _each(self, split: Split) -> Iterable[tuple[int, Any]]:
         """Return (record, label) for every label of a split, in order."""
@@ -78,6 +78,8 @@ class ClassTask(Task):
 
     def _class_label(self, split: Split) -> ClassLabel | None:
         """Return what names the classes of the label column, or of the lists in it, on the hub."""
+        if isinstance(self.data.label, list):
+            return None
         feature = split.records.features[self.label]
         inner = feature.feature if isinstance(feature, List | LargeList) else feature
         return inner if isinstance(inner, ClassLabel) else None
@@ -144,7 +146,7 @@ class ClassTask(Task):
             arguments["problem_type"] = "single_label_classification"  # whatever the base was for
         return arguments
 
-    def labels(self, split: Split) -> list[int]:
+    def labels(self, split: Split) -> list[Any]:
         """Return the class number of each record. Raises `InputError` at the first label outside
         the classes."""
         ids = self._ids(split)
@@ -228,7 +230,7 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
     """Return the class a label means, as text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with gaps, or saved by pandas
-    text = str(value)
+    text, many = str(value), isinstance(value, list)
     odd = (
         value is None
         or isinstance(value, list | dict)
@@ -236,7 +238,8 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
     )
     if odd or not text.strip():
         raise InputError(
-            f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number"
+            f"{split.at(record)}: column {label!r} is {value!r:.60}; expected a text or a number"
+            + ("; for lists of classes: --task multi_label_classification" if many else "")
         )
     return text
 

@@ -36,6 +36,7 @@ CHAT = ("messages", "conversations")
 # What a model is said to be, the tasks it takes on without being asked, and the one it is for.
 ANSWERS: tuple[TaskName, ...] = (
     "classification", "regression", "question_answering", "token_classification",
+    "multi_label_classification",
 )  # fmt: skip
 KINDS: dict[Kind, tuple[str, tuple[TaskName, ...], TaskName]] = {
     "images": ("a model of images", ("image_classification",), "image_classification"),
@@ -161,18 +162,31 @@ def _has_images(table: Dataset, data: DataConfig) -> bool:
 
 def _of_labels(model_config: Any, table: Dataset, data: DataConfig) -> dict[TaskName, str]:
     """Return {task: the column of labels that is there for it}."""
-    words = data.text if isinstance(data.text, str) else TOKENS
-    tags = [data.label] if data.label is not None else TAG_COLUMNS
-    tag = next((name for name in tags if _is_list(table, name)), None)
-    if tag is not None and _is_list(table, words):
-        return {"token_classification": f"the columns {words}, {tag}"}
-    label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
-    label = label if data.label is None else data.label
+    if (lists := _of_lists(table, data)) or isinstance(data.label, list):
+        return lists
+    label = data.label or next((name for name in LABEL_COLUMNS if name in table.column_names), None)
     if label is None:
         return {}
     one = _one_output(model_config) and _is_numeric(table, label)
     task: TaskName = "regression" if one or _is_measure(table, label) else "classification"
     return {task: f"the column {label}"}
+
+
+def _of_lists(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
+    """Return {task: the columns} of labels that are several of a record: tags of its words, classes
+    of its text."""
+    if isinstance(data.label, list):
+        return {"multi_label_classification": f"the columns {', '.join(data.label)}"}
+    words = data.text if isinstance(data.text, str) else TOKENS
+    usual = (*TAG_COLUMNS, *LABEL_COLUMNS) if data.label is None else (data.label,)
+    label = next((name for name in usual if _is_list(table, name)), None)
+    if label is None:
+        return {}
+    if _is_list(table, words):
+        return {"token_classification": f"the columns {words}, {label}"}
+    if data.label is None and label not in LABEL_COLUMNS:
+        return {}
+    return {"multi_label_classification": f"the lists in the column {label}"}
 
 
 def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:

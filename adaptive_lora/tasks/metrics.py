@@ -79,6 +79,40 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     return values
 
 
+def multi_label(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Return micro and macro F1 of ŷ_nc = [logit_nc > 0], and the share of records that are wholly
+    right.
+
+    With TP, FP and FN counted over all records and classes, f1_micro = 2 TP / (2 TP + FP + FN).
+    F1_c is the same of class c alone, and f1_macro its mean over the classes that occur in y or ŷ.
+    Both are 0.0 where nothing occurs. exact_match = #{n: ŷ_n = y_n} / N, in [0, 1].
+
+    logits (N, C); labels (N, C), zeros and ones. Raises `InputError` for no records, other shapes,
+    or other labels. A NaN among the logits makes every metric NaN.
+
+    >>> multi_label([[1.0, -1.0], [1.0, 2.0]], [[1, 0], [0, 1]])["exact_match"]
+    0.5
+    """
+    scores, truth = np.asarray(logits), np.asarray(labels)
+    if scores.ndim != 2 or truth.shape != scores.shape or not scores.size:
+        raise InputError(
+            f"logits are {scores.shape} and labels {truth.shape}; expected (N, C) twice, N and C "
+            "> 0"
+        )
+    if not np.isin(truth, (0, 1)).all():
+        raise InputError("labels are neither 0 nor 1; expected one of both for each class")
+    if np.isnan(scores).any():
+        return dict.fromkeys(("f1_micro", "f1_macro", "exact_match"), math.nan)
+    found, wanted = scores > 0, truth == 1
+    right, all_of = (found & wanted).sum(axis=0), found.sum(axis=0) + wanted.sum(axis=0)
+    occur = all_of > 0
+    return {
+        "f1_micro": _share(2 * int(right.sum()), int(all_of.sum())),
+        "f1_macro": float(np.mean(2 * right[occur] / all_of[occur])) if occur.any() else 0.0,
+        "exact_match": float((found == wanted).all(axis=1).mean()),
+    }
+
+
 def names_entities(tags: Iterable[str]) -> bool:
     """Return whether tags say where entities begin and end: "O", and B-, I-, E-, S- (L-, U-) before
     a type, or alone.

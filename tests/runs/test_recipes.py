@@ -65,6 +65,7 @@ NARROW: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 HEAD = {
     "classification": AutoModelForSequenceClassification,
+    "multi_label_classification": AutoModelForSequenceClassification,
     "token_classification": AutoModelForTokenClassification,
     "causal_lm": AutoModelForCausalLM,
     "summarization": AutoModelForSeq2SeqLM,
@@ -74,7 +75,7 @@ HEAD = {
 
 
 def test_the_recipes_name_hub_models_and_each_writes_to_a_folder_of_its_own_name() -> None:
-    assert len(RECIPES) == 21
+    assert len(RECIPES) == 22
     for file in RECIPES:
         values = read_recipe(file)
         assert values["model"] in NARROW

@@ -22,6 +22,7 @@ from model_folders import (
     result_of,
     reviews,
     tagged,
+    topics,
     write_jsonl,
 )
 
@@ -76,6 +77,7 @@ DATA: dict[str, Rows] = {
     "labelled articles": labelled(articles),
     "questions": questions,
     "tagged": tagged,
+    "topics": topics,
     "words": renamed(tagged, tokens="words", ner_tags="labels"),
 }
 
@@ -129,6 +131,9 @@ def asked(model: str, data: str, **keys: Any) -> RunConfig:
         ("classes", "ratings", {}, "regression"),
         ("questions", "questions", {}, "question_answering"),
         ("encoder", "tagged", {}, "token_classification"),
+        ("encoder", "topics", {}, "multi_label_classification"),
+        ("causal", "topics", {"label": "label"}, "multi_label_classification"),
+        ("encoder", "counts", {"label": ["label"]}, "multi_label_classification"),
         ("classes", "words", {"text": "words"}, "token_classification"),
         ("tags", "tagged", {}, "token_classification"),
         ("tags", "reviews", {}, "classification"),
