@@ -85,6 +85,11 @@ def plan(config: RunConfig, *, device: str | None = None) -> Plan:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config, notes = with_task_of_model(config)
+    if config.data.max_length is None:
+        notes += [
+            f"inputs of {config.usual_length:,} tokens, or as many as the model reads, are planned "
+            "for; data.max_length says another number"
+        ]
     method = methods.build(config.method.name, config.method.arguments)
     model = _model(config, device, method)
     base: Any = base_of(model)
@@ -278,7 +283,8 @@ def _autocast(config: RunConfig, device: str) -> torch.dtype | None:
 
 def _inputs(config: RunConfig, model: PeftModel) -> BatchShapes:
     """Return the shapes of one training batch of the longest inputs."""
-    batch, length = config.training["per_device_train_batch_size"], config.data.max_length
+    batch = config.training["per_device_train_batch_size"]
+    length = config.data.max_length or config.usual_length
     base_config: Any = model.get_base_model().config
     limit = getattr(base_config, "max_position_embeddings", None)
     length = min(length, limit) if isinstance(limit, int) else length

@@ -46,8 +46,8 @@ from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
-# keys of `data` that the training records may complete
-LEARNED = {"text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
+# keys of `data` that the model's window and the training records may complete
+LEARNED = {"max_length", "text", "label", "classes", "class_numbers", "class_order", "unanswerable"}
 WIDTH = 100  # columns of the terminal
 
 

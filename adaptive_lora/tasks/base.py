@@ -45,7 +45,7 @@ class Task(ABC):
         self.tokenizer, self.model_config = tokenizer, model_config
         self.notes: list[str] = []
         self.positions = positions(model_config)
-        self.longest = self._longest()
+        self.longest = self._longest(config.usual_length)
 
     def learn(self, split: Split) -> None:
         """Take from the training records what the recipe leaves open (text columns, classes), by
@@ -99,17 +99,25 @@ class Task(ABC):
             label != IGNORED for labels in features["labels"] for label in np.atleast_1d(labels)
         )
 
-    def _longest(self) -> int:
-        """Return the longest input in tokens that recipe, tokenizer and model allow."""
+    def _longest(self, usual: int) -> int:
+        """Return the longest input in tokens that recipe, tokenizer and model allow; `usual` where
+        the recipe says nothing."""
         limit = min(
             self.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length
         )
-        if self.data.max_length > limit:
+        asked = self.data.max_length
+        if asked is None:
+            whose = "the default of the task" if usual <= limit else "all that the model reads"
             self.notes.append(
-                f"data.max_length {self.data.max_length:,} is more than the model reads: {limit:,} "
-                "is used"
+                f"inputs of up to {min(usual, limit):,} tokens, {whose}; data.max_length says "
+                "another number"
             )
-        return min(self.data.max_length, limit)
+            self.learned(max_length=min(usual, limit))
+        elif asked > limit:
+            self.notes.append(
+                f"data.max_length {asked:,} is more than the model reads: {limit:,} is used"
+            )
+        return min(asked or usual, limit)
 
     def _fit(
         self, split: Split, lengths: Sequence[int], labelled: bool, limit: int | None = None

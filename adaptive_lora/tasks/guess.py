@@ -87,7 +87,7 @@ def with_task_of_model(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 def _told(config: RunConfig, task: TaskName, why: str) -> tuple[RunConfig, list[str]]:
     line = f"task {task}, a guess: {why}; --task (task: in a recipe) says another"
-    return config.model_copy(update={"task": task}), [line]
+    return config.with_task(task), [line]
 
 
 def guess(model_config: Any, table: Dataset, data: DataConfig) -> tuple[TaskName, str]:

@@ -110,7 +110,7 @@ def models(
 
 def asked(model: str, data: str, **keys: Any) -> RunConfig:
     """Return a recipe without a task."""
-    values = recipe(model, data, "never-made", data=keys)
+    values = recipe(model, data, "never-made", data={"max_length": 40, **keys})
     del values["task"]
     return parse(values)
 
