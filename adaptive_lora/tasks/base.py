@@ -4,7 +4,7 @@ fits."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +64,14 @@ class Task(ABC):
         """Return the arguments for `from_pretrained` that shape the head."""
         return {}
 
+    def start_head(self, model: nn.Module, drawn: Collection[str]) -> list[str]:
+        """Set what of a new head is better not left to chance, and return what to say of it.
+
+        Args:
+            drawn: names of the parameters that were drawn just now.
+        """
+        return []
+
     @abstractmethod
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
         """Return what the model reads, with labels unless the records have none. Raises
@@ -83,6 +91,11 @@ class Task(ABC):
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
     ) -> dict[str, float]:
         """Return the metrics of the outputs for `features`, row for row."""
+
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        """Return whether every record is answered alike, though labels differ; None where a task
+        gives no answers that could be compared."""
+        return None
 
     @abstractmethod
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
@@ -187,6 +200,12 @@ def positions(model_config: PretrainedConfig) -> int | None:
         ):
             return int(limit) - module.padding_idx - 1
     return int(limit)
+
+
+def alike(values: Any) -> bool:
+    """Return whether the entries along the first dimension are all the same."""
+    array = np.asarray(values)
+    return bool((array == array[:1]).all())
 
 
 def by_record(rows: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, class_names
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import ROW, Task, by_record
+from adaptive_lora.tasks.base import ROW, Task, alike, by_record
 from adaptive_lora.tasks.class_order import in_order, order_of
 from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column, one_label
@@ -168,6 +168,9 @@ class ClassTask(Task):
         # By the data's order, so that F1 is of the same class whatever the base's.
         places = self._outputs()
         return metrics.classification(np.asarray(outputs)[:, places], np.argsort(places)[labels])
+
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        return alike(np.argmax(outputs, axis=-1)) and not alike(labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         # Less the largest logit, or exp would overflow.

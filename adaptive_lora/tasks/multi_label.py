@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from adaptive_lora.errors import InputError
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import ROW, by_record
+from adaptive_lora.tasks.base import ROW, alike, by_record
 from adaptive_lora.tasks.classification import ClassTask
 from adaptive_lora.tasks.data import RECORD, Split
 from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask
@@ -128,6 +128,9 @@ class MultiLabelClassification(ClassTask, TextTask):
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
     ) -> dict[str, float]:
         return metrics.multi_label(outputs, labels)
+
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        return alike(np.asarray(outputs) > 0) and not alike(labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         logits = np.asarray(outputs, dtype=np.float64)[:, self._outputs()]  # in the data's order

@@ -21,7 +21,7 @@ from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, class_names
 from adaptive_lora.recipe.config import RunConfig
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import IGNORED, ROW
+from adaptive_lora.tasks.base import IGNORED, ROW, alike
 from adaptive_lora.tasks.classification import ClassTask
 from adaptive_lora.tasks.data import RECORD, Split
 
@@ -181,6 +181,10 @@ class TokenClassification(ClassTask):
             return dict.fromkeys(self.metrics, float("nan"))
         sides = ([[str(tag) for tag in tags.values()] for tags in side] for side in (found, wanted))
         return (metrics.entities if "f1" in self.metrics else metrics.tags)(*sides)
+
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        tagged = np.asarray(labels) != IGNORED
+        return alike(np.asarray(outputs)[tagged]) and not alike(np.asarray(labels)[tagged])
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         # A word without a token, such as one control character, is outside all entities.
