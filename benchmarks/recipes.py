@@ -48,6 +48,7 @@ RECIPES = sorted((HERE.parent / "recipes").glob("*.yaml"))
 FULL_SIZE: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "distilbert/distilbert-base-uncased": (DistilBertConfig, {}),
     "google-bert/bert-base-uncased": (BertConfig, {}),
+    "google-bert/bert-base-cased": (BertConfig, {"vocab_size": 28_996}),
     "google/vit-base-patch16-224-in21k": (ViTConfig, {}),
     "microsoft/DialoGPT-medium": (GPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
     "facebook/bart-large": (BartConfig, {}),
@@ -135,6 +136,13 @@ def write_data(folder: Path, recipe: RunConfig) -> str:
             record |= dict.fromkeys(columns, sentence) | {
                 data.label: number % len(data.classes or [])
             }
+        elif recipe.task == "multi_label_classification":
+            labels = [name for name in ("film", "good") if name in sentence]
+            record |= {"text": sentence, "label": labels}
+        elif recipe.task == "token_classification":
+            words = sentence.split()
+            tags = ["O", "B-THING", "O", "B-VIEW", *["O"] * (len(words) - 4)]
+            record |= {"tokens": words, "ner_tags": tags}
         elif recipe.task == "summarization":
             record |= {
                 "id": f"{number:040x}",

@@ -269,6 +269,35 @@ def questions(count: int) -> list[dict[str, Any]]:
     return records
 
 
+def tagged(count: int) -> list[dict[str, list[str]]]:
+    """Return `count` sentences of 3 to 9 words with a tag each: numbers are amounts, of one word or
+    two, and opinions are single words; plurals have two tokens."""
+    records = []
+    for i in range(count):
+        number = [NUMBERS[i % 4], *([NUMBERS[i // 4 % 4]] if i % 3 else [])]
+        words = ["the", ("days", "film", "meals", "night")[i // 2 % 4], "is", OPINIONS[i % 6]]
+        tags = ["O", "O", "O", "B-OPINION"]
+        at = (0, 2, 4)[i % 3]
+        words[at:at] = number
+        tags[at:at] = ["B-AMOUNT", "I-AMOUNT"][: len(number)]
+        words += ["and"] * (i % 4)
+        records.append({"tokens": words, "ner_tags": tags + ["O"] * (i % 4)})
+    return records
+
+
+def topics(count: int) -> list[dict[str, Any]]:
+    """Return `count` texts with the classes that words say: any of film, food and good, or none."""
+    things = {"film": ["film"], "meal": ["food"], "day": [], "film and a meal": ["film", "food"]}
+    records = []
+    for i in range(count):
+        thing, view = list(things)[i % 4], OPINIONS[i // 4 % 6]
+        good = ["good"] if view in ("good", "fine", "great") else []
+        records.append(
+            {"text": f"the {thing} is {view}" + " and" * (i // 24), "label": things[thing] + good}
+        )
+    return records
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 
@@ -106,3 +106,37 @@ class AdaLoraTwin:
             return sum(s(name, part, k, i) for i in range(width)) / width
 
         return [s(name, "gate", k, 0) + mean("a", k) + mean("b", k) for k in range(self.rank[name])]
+
+
+def entity_spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """Every stretch of words of one type such that each goes on from the one before it, and neither
+    its first word nor the word after its last one does."""
+
+    def goes_on(i: int) -> bool:
+        if i == 0 or i == len(tags):
+            return False
+        return tags[i - 1][0] in "BI" and tags[i][0] in "IEL" and tags[i - 1][2:] == tags[i][2:]
+
+    return {
+        (first, last, tags[first][2:])
+        for first in range(len(tags))
+        for last in range(first, len(tags))
+        if all(tags[i] != "O" for i in range(first, last + 1))
+        and all(goes_on(i) for i in range(first + 1, last + 1))
+        and not goes_on(first)
+        and not goes_on(last + 1)
+    }
+
+
+def entity_scores(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict:
+    """CoNLL's precision, recall and F1 as fractions, sentence by sentence."""
+    right = given = wanted = 0
+    for found, expected in zip(predicted, truth, strict=True):
+        right += len(entity_spans(found) & entity_spans(expected))
+        given += len(entity_spans(found))
+        wanted += len(entity_spans(expected))
+    precision = Fraction(right, given) if given else Fraction(0)
+    recall = Fraction(right, wanted) if wanted else Fraction(0)
+    both = precision + recall
+    f1 = 2 * precision * recall / both if both else Fraction(0)
+    return {"f1": f1, "precision": precision, "recall": recall}

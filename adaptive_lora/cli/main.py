@@ -85,7 +85,7 @@ EvalData = Annotated[
 ]
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give twice for a pair.")]
 Label = Annotated[str | None, typer.Option(help="Label column.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer inputs are cut and counted.")]
+MaxLength = Annotated[int | None, typer.Option(help="In tokens. Default: by task and model.")]
 MethodName = Annotated[str | None, typer.Option(help="See `adaptive-lora methods`.")]
 Rank = Annotated[int | None, typer.Option(help="Budget: the parameters of this uniform rank.")]
 Budget = Annotated[int | None, typer.Option(help="Budget in LoRA parameters.")]

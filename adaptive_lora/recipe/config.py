@@ -149,12 +149,16 @@ class DataConfig(Strict):
     unit: Literal["line", "paragraph", "file"] = "line"
     id: str = "id"  # where there is such a column, no two records may share a value
     duplicate_ids: Literal["refuse", "keep"] = "refuse"
-    max_length: Positive = 128  # tokens of an input
+    # tokens of an input; None: `USUAL_LENGTH` of the task, or the model's window where that is less
+    max_length: Positive | None = None
     # what becomes of a longer one; counted and printed
     too_long: Literal["cut", "drop", "refuse"] = "cut"
-    # what is read: one column, or a pair (classification, regression)
+    # what is read: one column, or a pair (classification, regression); of lists of words
+    # (token_classification)
     text: str | list[str] | None = None
-    label: str | None = None  # classification, regression
+    # classification, regression; lists of classes, or several columns of 0 and 1
+    # (multi_label_classification); lists of tags (token_classification)
+    label: str | list[str] | None = None
     # classification: names of the classes; None reads them off the training split
     classes: list[ClassName] | None = None
     # whether a label may be the number of a class; turned on by giving classes without numbers
@@ -264,12 +268,31 @@ TRAINING_RESERVED = {"output_dir": "output", "seed": "seed", "resume_from_checkp
 
 TaskName = Literal[
     "classification",
+    "multi_label_classification",
+    "token_classification",
     "regression",
     "causal_lm",
     "summarization",
     "question_answering",
     "image_classification",
 ]
+
+
+# Tokens of an input where a recipe says nothing. What is written is as long as people write; a
+# class is mostly told early, and a question's context, or a list of words, is read in windows.
+USUAL_LENGTH: dict[TaskName, int] = {
+    "classification": 128,
+    "multi_label_classification": 128,
+    "token_classification": 256,
+    "regression": 128,
+    "causal_lm": 1024,
+    "summarization": 1024,
+    "question_answering": 384,
+    "image_classification": 128,  # an image has no tokens
+}
+# Version 0.1 had 128 for every task: recipes of these are written with it, as they were then, so
+# that the runs of a study keep their names.
+LENGTH_AS_BEFORE: tuple[TaskName, ...] = ("classification", "regression", "image_classification")
 
 
 class RunConfig(Strict):
@@ -303,6 +326,22 @@ class RunConfig(Strict):
     def _training_is_known(self) -> Self:
         self.training = _check_training({**TRAINING_DEFAULTS, **self.training})
         return self
+
+    @model_validator(mode="after")
+    def _length_as_before(self) -> Self:
+        if self.task in LENGTH_AS_BEFORE and self.data.max_length is None:
+            self.data = self.data.model_copy(update={"max_length": USUAL_LENGTH[self.task]})
+        return self
+
+    def with_task(self, task: TaskName | None) -> Self:
+        """Return the recipe as if it had named this task."""
+        return type(self).model_validate({**self.model_dump(), "task": task})
+
+    @property
+    def usual_length(self) -> int:
+        """The tokens of an input where the recipe says nothing and the model reads as many."""
+        assert self.task is not None
+        return USUAL_LENGTH[self.task]
 
     @property
     def checkpointing(self) -> bool:

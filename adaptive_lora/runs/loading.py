@@ -101,7 +101,9 @@ def load_model(
         keep_trainable(model)
         for head in head_modules(model):  # trained in full, and small
             model.get_submodule(head).float()
-    return model, _modules_of(loaded.missing, model), _head_notes(loaded, task.model_config)
+    notes = _head_notes(loaded, task.model_config)
+    notes += task.start_head(model, {*loaded.missing, *loaded.resized})
+    return model, _modules_of(loaded.missing, model), notes
 
 
 def _head_notes(loaded: Loaded, model_config: Any) -> list[str]:

@@ -85,6 +85,11 @@ def plan(config: RunConfig, *, device: str | None = None) -> Plan:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config, notes = with_task_of_model(config)
+    if config.data.max_length is None:
+        notes += [
+            f"inputs of {config.usual_length:,} tokens, or as many as the model reads, are planned "
+            "for; data.max_length says another number"
+        ]
     method = methods.build(config.method.name, config.method.arguments)
     model = _model(config, device, method)
     base: Any = base_of(model)
@@ -206,8 +211,9 @@ def _skeleton(config: RunConfig, device: str) -> Any:
     """Return the base model without storage, with stand-ins for quantised modules."""
     assert config.task is not None
     head: dict[str, Any] = {}
-    if config.task in ("classification", "image_classification"):
-        head["num_labels"] = len(config.data.classes or (0, 1))
+    if config.task is not None and config.task.endswith("classification"):
+        columns = config.data.label if isinstance(config.data.label, list) else None
+        head["num_labels"] = len(config.data.classes or columns or (0, 1))
     if config.task == "regression":
         head["num_labels"] = 1
     if config.task == "question_answering":
@@ -277,7 +283,8 @@ def _autocast(config: RunConfig, device: str) -> torch.dtype | None:
 
 def _inputs(config: RunConfig, model: PeftModel) -> BatchShapes:
     """Return the shapes of one training batch of the longest inputs."""
-    batch, length = config.training["per_device_train_batch_size"], config.data.max_length
+    batch = config.training["per_device_train_batch_size"]
+    length = config.data.max_length or config.usual_length
     base_config: Any = model.get_base_model().config
     limit = getattr(base_config, "max_position_embeddings", None)
     length = min(length, limit) if isinstance(limit, int) else length
@@ -288,7 +295,7 @@ def _inputs(config: RunConfig, model: PeftModel) -> BatchShapes:
         pixels = (batch, getattr(base_config, "num_channels", 3), height, width)
         return {"pixel_values": (torch.float32, pixels)}
     tokens = {"input_ids": (whole, (batch, length)), "attention_mask": (whole, (batch, length))}
-    if config.task in ("classification", "regression"):
+    if config.task in ("classification", "multi_label_classification", "regression"):
         # DeBERTa picks records by their labels, which have no values here; its loss weighs nothing
         return tokens
     if config.task == "question_answering":

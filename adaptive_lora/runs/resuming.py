@@ -42,11 +42,15 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None
 
 
 def with_task_of(folder: Path, config: RunConfig) -> RunConfig:
-    """Return a recipe that names no task with that of the run in `folder`: a guess is made once.
-    Raises as `check_folder`."""
-    if config.task is not None:
+    """Return a recipe that leaves the task or the length of inputs open with those of the run in
+    `folder`: a guess is made once, and a run of another version goes on with its default. Raises as
+    `check_folder`."""
+    if config.task is not None and config.data.max_length is not None:
         return config
-    return config.model_copy(update={"task": _recipe_of(folder).task})
+    before = _recipe_of(folder)
+    length = config.data.max_length or before.data.max_length
+    data = config.data.model_copy(update={"max_length": length})
+    return config.model_copy(update={"data": data}).with_task(config.task or before.task)
 
 
 def _recipe_of(folder: Path) -> RunConfig:

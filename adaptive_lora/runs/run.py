@@ -46,9 +46,10 @@ from adaptive_lora.training.callback import AdaptiveRankCallback
 from adaptive_lora.training.controller import NeverDecidedError
 from adaptive_lora.training.trainer import MetricsFile, use_progress
 
-# keys of `data` that the training records may complete
+# keys of `data` that the model's window and the training records may complete
 LEARNED = {
-    "text", "label", "classes", "class_numbers", "label_form", "class_order", "unanswerable",
+    "max_length", "text", "label", "classes", "class_numbers", "label_form", "class_order",
+    "unanswerable",
 }  # fmt: skip
 WIDTH = 100  # columns of the terminal
 
@@ -137,6 +138,7 @@ def _train(
             save(model, folder / ADAPTER_FOLDER)
             task.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
         metrics = _final_metrics(trainer)
+        constant = _constant(trainer, held_out, quiet=dry_run)
         for name, features in extra.items():
             metrics |= trainer.evaluate(features, metric_key_prefix=f"eval_{name}")
     except Exception as error:
@@ -153,6 +155,7 @@ def _train(
         **_facts(config, model, method, initial_ranks, trainer.optimizer, before),
         "metric": f"eval_{config.metric or task.metrics[0]}",
         "metrics": metrics,
+        "constant_predictions": constant,
         "data": task.data.model_dump(mode="json", include=LEARNED),
         "steps": trainer.state.global_step,
         "skipped_steps": trainer.skipped_steps,
@@ -278,6 +281,25 @@ def _final_metrics(trainer: TaskTrainer) -> dict[str, float]:
     metrics = rows[-1] if evaluated else trainer.evaluate()
     # Sorted, as the rows of a resumed run are: the Trainer's checkpoints sort them.
     return {key: value for key, value in sorted(metrics.items()) if key.startswith("eval_")}
+
+
+def _constant(trainer: TaskTrainer, held_out: Dataset, *, quiet: bool) -> bool | None:
+    """Return whether the model answers every evaluation record alike at the end, and say so unless
+    `quiet`; None of a task that writes.
+
+    No failure: the adapter has changed, and a rare class or an early checkpoint looks the same.
+    """
+    if trainer.constant is None and trainer.task.needs_outputs:
+        trainer.predict(held_out)  # resumed after the last evaluation
+    if trainer.constant and not quiet and trainer.is_world_process_zero():
+        _say(
+            [
+                "every evaluation record gets the same prediction, though their labels differ: "
+                "nothing that tells records apart was learned; train for longer, change the "
+                "learning rate, or look at the data (constant_predictions in result.json)"
+            ]
+        )
+    return trainer.constant
 
 
 def _failure(error: Exception, trainer: TaskTrainer, folder: Path) -> dict[str, Any]:

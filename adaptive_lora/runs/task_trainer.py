@@ -27,6 +27,7 @@ class TaskTrainer(AdaptiveTrainer):
     def __init__(self, *args: Any, task: Task, **kwargs: Any) -> None:
         self.task = task
         self.evaluated: Any = None  # the features of the evaluation in progress, in its order
+        self.constant: bool | None = None  # as `Task.constant`, of the last evaluation
         super().__init__(
             *args,
             processing_class=task.tokenizer,
@@ -45,6 +46,7 @@ class TaskTrainer(AdaptiveTrainer):
     def _score(self, outcome: EvalPrediction) -> dict[str, float]:
         model: Any = self.model
         predictions: Any = outcome.predictions
+        self.constant = self.task.constant(predictions, outcome.label_ids)
         return self.task.score(predictions, outcome.label_ids, self.evaluated, model)
 
     def evaluation_loop(

@@ -153,20 +153,20 @@ def _resolve(recipe: Mapping[str, Any], origin: str) -> dict[str, Any]:
             task = _guessed(config.model, config.trust_remote_code, config.data.model_dump_json())
         except InputError as error:
             raise InputError(f"{origin}: {error}") from None
-        config = config.model_copy(update={"task": task})
+        config = config.with_task(task)
     resolved = config.model_dump(mode="json")
     del resolved["output"]
     return resolved | ({AFTER: recipe[AFTER]} if recipe.get(AFTER) is not None else {})
 
 
 @functools.cache  # a grid has few of these, and thousands of runs
-def _guessed(model: str, trust_remote_code: bool, data: str) -> str:
+def _guessed(model: str, trust_remote_code: bool, data: str) -> Any:
     """Return the task of recipes with this model and data (JSON) that name none."""
     from adaptive_lora.recipe.config import parse
     from adaptive_lora.tasks.guess import with_task
 
     values = {"model": model, "trust_remote_code": trust_remote_code, "data": json.loads(data)}
-    return str(with_task(parse({**values, "output": UNUSED}))[0].task)
+    return with_task(parse({**values, "output": UNUSED}))[0].task
 
 
 class _After(Strict):

@@ -4,7 +4,7 @@ fits."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,7 +51,7 @@ class Task(ABC):
         self.tokenizer, self.model_config = tokenizer, model_config
         self.notes: list[str] = []
         self.positions = positions(model_config)
-        self.longest = self._longest()
+        self.longest = self._longest(config.usual_length)
 
     def learn(self, split: Split) -> None:
         """Take from the training records what the recipe leaves open (text columns, classes), by
@@ -69,6 +69,14 @@ class Task(ABC):
     def model_arguments(self) -> dict[str, Any]:
         """Return the arguments for `from_pretrained` that shape the head."""
         return {}
+
+    def start_head(self, model: nn.Module, drawn: Collection[str]) -> list[str]:
+        """Set what of a new head is better not left to chance, and return what to say of it.
+
+        Args:
+            drawn: names of the parameters that were drawn just now.
+        """
+        return []
 
     @abstractmethod
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
@@ -97,6 +105,11 @@ class Task(ABC):
     ) -> dict[str, float]:
         """Return the metrics of the outputs for `features`, row for row."""
 
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        """Return whether every record is answered alike, though labels differ; None where a task
+        gives no answers that could be compared."""
+        return None
+
     @abstractmethod
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         """Return a row of predictions for each record of the split that `features` came from, in
@@ -112,17 +125,25 @@ class Task(ABC):
             label != IGNORED for labels in features["labels"] for label in np.atleast_1d(labels)
         )
 
-    def _longest(self) -> int:
-        """Return the longest input in tokens that recipe, tokenizer and model allow."""
+    def _longest(self, usual: int) -> int:
+        """Return the longest input in tokens that recipe, tokenizer and model allow; `usual` where
+        the recipe says nothing."""
         limit = min(
             self.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length
         )
-        if self.data.max_length > limit:
+        asked = self.data.max_length
+        if asked is None:
+            whose = "the default of the task" if usual <= limit else "all that the model reads"
             self.notes.append(
-                f"data.max_length {self.data.max_length:,} is more than the model reads: {limit:,} "
-                "is used"
+                f"inputs of up to {min(usual, limit):,} tokens, {whose}; data.max_length says "
+                "another number"
             )
-        return min(self.data.max_length, limit)
+            self.learned(max_length=min(usual, limit))
+        elif asked > limit:
+            self.notes.append(
+                f"data.max_length {asked:,} is more than the model reads: {limit:,} is used"
+            )
+        return min(asked or usual, limit)
 
     def _fit(
         self, split: Split, lengths: Sequence[int], labelled: bool, limit: int | None = None
@@ -192,6 +213,12 @@ def positions(model_config: PretrainedConfig) -> int | None:
         ):
             return int(limit) - module.padding_idx - 1
     return int(limit)
+
+
+def alike(values: Any) -> bool:
+    """Return whether the entries along the first dimension are all the same."""
+    array = np.asarray(values)
+    return bool((array == array[:1]).all())
 
 
 def by_record(rows: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 from torch import nn
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.model.base_model import architectures, class_names
 from adaptive_lora.tasks import metrics
-from adaptive_lora.tasks.base import ROW, Task, by_record
+from adaptive_lora.tasks.base import ROW, Task, alike, by_record
 from adaptive_lora.tasks.class_order import in_order, order_of
 from adaptive_lora.tasks.data import RECORD, Split
-from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column
+from adaptive_lora.tasks.text import LABEL_COLUMNS, TextTask, label_column, one_label
 
-# What classes of models are called whose head gives classes of texts or of images.
-HEADS = ("ForSequenceClassification", "ForImageClassification")
+# What classes of models are called whose head gives classes of texts, images or words.
+HEADS = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification")
 
 
 # What a label is made of the name of its class, by `data.label_form`.
@@ -39,38 +39,33 @@ class ClassTask(Task):
     """
 
     metrics: tuple[str, ...] = ("accuracy", "f1", "f1_macro", "matthews")
+    label_columns: ClassVar[tuple[str, ...]] = LABEL_COLUMNS  # usual names, the first there is
 
     def learn(self, split: Split) -> None:
-        label = label_column(split, self.data.label)
+        if not isinstance(self.data.label, list):
+            label = label_column(split, self.data.label, self.label_columns)
+            self.learned(label=label)
         asked = self.data.class_order
-        names, given = self._named(split, label)
+        names, given = self._named(split)
         numbers = self.data.class_numbers or (given and not any(map(_is_number, names)))
         order = self._order(names)
         self.learned(
-            label=label,
             classes=names,
             class_numbers=numbers,
-            label_form=_form_of(split.records.features[label], names),
+            label_form=None
+            if isinstance(self.data.label, list)
+            else _form_of(split.records.features[self.label], names),
             # Also where it is said and is the data's: the recipe may spell it otherwise.
             class_order=order if order != names or asked is not None else None,
         )
-        if len(names) != 2:  # F1 of "the positive class" needs two
-            self.metrics = tuple(metric for metric in self.metrics if metric != "f1")
-        self._check_several(split, names)
+        self._check_present(split)
+        self.metrics = self._metrics()
 
-    def _check_several(self, split: Split, names: list[str]) -> None:
-        present = sorted({names[index] for index in self._ids(split)})
-        if len(present) < 2 and not self.data.streaming:
-            raise InputError(
-                f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
-                "to classify"
-            )
-
-    def _named(self, split: Split, label: str) -> tuple[list[str], bool]:
+    def _named(self, split: Split) -> tuple[list[str], bool]:
         """Return the classes, and whether the recipe names them."""
         given, asked = self.data.classes, self.data.class_order
-        names = given if given is not None else _names(split, label)
-        listed = given is not None or isinstance(split.records.features[label], ClassLabel)
+        names = given if given is not None else self._names(split)
+        listed = given is not None or self._class_label(split) is not None
         if asked is not None and not listed and in_order(names, asked) is None:
             names = given = asked  # classes by number, or more than the records have
         if self.data.streaming and given is None and not listed:
@@ -93,7 +88,41 @@ class ClassTask(Task):
 
     @property
     def label(self) -> str:
-        return self.data.label or LABEL_COLUMNS[0]
+        return one_label(self.data) or self.label_columns[0]
+
+    def _each(self, split: Split) -> Iterable[tuple[int, Any]]:
+        """Return (record, label) for every label of a split, in order."""
+        return zip(split.records[RECORD], split.records[self.label], strict=True)
+
+    def _class_label(self, split: Split) -> ClassLabel | None:
+        """Return what names the classes of the label column, or of the lists in it, on the hub."""
+        if isinstance(self.data.label, list):
+            return None
+        feature = split.records.features[self.label]
+        inner = feature.feature if isinstance(feature, List | LargeList) else feature
+        return inner if isinstance(inner, ClassLabel) else None
+
+    def _names(self, split: Split) -> list[str]:
+        """Return the classes of the training records; numbers sort as numbers, so that class 10
+        comes after class 9."""
+        if (named := self._class_label(split)) is not None:
+            return list(named.names)
+        found = {_name(split, record, self.label, value) for record, value in self._each(split)}
+        return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
+
+    def _check_present(self, split: Split) -> None:
+        """Raise `InputError` where the training records leave nothing to learn."""
+        present = sorted({self.names[index] for index in self._ids(split)})
+        if len(present) < 2 and not self.data.streaming:
+            raise InputError(
+                f"{split.source}: column {self.label!r} holds one class only, {present}; nothing "
+                "to classify"
+            )
+
+    def _metrics(self) -> tuple[str, ...]:
+        """Return the metrics that these classes have: F1 of "the positive class" needs two."""
+        usual = type(self).metrics
+        return usual if len(self.names) == 2 else tuple(name for name in usual if name != "f1")
 
     def _order(self, names: list[str]) -> list[str]:
         """Return the order of the model's outputs, and note it where it is not the data's."""
@@ -135,21 +164,21 @@ class ClassTask(Task):
             arguments["problem_type"] = "single_label_classification"  # whatever the base was for
         return arguments
 
-    def labels(self, split: Split) -> list[int]:
+    def labels(self, split: Split) -> list[Any]:
         """Return the class number of each record. Raises `InputError` at the first label outside
         the classes."""
         ids = self._ids(split)
+        self.notes.append(f"{split.part}: {self._counts(ids)}")
+        outputs = self._outputs()
+        return [outputs[index] for index in ids]
+
+    def _counts(self, ids: Sequence[int]) -> str:
         counts = Counter(ids)
         shown = ", ".join(
             f"{self.names[index]:.30} {count:,}" for index, count in counts.most_common(8)
         )
         more = f" and {len(counts) - 8} classes more" if len(counts) > 8 else ""
-        self.notes.append(
-            f"{split.part}: {shown}{more}; the largest class is "
-            f"{max(counts.values()) / len(ids):.1%}"
-        )
-        outputs = self._outputs()
-        return [outputs[index] for index in ids]
+        return f"{shown}{more}; the largest class is {max(counts.values()) / len(ids):.1%}"
 
     def score(
         self, outputs: Any, labels: Any, features: Dataset, model: nn.Module
@@ -157,6 +186,9 @@ class ClassTask(Task):
         # By the data's order, so that F1 is of the same class whatever the base's.
         places = self._outputs()
         return metrics.classification(np.asarray(outputs)[:, places], np.argsort(places)[labels])
+
+    def constant(self, outputs: Any, labels: Any) -> bool | None:
+        return alike(np.argmax(outputs, axis=-1)) and not alike(labels)
 
     def predict(self, outputs: Any, features: Dataset, model: nn.Module) -> list[dict[str, Any]]:
         # Less the largest logit, or exp would overflow.
@@ -185,11 +217,11 @@ class ClassTask(Task):
         return [places[name] for name in self.names]
 
     def _ids(self, split: Split) -> list[int]:
-        """Return the place of each record's class among the data's."""
+        """Return the place of each label's class among the data's."""
         by_name = {name: index for index, name in enumerate(self.names)}
-        numbered = isinstance(split.records.features[self.label], ClassLabel)
+        numbered = self._class_label(split) is not None
         ids = []
-        for record, value in zip(split.records[RECORD], split.records[self.label], strict=True):
+        for record, value in self._each(split):
             name = _name(split, record, self.label, value)
             if self.data.label_form == "bool" and name.lower() in ("true", "false"):
                 name = name.capitalize()  # a CSV has no truth values, but their spellings
@@ -223,19 +255,6 @@ class Classification(ClassTask, TextTask):
         self.notes.append(f"classification of {' + '.join(self.columns)} into {self._listed()}")
 
 
-def _names(split: Split, label: str) -> list[str]:
-    """Return the classes of the training records; numbers sort as numbers, so that class 10 comes
-    after class 9."""
-    feature = split.records.features[label]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    found = {
-        _name(split, n, label, v)
-        for n, v in zip(split.records[RECORD], split.records[label], strict=True)
-    }
-    return sorted(found, key=float) if all(map(_is_number, found)) else sorted(found)
-
-
 def _form_of(feature: Any, names: Sequence[str]) -> str | None:
     """Return "int", "float" or "bool" where the labels are such values, and the classes too; None
     where they are text, or numbers of classes that have names."""
@@ -257,7 +276,7 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
     """Return the class a label means, as text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with gaps, or saved by pandas
-    text = str(value)
+    text, many = str(value), isinstance(value, list)
     odd = (
         value is None
         or isinstance(value, list | dict)
@@ -265,7 +284,8 @@ def _name(split: Split, record: int, label: str, value: Any) -> str:
     )
     if odd or not text.strip():
         raise InputError(
-            f"{split.at(record)}: column {label!r} is {value!r}; expected a text or a number"
+            f"{split.at(record)}: column {label!r} is {value!r:.60}; expected a text or a number"
+            + ("; for lists of classes: --task multi_label_classification" if many else "")
         )
     return text
 

@@ -271,7 +271,8 @@ def text_columns(data: DataConfig) -> set[str]:
         data.context,
         data.answers,
     }
-    return {*text, *named, *prompt} - {data.label}
+    labels = data.label if isinstance(data.label, list) else [data.label]
+    return {*text, *named, *prompt} - {*labels}
 
 
 def joined(value: Any) -> Any:

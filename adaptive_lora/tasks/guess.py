@@ -23,21 +23,27 @@ from adaptive_lora.tasks.data import only_text, read_records, summary_columns
 from adaptive_lora.tasks.streaming import training_pieces
 from adaptive_lora.tasks.tables import files_of
 from adaptive_lora.tasks.text import LABEL_COLUMNS
+from adaptive_lora.tasks.token_classification import TAG_COLUMNS, TOKENS
 
-Kind = Literal["images", "questions", "classes", "encoder-decoder", "causal", "encoder"]
+Kind = Literal["images", "questions", "classes", "tags", "encoder-decoder", "causal", "encoder"]
 BY_ENDING: dict[str, Kind] = {
     "ForImageClassification": "images",
     "ForQuestionAnswering": "questions",
     "ForSequenceClassification": "classes",
+    "ForTokenClassification": "tags",
 }
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CHAT = ("messages", "conversations")
 # What a model is said to be, the tasks it takes on without being asked, and the one it is for.
-ANSWERS: tuple[TaskName, ...] = ("classification", "regression", "question_answering")
+ANSWERS: tuple[TaskName, ...] = (
+    "classification", "regression", "question_answering", "token_classification",
+    "multi_label_classification",
+)  # fmt: skip
 KINDS: dict[Kind, tuple[str, tuple[TaskName, ...], TaskName]] = {
     "images": ("a model of images", ("image_classification",), "image_classification"),
     "questions": ("a model that answers questions", ANSWERS, "question_answering"),
     "classes": ("a classifier", ANSWERS, "classification"),
+    "tags": ("a model that tags words", ANSWERS, "token_classification"),
     "encoder-decoder": (
         "an encoder-decoder",
         ("summarization", "question_answering"),
@@ -84,7 +90,7 @@ def with_task_of_model(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 def _told(config: RunConfig, task: TaskName, why: str) -> tuple[RunConfig, list[str]]:
     line = f"task {task}, a guess: {why}; --task (task: in a recipe) says another"
-    return config.model_copy(update={"task": task}), [line]
+    return config.with_task(task), [line]
 
 
 def guess(model_config: Any, table: Dataset, data: DataConfig) -> tuple[TaskName, str]:
@@ -160,13 +166,31 @@ def _has_images(table: Dataset, data: DataConfig) -> bool:
 
 def _of_labels(model_config: Any, table: Dataset, data: DataConfig) -> dict[TaskName, str]:
     """Return {task: the column of labels that is there for it}."""
-    label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
-    label = label if data.label is None else data.label
+    if (lists := _of_lists(table, data)) or isinstance(data.label, list):
+        return lists
+    label = data.label or next((name for name in LABEL_COLUMNS if name in table.column_names), None)
     if label is None:
         return {}
     one = _one_output(model_config) and _is_numeric(table, label)
     task: TaskName = "regression" if one or _is_measure(table, label) else "classification"
     return {task: f"the column {label}"}
+
+
+def _of_lists(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
+    """Return {task: the columns} of labels that are several of a record: tags of its words, classes
+    of its text."""
+    if isinstance(data.label, list):
+        return {"multi_label_classification": f"the columns {', '.join(data.label)}"}
+    words = data.text if isinstance(data.text, str) else TOKENS
+    usual = (*TAG_COLUMNS, *LABEL_COLUMNS) if data.label is None else (data.label,)
+    label = next((name for name in usual if _is_list(table, name)), None)
+    if label is None:
+        return {}
+    if _is_list(table, words):
+        return {"token_classification": f"the columns {words}, {label}"}
+    if data.label is None and label not in LABEL_COLUMNS:
+        return {}
+    return {"multi_label_classification": f"the lists in the column {label}"}
 
 
 def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
@@ -188,6 +212,10 @@ def _of_other_columns(table: Dataset, data: DataConfig) -> dict[TaskName, str]:
 def _one_output(model_config: Any) -> bool:
     """True for a head that gives one number."""
     return kind_of(model_config) == "classes" and model_config.num_labels == 1
+
+
+def _is_list(table: Dataset, column: str) -> bool:
+    return isinstance(table.features.get(column), datasets.List | datasets.LargeList)
 
 
 def _is_numeric(table: Dataset, column: str) -> bool:

@@ -12,7 +12,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -27,6 +27,8 @@ from adaptive_lora.errors import InputError
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 LARGEST_EXPONENT = 700.0  # e^709 is the largest power of e that a float holds
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
+# IOB1, IOB2, IOBES and BILOU: how a tag begins, in the letters of IOBES
+_PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -75,6 +77,130 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
             f1_score(truth, predicted, pos_label=1, average="binary", zero_division=0)
         )
     return values
+
+
+def multi_label(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Return micro and macro F1 of ŷ_nc = [logit_nc > 0], and the share of records that are wholly
+    right.
+
+    With TP, FP and FN counted over all records and classes, f1_micro = 2 TP / (2 TP + FP + FN).
+    F1_c is the same of class c alone, and f1_macro its mean over the classes that occur in y or ŷ.
+    Both are 0.0 where nothing occurs. exact_match = #{n: ŷ_n = y_n} / N, in [0, 1].
+
+    logits (N, C); labels (N, C), zeros and ones. Raises `InputError` for no records, other shapes,
+    or other labels. A NaN among the logits makes every metric NaN.
+
+    >>> multi_label([[1.0, -1.0], [1.0, 2.0]], [[1, 0], [0, 1]])["exact_match"]
+    0.5
+    """
+    scores, truth = np.asarray(logits), np.asarray(labels)
+    if scores.ndim != 2 or truth.shape != scores.shape or not scores.size:
+        raise InputError(
+            f"logits are {scores.shape} and labels {truth.shape}; expected (N, C) twice, N and C "
+            "> 0"
+        )
+    if not np.isin(truth, (0, 1)).all():
+        raise InputError("labels are neither 0 nor 1; expected one of both for each class")
+    if np.isnan(scores).any():
+        return dict.fromkeys(("f1_micro", "f1_macro", "exact_match"), math.nan)
+    found, wanted = scores > 0, truth == 1
+    right, all_of = (found & wanted).sum(axis=0), found.sum(axis=0) + wanted.sum(axis=0)
+    occur = all_of > 0
+    return {
+        "f1_micro": _share(2 * int(right.sum()), int(all_of.sum())),
+        "f1_macro": float(np.mean(2 * right[occur] / all_of[occur])) if occur.any() else 0.0,
+        "exact_match": float((found == wanted).all(axis=1).mean()),
+    }
+
+
+def names_entities(tags: Iterable[str]) -> bool:
+    """Return whether tags say where entities begin and end: "O", and B-, I-, E-, S- (L-, U-) before
+    a type, or alone.
+
+    >>> names_entities(["O", "B-PER", "I-PER"]), names_entities(["NOUN", "VERB"])
+    (True, False)
+    """
+    others = [tag for tag in tags if tag != "O"]
+    return bool(others) and all(tag[:1] in _PREFIXES and tag[1:2] in ("", "-") for tag in others)
+
+
+def spans(tags: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Return (first word, last word, type) of each entity of one sentence.
+
+    A word goes on with the entity of the word before it when both are of one type, that one began
+    or was inside (B, I), and this one is inside or ends (I, E); any other word that is not "O"
+    opens an entity, with whatever letter: CoNLL-2000's rule, as seqeval has it by default. L is E
+    and U is S.
+
+    >>> spans(["B-PER", "I-PER", "O", "I-LOC", "I-ORG", "B-ORG"])
+    [(0, 1, 'PER'), (3, 3, 'LOC'), (4, 4, 'ORG'), (5, 5, 'ORG')]
+    """
+    found: list[tuple[int, int, str]] = []
+    before = ("O", "")
+    for place, tag in enumerate(tags):
+        letter, kind = _PREFIXES.get(tag[:1], "O"), tag[2:]
+        if letter in "IE" and before[0] in "BI" and before[1] == kind:
+            found[-1] = (found[-1][0], place, kind)
+        elif letter != "O":
+            found.append((place, place, kind))
+        before = (letter, kind)
+    return found
+
+
+def entities(
+    predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Return F1, precision and recall of whole entities, and the accuracy of tags, in [0, 1].
+
+    An entity is right when its first word, last word and type are. Over all sentences, with TP the
+    right ones, P those predicted and T those there are: precision = TP / P, recall = TP / T, f1 =
+    2 TP / (P + T); each is 0.0 where it would be 0 / 0. Entities are those of `spans`.
+
+    predicted, truth: N sentences, each with a tag for every word. Raises `InputError` for no word,
+    or other lengths. Source: Tjong Kim Sang and De Meulder 2003 (aclanthology.org/W03-0419).
+
+    >>> entities([["B-PER", "O", "B-LOC"]], [["B-PER", "I-PER", "B-LOC"]])["f1"]
+    0.5
+    """
+    accuracy = _tag_accuracy(predicted, truth)
+    pairs = [(set(spans(p)), set(spans(t))) for p, t in zip(predicted, truth, strict=True)]
+    right = sum(len(p & t) for p, t in pairs)
+    given, wanted = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+    return {
+        "f1": _share(2 * right, given + wanted),
+        "precision": _share(right, given),
+        "recall": _share(right, wanted),
+        "accuracy": accuracy,
+    }
+
+
+def tags(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the accuracy of tags that name no entities (parts of speech), and their macro F1.
+
+    Arguments and errors as of `entities`; f1_macro as of `classification`.
+
+    >>> tags([["NOUN", "VERB"]], [["NOUN", "NOUN"]])["accuracy"]
+    0.5
+    """
+    accuracy = _tag_accuracy(predicted, truth)
+    found, wanted = ([tag for tags in side for tag in tags] for side in (predicted, truth))
+    macro = float(f1_score(wanted, found, average="macro", zero_division=0))
+    return {"accuracy": accuracy, "f1_macro": macro}
+
+
+def _tag_accuracy(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> float:
+    words = [len(tags) for tags in truth]
+    if not sum(words) or [len(tags) for tags in predicted] != words:
+        raise InputError(
+            f"{len(predicted)} predicted sentences and {len(truth)} true ones; expected a tag for "
+            "every word of each, and one word at least"
+        )
+    pairs = zip(predicted, truth, strict=True)
+    return sum(sum(map(str.__eq__, p, t)) for p, t in pairs) / sum(words)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 def regression(predicted: ArrayLike, target: ArrayLike) -> dict[str, float]:

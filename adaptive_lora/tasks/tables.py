@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 
 from adaptive_lora.errors import InputError
 from adaptive_lora.hub import explain_missing, is_local, reachable
+from adaptive_lora.tasks.conll import CONLL, read_conll
 from adaptive_lora.tasks.csv_files import read_csv
 from adaptive_lora.tasks.json_files import check_type, read_json, table_of
 from adaptive_lora.tasks.text_files import PACKED, Form, ending, read_text, units
@@ -40,7 +41,7 @@ def read_table(
     Raises `InputError` naming the file, and the line where there is one.
     """
     path = Path(source)
-    if is_local(source) or ending(path) in READERS:
+    if is_local(source) or ending(path) in (*READERS, *CONLL):
         return _read_file(path, form or Form(), [] if notes is None else notes)
     if not reachable():
         raise InputError(
@@ -122,6 +123,8 @@ def _table(path: Path, form: Form, notes: list[str]) -> pa.Table:
         table, lines = read_csv(path, read_text(path), form, tabs=suffix == ".tsv")
         notes += lines
         return table
+    if suffix in CONLL:
+        return pa.table(read_conll(read_text(path), path))
     if suffix in (".json", ".jsonl"):
         return table_of(read_json(path), path)
     if suffix == ".txt":

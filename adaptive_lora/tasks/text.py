@@ -4,13 +4,14 @@ regression share."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from adaptive_lora.errors import InputError
+from adaptive_lora.recipe.config import DataConfig
 from adaptive_lora.tasks.base import ROW, Task
 from adaptive_lora.tasks.data import Split, columns_of
 
@@ -28,7 +29,11 @@ class TextTask(Task):
                 f"{split.source} is a folder of images; use --task image_classification, or give a "
                 "file of texts"
             )
-        label = label_column(split, self.data.label)
+        label = self.data.label
+        if isinstance(label, list):
+            split.require(*label)
+        else:
+            label = label_column(split, label)
         text = self.data.text or _guess_text(split, label, self.data.id)
         columns = [text] if isinstance(text, str) else text
         if not 1 <= len(columns) <= 2:
@@ -41,14 +46,19 @@ class TextTask(Task):
 
     @property
     def label(self) -> str:
-        return self.data.label or LABEL_COLUMNS[0]
+        return one_label(self.data) or LABEL_COLUMNS[0]
+
+    @property
+    def label_names(self) -> list[str]:
+        """The columns that a label is read from: one, but for several that are a class each."""
+        return [self.label]
 
     @abstractmethod
     def labels(self, split: Split) -> list[Any]:
         """Return a number for each label. Raises `InputError` at the first that is none."""
 
     def features(self, split: Split, *, labelled: bool = True) -> Dataset:
-        split.require(*self.columns, *([self.label] if labelled else []))
+        split.require(*self.columns, *(self.label_names if labelled else []))
         labels = {"labels": self.labels(split)} if labelled else {}
         texts = [split.texts(column) for column in self.columns]
         encoded = self.tokenizer(*texts, verbose=False)
@@ -64,30 +74,41 @@ class TextTask(Task):
         return DataCollatorWithPadding(self.tokenizer)
 
 
-def label_column(split: Split, given: str | None) -> str:
-    """Return the recipe's label column, or the one of a usual name."""
+def label_column(split: Split, given: str | None, usual: Sequence[str] = LABEL_COLUMNS) -> str:
+    """Return the recipe's label column, or the first of a usual name."""
     if given is not None:
         split.require(given)
         return given
-    for column in LABEL_COLUMNS:
+    for column in usual:
         if column in split.records.column_names:
             return column
     names = ", ".join(columns_of(split.records))
     raise InputError(
-        f"{split.source} has no column {LABEL_COLUMNS[0]!r}; its columns: {names}. Give data.label"
+        f"{split.source} has no column {usual[0]!r}; its columns: {names}. Give data.label"
     )
 
 
-def _guess_text(split: Split, label: str, key: str) -> list[str]:
-    first = split.records[0]
+def one_label(data: DataConfig) -> str | None:
+    """Return the recipe's label column. Raises `InputError` where it names several."""
+    if isinstance(data.label, list):
+        raise InputError(
+            f"data.label names the columns {data.label}, each a class that a record has or has "
+            "not; this is what multi_label_classification reads"
+        )
+    return data.label
+
+
+def _guess_text(split: Split, label: str | list[str], key: str) -> list[str]:
+    first, labels = split.records[0], [label] if isinstance(label, str) else label
     candidates = [
         name
         for name in columns_of(split.records)
-        if name not in (label, key) and isinstance(first[name], str)
+        if name not in (*labels, key) and isinstance(first[name], str)
     ]
     if len(candidates) != 1:
         raise InputError(
-            f"{split.source} has {len(candidates)} text columns besides {label!r} "
+            f"{split.source} has {len(candidates)} text columns besides "
+            f"{', '.join(map(repr, labels))} "
             f"({', '.join(candidates)}); say which to read: data.text (one column, or a list of "
             "two)"
         )

@@ -354,8 +354,8 @@ class MetricsFile(TrainerCallback):
 
 
 _SHOWN = (
-    "loss", "grad_norm", "learning_rate", "accuracy", "f1", "matthews", "pearson", "rougeLsum",
-    "exact_match", "perplexity",
+    "loss", "grad_norm", "learning_rate", "accuracy", "f1", "f1_micro", "matthews", "pearson",
+    "rougeLsum", "exact_match", "perplexity",
     "bits_per_byte",
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -50,6 +51,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "distilbert/distilbert-base-uncased": {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS,
                                            "hidden_dim": INNER},
     "google-bert/bert-base-uncased": BERT_SIZES,
+    "google-bert/bert-base-cased": BERT_SIZES,
     "google/vit-base-patch16-224-in21k": BERT_SIZES | {"image_size": 32},
     "microsoft/DialoGPT-medium": {
         "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "bos_token_id": 0, "eos_token_id": 0,
@@ -63,6 +65,8 @@ NARROW: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 HEAD = {
     "classification": AutoModelForSequenceClassification,
+    "multi_label_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
     "causal_lm": AutoModelForCausalLM,
     "summarization": AutoModelForSeq2SeqLM,
     "question_answering": AutoModelForQuestionAnswering,
@@ -71,7 +75,7 @@ HEAD = {
 
 
 def test_the_recipes_name_hub_models_and_each_writes_to_a_folder_of_its_own_name() -> None:
-    assert len(RECIPES) == 20
+    assert len(RECIPES) == 22
     for file in RECIPES:
         values = read_recipe(file)
         assert values["model"] in NARROW

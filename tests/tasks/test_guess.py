@@ -21,6 +21,8 @@ from model_folders import (
     recipe,
     result_of,
     reviews,
+    tagged,
+    topics,
     write_jsonl,
 )
 
@@ -32,7 +34,7 @@ from adaptive_lora.runs.memory_plan import plan
 from adaptive_lora.runs.run import run
 from adaptive_lora.study.plan import make_plan
 from adaptive_lora.study.study_file import Study
-from adaptive_lora.tasks.guess import KINDS, kind_of, with_task
+from adaptive_lora.tasks.guess import ANSWERS, KINDS, kind_of, with_task
 
 pytest_plugins = ("model_folders",)
 Rows = Callable[[int], list[dict[str, Any]]]
@@ -74,6 +76,9 @@ DATA: dict[str, Rows] = {
     "articles": renamed(articles, text="document"),
     "labelled articles": labelled(articles),
     "questions": questions,
+    "tagged": tagged,
+    "topics": topics,
+    "words": renamed(tagged, tokens="words", ner_tags="labels"),
 }
 
 
@@ -81,7 +86,7 @@ DATA: dict[str, Rows] = {
 def models(
     bert_folder: str, llama_folder: str, t5_folder: str, vit_folder: str, tmp_path: Path
 ) -> dict[str, str]:
-    """Folders of what is told apart; of the last four only the configuration is there."""
+    """Folders of what is told apart; of the last five only the configuration is there."""
     folders = {
         "encoder": bert_folder, "causal": llama_folder, "encoder-decoder": t5_folder,
         "images": vit_folder,
@@ -93,6 +98,7 @@ def models(
             "number", bert_folder,
             {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}},
         ),
+        ("tags", bert_folder, {"architectures": ["BertForTokenClassification"]}),
         ("nameless", llama_folder, {"architectures": None}),
     ):  # fmt: skip
         config = json.loads((Path(source) / "config.json").read_text())
@@ -104,7 +110,7 @@ def models(
 
 def asked(model: str, data: str, **keys: Any) -> RunConfig:
     """Return a recipe without a task."""
-    values = recipe(model, data, "never-made", data=keys)
+    values = recipe(model, data, "never-made", data={"max_length": 40, **keys})
     del values["task"]
     return parse(values)
 
@@ -124,6 +130,14 @@ def asked(model: str, data: str, **keys: Any) -> RunConfig:
         ("classes", "reviews", {}, "classification"),
         ("classes", "ratings", {}, "regression"),
         ("questions", "questions", {}, "question_answering"),
+        ("encoder", "tagged", {}, "token_classification"),
+        ("encoder", "topics", {}, "multi_label_classification"),
+        ("causal", "topics", {"label": "label"}, "multi_label_classification"),
+        ("encoder", "counts", {"label": ["label"]}, "multi_label_classification"),
+        ("classes", "words", {"text": "words"}, "token_classification"),
+        ("tags", "tagged", {}, "token_classification"),
+        ("tags", "reviews", {}, "classification"),
+        ("causal", "tagged", {"label": "ner_tags"}, "token_classification"),
         ("causal", "instructions", {}, "causal_lm"),
         ("causal", "labelled instructions", {}, "causal_lm"),
         ("causal", "prompts", {"prompt": "{prompt}"}, "causal_lm"),
@@ -156,9 +170,10 @@ def test_model_and_columns_say_the_task(
         ("causal", "reviews", "causal_lm, classification"),
         ("causal", "ratings", "causal_lm, regression"),
         ("causal", "prompts", "causal_lm, summarization, question_answering"),
-        ("encoder", "plain", "classification, regression, question_answering"),
-        ("encoder", "instructions", "classification, regression, question_answering"),
-        ("encoder", "articles", "classification, regression, question_answering"),
+        ("encoder", "plain", ", ".join(ANSWERS)),
+        ("encoder", "instructions", ", ".join(ANSWERS)),
+        ("encoder", "articles", ", ".join(ANSWERS)),
+        ("causal", "tagged", "causal_lm, token_classification"),
         ("encoder-decoder", "reviews", "summarization, classification"),
         ("encoder-decoder", "instructions", "summarization, question_answering"),
     ],
