@@ -465,7 +465,7 @@ def arguments(command_line: str, files: dict[str, str]) -> list[str]:
     """Return the words of a command line, with names put in. Of an option that takes one value, the
     last takes the place of those before it: the command line itself refuses two."""
     words = [word.format_map(files) for word in command_line.split()]
-    for option in ("--model", "--output", "--task", "--label", "--epochs"):
+    for option in ("--model", "--output", "--task", "--label", "--epochs", "--device"):
         for place in [i for i, word in enumerate(words) if word == option][-2::-1]:
             del words[place : place + 2]
     return words
