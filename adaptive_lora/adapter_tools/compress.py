@@ -36,7 +36,7 @@ from adaptive_lora.allocation.allocate import RankPattern, parameters, top_k
 from adaptive_lora.allocation.singular import balanced
 from adaptive_lora.errors import DivergedError, InputError
 from adaptive_lora.files import check_new
-from adaptive_lora.model.adapters import adapters, linear_adapters, non_finite, weights
+from adaptive_lora.model.adapters import adapters, non_finite, weights
 from adaptive_lora.model.condition import MERGE, Need
 from adaptive_lora.model.resize import check_model, resize
 from adaptive_lora.model.saving import kind_of
@@ -344,13 +344,12 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
     Raises `InputError` for models and adapters that cannot be changed in place, `DivergedError` for
     weights that are not finite.
     """
-    model = check_model(model, Need.CHANGE | Need.SAVE)
-    config = model.peft_config[model.active_adapter]
+    seen = check_model(model, Need.CHANGE | Need.SAVE)
+    model, config, layers = seen.model, seen.config, seen.layers
     if (kind := kind_of(config)) != "LORA":
         raise InputError(f"the model's adapter is {kind}; expected LORA")
     check_supported("the model's adapter", config)
-    layers = adapters(model)
-    if other := [name for name in layers if name not in linear_adapters(model)]:
+    if other := [name for name in layers if name not in seen.linear]:
         raise InputError(
             f"the adapter on {other[0]!r}, a {type(layers[other[0]].get_base_layer()).__name__}, "
             "is no pair of matrices on a linear module; train without it, or "

@@ -22,7 +22,7 @@ from torch import nn
 
 from adaptive_lora.allocation.allocate import RankPattern
 from adaptive_lora.allocation.target import Target
-from adaptive_lora.model.condition import adapter_parameters, linear_layers, lora_layers, peft_model
+from adaptive_lora.model.condition import adapter_parameters, look_at
 from adaptive_lora.model.targets import describe_targets
 
 
@@ -43,12 +43,12 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
     Raises `InputError` for a model without adapters, or with several active ones.
     """
-    return lora_layers(peft_model(model))
+    return look_at(model).layers
 
 
 def linear_adapters(model: nn.Module) -> dict[str, Any]:
     """Return those of `adapters` whose rank can change."""
-    return linear_layers(peft_model(model))
+    return look_at(model).linear
 
 
 def weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -72,7 +72,12 @@ def ranks(model: nn.Module) -> RankPattern:
 
     Raises `InputError` for a model without adapters, or with several active ones.
     """
-    return {name: _rank(layer) for name, layer in adapters(model).items()}
+    return ranks_of(adapters(model))
+
+
+def ranks_of(layers: Mapping[str, Any]) -> RankPattern:
+    """Return {name: rank} of these layers; as `ranks`, for who has them already."""
+    return {name: _rank(layer) for name, layer in layers.items()}
 
 
 def _rank(layer: Any) -> int:
@@ -84,18 +89,22 @@ def _rank(layer: Any) -> int:
 def lora_parameters(model: nn.Module) -> int:
     """Return the LoRA parameters, Σ R (I + O), counted on the tensors of all adapters, whatever
     they lie on; with AdaLoRA's gates and DoRA's magnitudes where there are. Raises as `ranks`."""
-    found = [p for layer in adapters(model).values() for p in adapter_parameters(layer)]
+    return parameters_of(adapters(model))
+
+
+def parameters_of(layers: Mapping[str, Any]) -> int:
+    """Return the LoRA parameters of these layers; as `lora_parameters`, for who has them."""
+    found = [p for layer in layers.values() for p in adapter_parameters(layer)]
     return sum({id(p): p.numel() for p in found}.values())
 
 
 def targets_of(model: nn.Module) -> list[Target]:
     """Return the targets of a model that already carries adapters: its linear ones."""
-    model = peft_model(model)
+    seen = look_at(model)
     features = {
-        name: (layer.in_features, layer.out_features)
-        for name, layer in linear_adapters(model).items()
+        name: (layer.in_features, layer.out_features) for name, layer in seen.linear.items()
     }
-    return describe_targets(base_of(model), features)
+    return describe_targets(base_of(seen.model), features)
 
 
 class Parked(nn.Module):
@@ -145,13 +154,13 @@ def all_weights(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return (layer.lora_parked.a, layer.lora_parked.b) if pair is None else pair
 
 
-def sync_config(model: PeftModel) -> None:
+def sync_config(model: PeftModel, layers: Mapping[str, Any] | None = None) -> None:
     """Make `peft_config` describe the adapters as they are; called after any change of a rank."""
     # A copy: PEFT keeps the object it is given, which its user may give again, as TRL does for its
     # reference adapter.
     config: Any = copy(model.peft_config[model.active_adapter])
     model.peft_config[model.active_adapter] = config
-    layers = adapters(model)
+    layers = adapters(model) if layers is None else layers
     # Rank 0 is left out: PEFT cannot create it when it loads.
     present = {name: layer for name, layer in layers.items() if _rank(layer) > 0}
     # What lies in an adapted module, as in a MultiheadAttention, comes with it.
@@ -185,12 +194,22 @@ def is_described(model: PeftModel) -> bool:
     by_rank, by_alpha = config.rank_pattern or {}, config.alpha_pattern or {}
     for name, layer in adapters(model).items():
         key = _key(name, layer)
-        rank = by_rank.get(get_pattern_key(list(by_rank), key), config.r)
-        alpha = by_alpha.get(get_pattern_key(list(by_alpha), key), config.lora_alpha)
+        rank = _looked_up(by_rank, key, config.r)
+        alpha = _looked_up(by_alpha, key, config.lora_alpha)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         if rank != _rank(layer) or not math.isclose(scale, _scale(layer), rel_tol=1e-6):
             return False
     return True
+
+
+def _looked_up(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return what PEFT finds for `key`. It tries every pattern in turn; ours are whole names."""
+    own = f"^{re.escape(key)}"
+    return (
+        pattern[own]
+        if own in pattern
+        else pattern.get(get_pattern_key(list(pattern), key), default)
+    )
 
 
 def target_modules(base: nn.Module, names: Iterable[str]) -> set[str] | str:

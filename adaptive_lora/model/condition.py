@@ -14,12 +14,14 @@ asks here for what it needs, first of all, and gets the `PeftModel` or one sente
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Flag
 from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -38,10 +40,12 @@ NO_COMPONENTS = {
     "layer_replication": ("layers that are replicated (layer_replication)", MERGE),
     "megatron_config": ("Megatron's parallel layers", MERGE),
 }
-
-
 # Starts that change the base weights, but alike whenever the adapter is put on the same base.
 REPEATABLE = ("pissa", "olora", "loftq", "mica")
+# What holds parameters of its own in a model's place; by name, for DeepSpeed need not be installed.
+WRAPPERS = (
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine",
+)  # fmt: skip
 
 
 class Need(Flag):
@@ -53,19 +57,73 @@ class Need(Flag):
     TRAIN = 4
 
 
-def peft_model(model: Any, need: Need = Need.READ) -> PeftModel:
-    """Return the `PeftModel` that `model` is or holds, fit for `need`.
+@dataclass(frozen=True)
+class Look:
+    """A model as it is, from one walk over its modules.
+
+    Args:
+        model: the `PeftModel`.
+        every: {full name: PEFT's `LoraLayer`} of all adapters, in module order.
+        layers: those of the active one, whatever they lie on.
+    """
+
+    model: PeftModel
+    every: dict[str, Any]
+    layers: dict[str, Any]
+
+    @property
+    def linear(self) -> dict[str, Any]:
+        """Those of `layers` whose rank can change."""
+        # PEFT adapts a MultiheadAttention and the projection in it as one.
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if is_linear(layer) and ".base_layer." not in name
+        }
+
+    @property
+    def name(self) -> str:
+        """The active adapter."""
+        return str(self.model.active_adapter)
+
+    @property
+    def config(self) -> Any:
+        """PEFT's config of the active adapter."""
+        return self.model.peft_config[self.name]
+
+    @property
+    def active(self) -> list[str]:
+        """The active adapters as the model has them; those of the layers may differ."""
+        return list(self.model.active_adapters) or [self.name]
+
+
+def look_at(model: Any, need: Need = Need.READ) -> Look:
+    """Return the adapters of the `PeftModel` that `model` is or holds, fit for `need`.
 
     Raises `InputError` in one sentence: what is in the way, of which adapter, and what to do.
     """
     if need & Need.CHANGE:
         _check_own(model)
-    found = _find(model)
-    for needs, look in LOOKS:
+    found = model if isinstance(model, PeftModel) else _found_in(model)
+    every = {}
+    for name, module in _base_of(found).named_modules():
+        if isinstance(module, LoraLayer):
+            every[name] = module
+        elif isinstance(module, PeftModel):
+            raise _too_many(model, "one inside the other (get_peft_model on a PeftModel)")
+    # `r` and not `lora_A`: a parked adapter has left `lora_A`, and is a target all the same.
+    layers = {name: layer for name, layer in every.items() if _active(layer) & layer.r.keys()}
+    seen = Look(found, every, layers)
+    for needs, obstacles in OBSTACLES:
         if needs == Need.READ or needs & need:
-            for obstacle in look(found):
+            for obstacle in obstacles(seen):
                 raise InputError(obstacle)
-    return found
+    return seen
+
+
+def peft_model(model: Any, need: Need = Need.READ) -> PeftModel:
+    """Return the `PeftModel` that `model` is or holds; as `look_at`."""
+    return look_at(model, need).model
 
 
 def _check_own(model: Any) -> None:
@@ -84,14 +142,14 @@ def _check_own(model: Any) -> None:
         )
 
 
-# By name: DeepSpeed need not be installed.
-WRAPPERS = (
-    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine",
-)  # fmt: skip
+def _base_of(model: PeftModel) -> nn.Module:
+    # Not `get_base_model`, which wants an active adapter that is there.
+    tuner: Any = model.base_model
+    return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
-def _find(model: Any) -> PeftModel:
-    """Return the one `PeftModel` in `model`."""
+def _found_in(model: Any) -> PeftModel:
+    """Return the one `PeftModel` in a module that is none itself."""
     if isinstance(model, PeftMixedModel):
         raise InputError(
             "the model is a PeftMixedModel, which mixes kinds of adapters; expected a PeftModel "
@@ -103,15 +161,11 @@ def _find(model: Any) -> PeftModel:
             "adaptive_lora.attach(model, method)"
         )
     found = [module for module in model.modules() if isinstance(module, PeftModel)]
-    if len(found) == 1:
-        return found[0]
+    outer = [one for one in found if not any(one in set(two.modules()) - {two} for two in found)]
+    if len(outer) == 1:
+        return outer[0]
     if found:
-        nested = any(two in set(one.modules()) - {one} for one in found for two in found)
-        how = "one inside the other (get_peft_model on a PeftModel)" if nested else "side by side"
-        raise InputError(
-            f"the {type(model).__name__} holds {len(found)} PeftModels, {how}; expected one: give "
-            "the one that is meant, or put further adapters on with add_adapter"
-        )
+        raise _too_many(model, "side by side")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise InputError(
             f"the {type(model).__name__} has LoRA layers but is no PeftModel (transformers' "
@@ -123,16 +177,11 @@ def _find(model: Any) -> PeftModel:
     )
 
 
-def lora_layers(model: PeftModel) -> dict[str, Any]:
-    """Return {full name: PEFT's `LoraLayer`} of every layer with the active adapter, in module
-    order, whatever it lies on."""
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    # `r` and not `lora_A`: a parked adapter has left `lora_A`, and is a target all the same.
-    return {name: layer for name, layer in layers.items() if _active(layer) & layer.r.keys()}
+def _too_many(model: nn.Module, how: str) -> InputError:
+    return InputError(
+        f"the {type(model).__name__} holds several PeftModels, {how}; expected one: give the one "
+        "that is meant, or put further adapters on with add_adapter"
+    )
 
 
 def _active(layer: Any) -> set[str]:
@@ -148,13 +197,13 @@ def _listed(names: Any) -> str:
 # Each of these yields what is in the way, the most telling first.
 
 
-def _kind(model: PeftModel) -> Iterator[str]:
-    for name in _names(model):
-        config = model.peft_config.get(name)
+def _kind(seen: Look) -> Iterator[str]:
+    for name in seen.active:
+        config = seen.model.peft_config.get(name)
         if config is None:
             yield (
                 f"the active adapter {name!r} is not there any more (deleted, or renamed); "
-                f"model.set_adapter one of {_listed(model.peft_config)}"
+                f"model.set_adapter one of {_listed(seen.model.peft_config)}"
             )
         elif config.peft_type not in (PeftType.LORA, PeftType.ADALORA):
             kind = str(PeftType(config.peft_type).value)
@@ -164,35 +213,30 @@ def _kind(model: PeftModel) -> Iterator[str]:
             )
 
 
-def _names(model: PeftModel) -> list[str]:
-    return list(model.active_adapters) or [model.active_adapter]
-
-
-def _several(model: PeftModel) -> Iterator[str]:
-    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
-    active = {name for layer in layers for name in _active(layer) & layer.r.keys()}
-    active |= set(_names(model)) & model.peft_config.keys()
+def _several(seen: Look) -> Iterator[str]:
+    active = {name for layer in seen.layers.values() for name in _active(layer) & layer.r.keys()}
+    active |= set(seen.active) & seen.model.peft_config.keys()
     if len(active) > 1:
         yield (
             f"{len(active)} adapters are active together, {_listed(sorted(active))}, and which one "
             "is meant is open: activate one with model.set_adapter(NAME), or make one of them with "
             "model.add_weighted_adapter"
         )
-    elif not lora_layers(model):
-        there = _listed(model.peft_config)
+    elif not seen.layers:
+        there = _listed(seen.model.peft_config)
         yield (
             f"no layer has an active adapter (there are {there}); activate one with "
             "model.set_adapter(NAME)"
         )
-    elif model.active_adapter not in active:
+    elif seen.name not in active:
         yield (
-            f"the layers' active adapter is {_listed(active)}, the model's {model.active_adapter!r}"
-            ": activate one for both with model.set_adapter(NAME)"
+            f"the layers' active adapter is {_listed(active)}, the model's {seen.name!r}: activate "
+            "one for both with model.set_adapter(NAME)"
         )
 
 
-def _tensors(model: PeftModel) -> Iterator[str]:
-    for name, layer in lora_layers(model).items():
+def _tensors(seen: Look) -> Iterator[str]:
+    for name, layer in seen.layers.items():
         if any(p.is_meta for p in adapter_parameters(layer)):
             yield (
                 f"the adapter's weights at {name!r} have no storage (device meta); load them "
@@ -200,21 +244,20 @@ def _tensors(model: PeftModel) -> Iterator[str]:
             )
 
 
-def _others_merged(model: PeftModel) -> Iterator[str]:
-    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
-    others = {one for layer in layers for one in layer.merged_adapters} - set(_names(model))
+def _others_merged(seen: Look) -> Iterator[str]:
+    merged = {one for layer in seen.every.values() for one in layer.merged_adapters}
+    others = merged - set(seen.active)
     if others:
         yield (
             f"the adapter {_listed(sorted(others))} is merged into the base weights, and what is "
-            f"saved of {model.active_adapter!r} alone would answer otherwise; call "
+            f"saved of {seen.name!r} alone would answer otherwise; call "
             "model.unmerge_adapter() first"
         )
 
 
-def _unsaved(model: PeftModel) -> Iterator[str]:
+def _unsaved(seen: Look) -> Iterator[str]:
     """What is trained, or made, and is in no adapter's folder."""
-    name = model.active_adapter
-    config = model.peft_config[name]
+    name, config = seen.name, seen.config
     start = getattr(config, "init_lora_weights", None)
     if changes_base(start) and str(start).lower() not in REPEATABLE:
         yield (
@@ -225,11 +268,11 @@ def _unsaved(model: PeftModel) -> Iterator[str]:
         )
     if getattr(config, "arrow_config", None):
         yield f"the adapter {name!r} is an Arrow router over several adapters; save one of these"
-    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    saved = get_peft_model_state_dict(seen.model, adapter_name=name, save_embedding_layers=False)
     there = {tensor.data_ptr() for tensor in saved.values() if isinstance(tensor, torch.Tensor)}
     lost = [
         key
-        for key, parameter in model.named_parameters()
+        for key, parameter in seen.model.named_parameters()
         if parameter.requires_grad
         and parameter.numel()
         and not parameter.is_meta
@@ -244,8 +287,8 @@ def _unsaved(model: PeftModel) -> Iterator[str]:
         )
 
 
-def _merged(model: PeftModel) -> Iterator[str]:
-    merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+def _merged(seen: Look) -> Iterator[str]:
+    merged = {name: layer for name, layer in seen.layers.items() if layer.merged}
     if merged:
         adapters = sorted({one for layer in merged.values() for one in layer.merged_adapters})
         yield (
@@ -254,9 +297,8 @@ def _merged(model: PeftModel) -> Iterator[str]:
         )
 
 
-def _components(model: PeftModel) -> Iterator[str]:
-    name = model.active_adapter
-    config = model.peft_config[name]
+def _components(seen: Look) -> Iterator[str]:
+    name, config = seen.name, seen.config
     for field, (what, remedy) in NO_COMPONENTS.items():
         if getattr(config, field, None):
             yield f"the adapter {name!r} is {what}: not a sum of components of B A; {remedy}"
@@ -268,20 +310,20 @@ def _components(model: PeftModel) -> Iterator[str]:
             "init_lora_weights=True, or save it as ordinary LoRA first: "
             "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...)"
         )
-    if nested := [one for one in lora_layers(model) if ".base_layer." in one]:
+    if nested := [one for one in seen.layers if ".base_layer." in one]:
         yield (
             f"the adapter {name!r} lies on a MultiheadAttention, in which PEFT adapts "
             f"{nested[0]!r} too, and gives it the rank of no pattern when it loads: no rank can "
             "change beside it. Leave it out of target_modules"
         )
-    if not linear_layers(model):
-        kinds = sorted({type(layer).__name__ for layer in lora_layers(model).values()})
+    if not seen.linear:
+        kinds = sorted({type(layer).__name__ for layer in seen.layers.values()})
         yield (
             f"the adapter {name!r} lies on no linear module ({', '.join(kinds)} only), so there is "
             "no rank to change"
         )
     owners: dict[int, str] = {}
-    for layer_name, layer in lora_layers(model).items():
+    for layer_name, layer in seen.layers.items():
         for parameter in adapter_parameters(layer):
             if parameter.is_meta or not parameter.numel():
                 continue
@@ -295,8 +337,8 @@ def _components(model: PeftModel) -> Iterator[str]:
                 )
 
 
-def _trained(model: PeftModel) -> Iterator[str]:
-    name, layers = model.active_adapter, lora_layers(model)
+def _trained(seen: Look) -> Iterator[str]:
+    name, layers = seen.name, seen.layers
     if off := [one for one, layer in layers.items() if layer.disable_adapters]:
         yield (
             f"the adapter {name!r} is disabled in {_listed(off)}; call "
@@ -307,7 +349,7 @@ def _trained(model: PeftModel) -> Iterator[str]:
     ]
     if broken:
         yield f"the adapter {name!r} holds NaN or infinite values in {_listed(broken)}"
-    if nowhere := [one for one, weight in model.named_parameters() if not _is_finite(weight)]:
+    if nowhere := [one for one, weight in seen.model.named_parameters() if not _is_finite(weight)]:
         yield (
             f"the base model holds NaN or infinite values in {_listed(nowhere)}: no loss of it "
             "would be finite. Load it anew"
@@ -336,21 +378,19 @@ def _is_finite(weight: torch.Tensor) -> bool:
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
     """Return the parameters of the active adapter of one layer: A and B, and whatever else its kind
     has, such as gates (AdaLoRA) and magnitudes (DoRA)."""
-    (adapter,) = list(_active(layer) & layer.r.keys())[:1]
-    found: list[nn.Parameter] = []
-    for kind, parts in layer.named_children():
-        if not kind.startswith("lora_") or not isinstance(parts, nn.ModuleDict | nn.ParameterDict):
+    adapter, found = layer.active_adapters[0], list[nn.Parameter]()
+    for kind, parts in layer._modules.items():
+        if not kind.startswith("lora_"):
             continue
-        part = dict(parts.items()).get(adapter)
-        if isinstance(part, nn.Parameter):
-            found.append(part)
-        elif isinstance(part, nn.Module):
-            found += part.parameters()
+        if isinstance(parts, nn.ParameterDict):
+            found += [parts[adapter]] if adapter in parts else []
+        elif isinstance(parts, nn.ModuleDict):
+            found += parts[adapter].parameters() if adapter in parts else []
     parked = getattr(layer, "lora_parked", None)
     return found if parked is None else [*found, *parked.parameters()]
 
 
-LOOKS: tuple[tuple[Need, Callable[[PeftModel], Iterator[str]]], ...] = (
+OBSTACLES: tuple[tuple[Need, Callable[[Look], Iterator[str]]], ...] = (
     (Need.READ, _kind),
     (Need.READ, _several),
     (Need.SAVE, _others_merged),
@@ -362,20 +402,10 @@ LOOKS: tuple[tuple[Need, Callable[[PeftModel], Iterator[str]]], ...] = (
 )
 
 
-def linear_layers(model: PeftModel) -> dict[str, Any]:
-    """Return those of `lora_layers` whose rank can change."""
-    return {
-        name: layer
-        for name, layer in lora_layers(model).items()
-        # PEFT adapts a MultiheadAttention and the projection in it as one
-        if is_linear(layer) and ".base_layer." not in name
-    }
-
-
 def is_linear(layer: Any) -> bool:
     """Return whether the active adapter of a layer is a pair A (R, I), B (O, R) on a linear module;
     false for embeddings, convolutions, experts and the like."""
-    (adapter,) = list(_active(layer) & layer.r.keys())[:1]
+    adapter = layer.active_adapters[0]
     if hasattr(layer, "lora_parked"):
         return True
     if adapter not in layer.lora_A:

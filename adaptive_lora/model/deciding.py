@@ -20,6 +20,7 @@ from adaptive_lora.model.adapters import (
     linear_adapters,
     lora_parameters,
     ranks,
+    ranks_of,
     targets_of,
     weights,
 )
@@ -171,8 +172,7 @@ class Deciding(Driver):
         }
 
     def _ranks(self) -> RankPattern:
-        now = ranks(self.model)
-        return {name: now[name] for name in self.layers}
+        return ranks_of(self.layers)
 
     def _decide(self, step: int, *, last: bool, budget: int | None = None) -> Outcome:
         view, parts = self._view(step, last=last, budget=budget)
@@ -185,7 +185,7 @@ class Deciding(Driver):
             return Outcome(status="refused", reason=reason, **seen)
         changes = self.adaptation.rule.decide(view)
         _check_changes(self.adaptation.rule, changes, view)
-        before = lora_parameters(self.model)
+        before = parameters(view.ranks, self.costs) + self.kept
         # The step as the seed: a resumed run draws the same new rows.
         resize(self.model, changes, self.optimizer, self._statistics, seed=step)
         decided = {**view.ranks, **{name: change.rank for name, change in changes.items()}}
@@ -245,9 +245,8 @@ class Deciding(Driver):
 def kept_parameters(model: PeftModel) -> int:
     """Return the LoRA parameters that no rank of a target counts: adapters on what is no linear
     module, magnitudes of DoRA."""
-    now = ranks(model)
-    targets = sum(now[target.name] * target.cost for target in targets_of(model))
-    return lora_parameters(model) - targets
+    now, targets = ranks(model), targets_of(model)
+    return lora_parameters(model) - sum(now[target.name] * target.cost for target in targets)
 
 
 def within(method: Method, kept: int) -> Method:

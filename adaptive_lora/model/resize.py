@@ -26,7 +26,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -35,16 +34,15 @@ from adaptive_lora.allocation.importance import Statistic, Statistics
 from adaptive_lora.allocation.singular import rotation
 from adaptive_lora.errors import DivergedError, InputError, IntegrityError
 from adaptive_lora.model.adapters import (
-    adapters,
     all_weights,
     is_masked,
     park,
-    ranks,
+    ranks_of,
     sync_config,
     unpark,
     weights,
 )
-from adaptive_lora.model.condition import Need, is_linear, peft_model
+from adaptive_lora.model.condition import Look, Need, look_at
 from adaptive_lora.model.quantization import keep_trainable
 
 # 8-bit Adam and Adafactor keep state that is not shaped like its parameter.
@@ -59,12 +57,12 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def check_model(model: Any, need: Need = Need.CHANGE) -> PeftModel:
-    """Return the `PeftModel` that `model` is or holds. Raises `InputError` for one whose ranks
-    cannot change, or whose weights were packed for inference."""
-    found = peft_model(model, need)
-    keep_trainable(found)
-    return found
+def check_model(model: Any, need: Need = Need.CHANGE) -> Look:
+    """Return the adapters of the `PeftModel` that `model` is or holds. Raises `InputError` for one
+    whose ranks cannot change, or whose weights were packed for inference."""
+    seen = look_at(model, need)
+    keep_trainable(seen.model)
+    return seen
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
@@ -119,16 +117,17 @@ def resize(
     >>> ranks(model)
     {'encoder.layer.0.attention.self.query': 2}
     """
-    model = check_model(model)
-    if is_masked(model):
+    seen = check_model(model)
+    if is_masked(seen.model):
         raise InputError(
             "PEFT's AdaLoRA layers cannot be resized; attach with methods.adalora for ranks that "
             "shrink"
         )
-    layers = adapters(model)
+    layers = seen.layers
     inner = check_optimizer(optimizer) if optimizer is not None else None
-    plans = {name: _resize_of(name, layers, change) for name, change in changes.items()}
-    after = ranks(model) | {name: plan.rank for name, plan in plans.items()}
+    linear = seen.linear
+    plans = {name: _resize_of(name, layers, linear, change) for name, change in changes.items()}
+    after = ranks_of(layers) | {name: plan.rank for name, plan in plans.items()}
     if not any(after.values()):
         raise InputError("every adapter would have rank 0; at least one must keep a component")
     # Everything is made and looked at before anything is put in place: a resize is whole or not.
@@ -149,7 +148,7 @@ def resize(
         statistic.tensor = tensor
     for name, plan in plans.items():
         _sync_layer(layers[name], plan.rank)
-    sync_config(model)
+    sync_config(seen.model, layers)
     if inner is not None:
         check_state_shapes(layers, inner)
 
@@ -274,13 +273,15 @@ def _awaited(parameter: Any) -> bool:
     return node is not None and parameter._use_count() != 2
 
 
-def _resize_of(name: str, layers: Mapping[str, Any], change: int | Resize) -> Resize:
+def _resize_of(
+    name: str, layers: Mapping[str, Any], linear: Mapping[str, Any], change: int | Resize
+) -> Resize:
     if name not in layers:
         raise InputError(
             f"{name!r} carries no adapter; targets are {', '.join(list(layers)[:4])} ..."
         )
     layer = layers[name]
-    if not is_linear(layer) or ".base_layer." in name:
+    if name not in linear:
         raise InputError(
             f"{name!r} is a {type(layer.get_base_layer()).__name__} with an adapter of PEFT's "
             f"{type(layer).__name__}, whose rank stays as it is; only adapters on linear modules "

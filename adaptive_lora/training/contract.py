@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 def model_for(model: Any, method: Method) -> PeftModel:
     """Return the `PeftModel` that `model` is or holds. Raises `InputError` unless it is fit to be
     trained, and to change its ranks if the method does."""
-    return check_model(model, Need.TRAIN if method.adaptation is None else Need.TRAIN | Need.CHANGE)
+    need = Need.TRAIN if method.adaptation is None else Need.TRAIN | Need.CHANGE
+    return check_model(model, need).model
 
 
 def bring_to_start(

@@ -24,7 +24,14 @@ from adaptive_lora.allocation.importance import Statistic, Statistics
 from adaptive_lora.allocation.method import Method
 from adaptive_lora.errors import AdaptiveLoraError, InputError, IntegrityError
 from adaptive_lora.files import to_json, write_text
-from adaptive_lora.model.adapters import adapters, lora_parameters, ranks, targets_of
+from adaptive_lora.model.adapters import (
+    adapters,
+    lora_parameters,
+    parameters_of,
+    ranks,
+    ranks_of,
+    targets_of,
+)
 from adaptive_lora.model.deciding import driver_of
 from adaptive_lora.model.driver import Outcome
 from adaptive_lora.model.following import follow
@@ -222,15 +229,14 @@ class RankController:
         outcome = act()
         if outcome is None:
             return
-        seconds, after = time.perf_counter() - started, lora_parameters(self.model)
-        before = outcome.parameters_before
-        layers = adapters(self.model).values()
+        seconds, layers = time.perf_counter() - started, adapters(self.model)
+        before, after = outcome.parameters_before, parameters_of(layers)
         decision = Decision(
             **{**vars(outcome), "parameters_before": after if before is None else before},
             step=self.step_count,
             parameters_after=after,
-            pattern=ranks(self.model),
-            bytes_after=adapter_bytes(layers, self.optimizer, self._statistics),
+            pattern=ranks_of(layers),
+            bytes_after=adapter_bytes(layers.values(), self.optimizer, self._statistics),
             seconds=seconds,
         )
         self.history.append(decision)
